@@ -1,0 +1,52 @@
+# Every target makes its own environment: a fresh machine needs python3 (3.11 or newer) and make, nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types layers check hooks clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "etcompile needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp per extra, newer than pyproject.toml if that extra is installed as pyproject.toml asks.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-demo  ## learn handwritten digits online, and write pictures to out/
+	$(BIN)/python tools/demo.py
+
+test: $(VENV)/.installed-dev  ## all tests; PYTEST_ARGS="-k lstm" for some
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev  ## style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev  ## static types of the whole package
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+layers: $(VENV)/.installed-dev  ## who may import whom
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_layering.py
+
+check: lint types layers test  ## all that CI runs
+
+format: $(VENV)/.installed-dev  ## put the style right where ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+hooks: $(VENV)/.installed-dev  ## install the git pre-commit hooks
+	$(BIN)/pre-commit install
+
+clean:  ## remove the environment, caches and outputs
+	rm -rf $(VENV) build dist out .hypothesis .pytest_cache .ruff_cache .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Analysis: influence, cuts, hidden groups, sites and hidden-to-weight relations of one step."""

@@ -1,0 +1,126 @@
+"""Hidden groups: hidden states that feed each other position by position, and how their positions correspond."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from etcompile.analysis.index_rules import NONE
+
+__all__ = ["HiddenGroup", "Link", "align"]
+
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Link:
+    """Local influence of one hidden state on another.
+
+    ``positions`` has the shape of state ``origin`` and holds the element of state ``target`` that each element reaches.
+    ``within_step`` tells a new value from an old one.
+    """
+
+    origin: int
+    target: int
+    positions: Array
+    within_step: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HiddenGroup:
+    """Hidden states that feed each other position by position.
+
+    Attributes
+    ----------
+    name : str
+    states : tuple of int
+        Numbers of the states in the step model.
+    shape : tuple of int
+        Shape of the group's positions.
+    maps : tuple of (array or None)
+        Per state, the flat element at each position (-1: none); None where positions and elements are the same.
+    pattern : tuple of tuple of bool
+        ``pattern[k][j]``: whether the old state j reaches the new state k.
+    masks : mapping
+        ``masks[k, j]``: positions at which that entry of the transition counts, where not all do.
+    """
+
+    name: str
+    states: tuple[int, ...]
+    shape: tuple[int, ...]
+    maps: tuple[Array | None, ...]
+    pattern: tuple[tuple[bool, ...], ...]
+    masks: Mapping[tuple[int, int], Array]
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def elements(self, k: int) -> Array:
+        """Flat element of state number k of the group at each flat position."""
+        found = self.maps[k]
+        return np.arange(self.size) if found is None else found
+
+
+def align(members: Sequence[int], shapes: Mapping[int, tuple[int, ...]], links: Sequence[Link]) -> list[dict[int, Array | None]]:
+    """Give the states of a connected component common positions; states that cannot share them start a group of their own.
+
+    Returns one mapping per group, from state number to its flat element at each position (None: the identity).
+    """
+    waiting = list(members)
+    groups: list[dict[int, Array | None]] = []
+    while waiting:
+        root = max(waiting, key=lambda s: (int(np.prod(shapes[s])), -s))
+        size = int(np.prod(shapes[root]))
+        maps: dict[int, Array] = {root: np.arange(size)}
+        waiting.remove(root)
+        grown = True
+        while grown:
+            grown = False
+            for link in links:
+                state, found = _extend(maps, link, waiting, shapes)
+                if state is not None and found is not None:
+                    maps[state] = found
+                    waiting.remove(state)
+                    grown = True
+        identity = np.arange(size)
+        groups.append({
+            s: None if m.shape == identity.shape and int(np.prod(shapes[s])) == size and (m == identity).all() else m
+            for s, m in sorted(maps.items())
+        })  # fmt: skip
+    return groups
+
+
+def _extend(
+    maps: Mapping[int, Array], link: Link, waiting: Sequence[int], shapes: Mapping[int, tuple[int, ...]]
+) -> tuple[int | None, Array | None]:
+    """Positions of a state not placed yet, through one link to a state that is."""
+    positions = link.positions.ravel()
+    if link.origin in maps and link.target in waiting:
+        state, origin = link.target, maps[link.origin]
+        found = np.where(origin >= 0, positions[origin], NONE)
+    elif link.target in maps and link.origin in waiting:
+        state = link.origin
+        valid = np.flatnonzero(positions != NONE)
+        if np.unique(positions[valid]).size != valid.size:
+            return None, None  # several units feed one: no common positions
+        inverse = np.full(int(np.prod(shapes[link.target])), NONE)
+        inverse[positions[valid]] = valid
+        target = maps[link.target]
+        found = np.where(target >= 0, inverse[target], NONE)
+    else:
+        return None, None
+    covered = np.unique(found[found >= 0]).size
+    return (state, found) if covered == int(np.prod(shapes[state])) else (None, None)
+
+
+def consistent(link: Link, origin: Array, target: Array) -> tuple[Array, bool]:
+    """Where a link stays at its position, and whether any of it moves elsewhere."""
+    positions = link.positions.ravel()
+    reached = np.where(origin >= 0, positions[np.maximum(origin, 0)], NONE)
+    stays = (reached != NONE) & (reached == target)
+    kept = np.unique(origin[stays]).size
+    return stays, kept < int((positions != NONE).sum())

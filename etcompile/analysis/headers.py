@@ -1,0 +1,85 @@
+"""The printable header of a program from an analysis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from etcompile.analysis.analysis import Analysis
+from etcompile.analysis.groups import HiddenGroup
+from etcompile.analysis.sites import Site
+from etcompile.frontend.jaxpr import Constant, short_dtype
+from etcompile.ir import header as ir
+
+__all__ = ["contracted_shape", "group_dtype", "program_header"]
+
+
+def program_header(analysis: Analysis) -> ir.Header:
+    """Groups, sites, relations and cuts as plain records."""
+    return ir.Header(
+        analysis.model.name,
+        tuple(_group(analysis, g) for g in analysis.groups),
+        tuple(_site(analysis, s) for s in analysis.sites),
+        tuple(ir.Relation(r.name, r.site, r.group, r.window, r.rows) for r in analysis.relations),
+        analysis.cuts,
+    )
+
+
+def group_dtype(analysis: Analysis, group: HiddenGroup) -> Any:
+    return jnp.result_type(*[analysis.model.states[s].aval.dtype for s in group.states])
+
+
+def _group(analysis: Analysis, group: HiddenGroup) -> ir.Group:
+    states = tuple((analysis.state_name(s), short_dtype(analysis.model.states[s].aval.dtype)) for s in group.states)
+    dtype = short_dtype(group_dtype(analysis, group))
+    return ir.Group(group.name, states, group.shape, dtype, group.pattern, _bypass(analysis, group))
+
+
+def _bypass(analysis: Analysis, group: HiddenGroup) -> tuple[bool, ...]:
+    """Which old states of the group reach a result by a path that avoids the group's new states."""
+    body = analysis.split.body
+    new = {analysis.model.new_state_vars[s] for s in group.states}
+    results = {v for v in body.outputs if not isinstance(v, Constant)} - new
+    flags = []
+    for s in group.states:
+        reached = {analysis.model.state_vars[s]}
+        for operation in body.operations:
+            if operation.name == "stop_gradient":
+                continue
+            if any(v in reached for v in operation.inputs if not isinstance(v, Constant)):
+                reached |= {v for v in operation.outputs if body.avals[v].differentiable and v not in new}
+        flags.append(bool(reached & results))
+    return tuple(flags)
+
+
+def _site(analysis: Analysis, site: Site) -> ir.Site:
+    body = analysis.split.body
+    reads: tuple[tuple[int, ...], ...] = ()
+    if site.kind != "direct":
+        operation = body.operations[site.operation]
+        reads = tuple(body.aval(v).shape for k, v in enumerate(operation.inputs) if k != site.operand)
+    weight, y = body.avals[site.weight], body.avals[site.y]
+    return ir.Site(
+        site.name, site.kind, site.params, site.primitive, site.source, weight.shape, y.shape, short_dtype(y.dtype),
+        contracted_shape(analysis, site), reads,
+    )  # fmt: skip
+
+
+def contracted_shape(analysis: Analysis, site: Site) -> tuple[int, ...] | None:
+    """Weight axes that a trace of this site keeps beside y's axes."""
+    weight = analysis.split.body.avals[site.weight].shape
+    if site.kind == "direct":
+        return ()
+    operation = analysis.split.body.operations[site.operation]
+    if site.kind == "dot_general":
+        contract, _ = operation.params["dimension_numbers"]
+        return tuple(weight[d] for d in contract[site.operand])
+    if site.kind == "conv":
+        spec = operation.params["dimension_numbers"].rhs_spec
+        return (weight[spec[1]], *(weight[d] for d in spec[2:]))
+    if site.kind == "embedding":
+        return (weight[0],)
+    if site.kind == "generic":
+        return weight
+    return None

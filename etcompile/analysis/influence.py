@@ -1,0 +1,182 @@
+"""Influence: which single position of a new hidden state each element of each variable reaches, and where that ends.
+
+The walk goes backwards from one new state. Where an operation spreads an element over several positions, that use of
+the element is *cut*: nothing behind it is followed, and the trace program will not differentiate through it. Where two
+uses of one value reach different positions, the use that reaches the value's own position is kept (a unit's own memory
+goes before its neighbours') and the others are cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from etcompile.analysis.index_rules import MANY, NONE, join, operand_influence
+from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operation, jvp_graph, vjp_graph
+
+__all__ = ["Influence", "Use", "influence_on"]
+
+Array = Any
+Use = tuple[int, int]  #: (number of the operation, number of its operand)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Influence:
+    """Influence on one new state.
+
+    Attributes
+    ----------
+    positions : mapping of int to array
+        For each kept variable the flat position of the state that each element reaches, or NONE.
+    cuts : mapping of Use to array
+        Elements of an operand at which a use is cut.
+    """
+
+    positions: Mapping[int, Array]
+    cuts: Mapping[Use, Array]
+
+
+def influence_on(graph: Graph, seeds: Mapping[int, Array], active: Sequence[bool], keep: set[int], frozen: set[Use]) -> Influence:
+    """Walk ``graph`` backwards from ``seeds``.
+
+    Parameters
+    ----------
+    graph : Graph
+    seeds : mapping of variable to array of positions
+    active : sequence of bool
+        Variables worth following: those that a derivative with respect to a hidden state or parameter can reach.
+    keep : set of int
+        Variables whose influence the caller wants.
+    frozen : set of Use
+        Uses that are not followed and not cut (weights at an operation that makes a relation of its own).
+    """
+    uses: dict[int, list[tuple[Use | None, Array]]] = {v: [(None, p)] for v, p in seeds.items()}
+    positions: dict[int, Array] = {}
+    cuts: dict[Use, Array] = {}
+    size = max((int(np.prod(p.shape)) for p in seeds.values()), default=0)
+
+    def settle(variable: int) -> Array | None:
+        found = uses.pop(variable, None)
+        if not found:
+            return None
+        resolved = found[0][1]
+        for _, other in found[1:]:
+            resolved = join(resolved, other)
+        conflict = resolved == MANY
+        if conflict.any():
+            resolved = _own_position(resolved, [p for _, p in found], size)
+            for use, p in found:
+                lost = (p != NONE) & (p != resolved)
+                if use is not None and lost.any():
+                    cuts[use] = lost | cuts.get(use, False)
+        if variable in keep:
+            positions[variable] = resolved
+        return resolved if (resolved != NONE).any() else None
+
+    for number in range(len(graph.operations) - 1, -1, -1):
+        operation = graph.operations[number]
+        if not any(v in uses for v in operation.outputs):
+            continue
+        results = [settle(v) for v in operation.outputs]
+        if all(r is None for r in results):
+            continue
+        for k, operand in enumerate(operation.inputs):
+            if isinstance(operand, Constant) or not active[operand] or (number, k) in frozen:
+                continue
+            found = operand_influence(graph, operation, k, results, _inner)
+            if found is None:
+                continue
+            many = found == MANY
+            if many.any():
+                cuts[number, k] = many
+                found = np.where(many, NONE, found)
+            if (found != NONE).any():
+                uses.setdefault(operand, []).append(((number, k), found))
+    for variable in list(uses):
+        settle(variable)
+    return Influence(positions, cuts)
+
+
+def _own_position(resolved: Array, found: Sequence[Array], size: int) -> Array:
+    """Settle conflicting elements: their own position if a use reaches it, else NONE."""
+    if resolved.size != size:
+        return np.where(resolved == MANY, NONE, resolved)
+    own = np.arange(size).reshape(resolved.shape)
+    reached = np.zeros(resolved.shape, bool)
+    for p in found:
+        reached |= p == own
+    return np.where(resolved == MANY, np.where(reached, own, NONE), resolved)
+
+
+def _inner(operation: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]) -> Array | None:
+    """Influence through a primitive without a rule of its own: through its JVP, its VJP, or MANY."""
+    many = np.broadcast_to(np.int64(MANY), avals[operand].shape)
+    if operation.name == "custom_vjp_call":
+        found = _through_vjp(operation, avals, operand, results)
+    else:
+        found = _through_jvp(operation, avals, operand, results)
+    return many if found is None else found
+
+
+def _through_jvp(operation: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]) -> Array | None:
+    graph = jvp_graph(operation, avals, [operand])
+    if graph is None or any(o.name == operation.name for o in graph.operations):
+        return None
+    tangent = graph.inputs[-1]
+    live = [r for r, v in zip(results, _differentiable_outputs(operation, avals, results), strict=True) if v]
+    seeds = {v: r for v, r in zip(graph.outputs, live, strict=True) if r is not None and not isinstance(v, Constant)}
+    if not seeds:
+        return np.full(avals[operand].shape, NONE, np.int64)
+    found = influence_on(graph, seeds, _reached(graph, {tangent}), {tangent}, set())
+    if found.cuts:
+        return None
+    return found.positions.get(tangent, np.full(avals[operand].shape, NONE, np.int64))
+
+
+def _through_vjp(operation: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]) -> Array | None:
+    """Read the influence off the cotangent map: cotangent element p reaches operand element q, so q influences p."""
+    graph = vjp_graph(operation, avals, [operand])
+    if graph is None:
+        return None
+    (out,) = graph.outputs
+    total = np.full(avals[operand].shape, NONE, np.int64)
+    if isinstance(out, Constant):
+        return total
+    cotangents = graph.inputs[len(avals) :]
+    live = [r for r, v in zip(results, _differentiable_outputs(operation, avals, results), strict=True) if v]
+    seed = np.arange(avals[operand].size).reshape(avals[operand].shape)
+    found = influence_on(graph, {out: seed}, _reached(graph, set(cotangents)), set(cotangents), set())
+    if found.cuts:
+        return None
+    for cotangent, influence in zip(cotangents, live, strict=True):
+        target = found.positions.get(cotangent)
+        if target is None or influence is None:
+            continue
+        part = np.full(avals[operand].size, NONE, np.int64)
+        for q, p in zip(target.ravel(), influence.ravel(), strict=True):
+            if q != NONE and p != NONE:
+                part[q] = p if part[q] in (NONE, p) else MANY
+        total = join(total, part.reshape(total.shape))
+    return total
+
+
+def _differentiable_outputs(operation: Operation, avals: Sequence[Aval], results: list[Array | None]) -> list[bool]:
+    import jax
+
+    from etcompile.frontend.jaxpr import bind
+
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+    outs = jax.eval_shape(lambda *v: bind(operation, v), *shapes)
+    return [Aval(o.shape, o.dtype).differentiable for o in outs]
+
+
+def _reached(graph: Graph, sources: set[int]) -> list[bool]:
+    reached = [v in sources for v in range(len(graph.avals))]
+    for operation in graph.operations:
+        if any(not isinstance(v, Constant) and reached[v] for v in operation.inputs):
+            for v in operation.outputs:
+                reached[v] = graph.avals[v].differentiable
+    return reached

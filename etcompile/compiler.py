@@ -1,0 +1,121 @@
+"""``compile()``, top to bottom: trace, analyse, run the passes, lower, wrap."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from etcompile.analysis.analysis import Analysis, analyse
+from etcompile.analysis.headers import program_header
+from etcompile.errors import InputError
+from etcompile.frontend.module import initialise, is_module
+from etcompile.frontend.step_model import step_model
+from etcompile.ir.program import TraceProgram
+from etcompile.lowering.causal import CausalProgram
+from etcompile.pass_manager import PassManager, PassRecord
+from etcompile.registry import pipeline
+from etcompile.runtime.model_states import ModelAccess, access
+from etcompile.runtime.step import Step
+
+__all__ = ["Compiled", "compile"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Compiled:
+    """The compiler's result for one model at one batch size."""
+
+    analysis: Analysis
+    program: TraceProgram
+    records: tuple[PassRecord, ...]
+    causal: CausalProgram
+    state_shapes: list[tuple[int, ...]]
+
+
+def compile(  # noqa: A001  (the public name)
+    model: Any,
+    *example_inputs: Any,
+    algo: Any = "d_rtrl",
+    batch_size: int | None = None,
+    exclude: str | Sequence[str] = (),
+    manager: PassManager | None = None,
+    optimise: bool = True,
+    **options: Any,
+) -> Step:
+    """Turn a model into an online-learning step.
+
+    Parameters
+    ----------
+    model : brainstate.nn.Module or FunctionModel
+        An ordinary model; nothing needs to be marked. Its states must be initialised, or ``batch_size`` given.
+    *example_inputs : pytrees of arrays
+        One example of every input of ``update``, for one time step. Only shapes and dtypes count.
+    algo : str, rule, or list of passes
+        The learning rule, by name or as an object; in a list, passes to run after it.
+    batch_size : int, optional
+        Initialise the model's states for this batch size first.
+    exclude : str or list of str
+        Paths or patterns of states that shall keep no trace.
+    manager : PassManager, optional
+        Prints, checks or times passes.
+    optimise : bool
+        Whether to run the optimisation passes after the rule.
+    **options
+        Options of the learning rule.
+
+    Returns
+    -------
+    Step
+
+    Raises
+    ------
+    ModelError, InputError, AlgorithmError, OptionError
+        The model's states are as they were.
+
+    Examples
+    --------
+    >>> import brainstate, jax.numpy as jnp, etcompile
+    >>> class Net(brainstate.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.cell, self.readout = brainstate.nn.GRUCell(3, 5), brainstate.nn.Linear(5, 2)
+    ...     def update(self, x):
+    ...         return self.readout(self.cell(x))
+    >>> step = etcompile.compile(Net(), jnp.ones((4, 3)), batch_size=4)
+    >>> step(jnp.ones((4, 3))).shape
+    (4, 2)
+    """
+    algorithm, passes = pipeline(algo, options, optimise)
+    manager = manager or PassManager()
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    inputs = tuple(jax.tree.map(_example, x) for x in example_inputs)
+    live = access(model)
+    if batch_size is not None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError("batch_size must be a positive integer.", got=repr(batch_size), expected="1, 2, ...")
+        if is_module(model):
+            initialise(model, batch_size)
+
+    def build(live: ModelAccess, inputs: tuple[Any, ...]) -> Compiled:
+        traced = step_model(live.trace(inputs))
+        analysis = analyse(traced, patterns)
+        empty = TraceProgram("empty", program_header(analysis))
+
+        def gradients(program: TraceProgram) -> Mapping[str, Any]:
+            from etcompile.lowering.trial import trial_gradients
+
+            return trial_gradients(program, analysis, algorithm.functions)
+
+        program, records = manager.run(empty, passes, gradients)
+        causal = CausalProgram(program, analysis, algorithm.functions)
+        shapes = [tuple(jnp.shape(v)) for v in jax.tree.leaves(live.states())]
+        return Compiled(analysis, program, records, causal, shapes)
+
+    return Step(live, build, inputs)
+
+
+def _example(value: Any) -> Any:
+    return value if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)) else jnp.asarray(value)

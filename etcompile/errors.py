@@ -1,0 +1,83 @@
+"""The exceptions of etcompile: every mistake a user can make ends in one of these.
+
+A message says where (file and line of the user's model, when there is one), what was got, what was expected,
+and what to do about it.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlgorithmError",
+    "CarryError",
+    "EtcompileError",
+    "InputError",
+    "ModelError",
+    "OptionError",
+    "PassError",
+    "ProgramError",
+    "UnsupportedError",
+]
+
+
+class EtcompileError(Exception):
+    """Base class of all exceptions raised by etcompile.
+
+    Parameters
+    ----------
+    message : str
+        What went wrong, in one sentence.
+    where : str, optional
+        ``file:line`` in the user's model.
+    got, expected, hint : str, optional
+        What was found, what was expected, and what to do.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | None = None,
+        got: str | None = None,
+        expected: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.where, self.got, self.expected, self.hint = where, got, expected, hint
+        parts = [message if where is None else f"{where}: {message}"]
+        parts += [f"  {label}: {text}" for label, text in _labelled(got, expected, hint) if text]
+        super().__init__("\n".join(parts))
+
+
+def _labelled(got: str | None, expected: str | None, hint: str | None) -> list[tuple[str, str | None]]:
+    return [("got", got), ("expected", expected), ("do", hint)]
+
+
+class ModelError(EtcompileError, ValueError):
+    """The model cannot be compiled as it stands."""
+
+
+class InputError(EtcompileError, ValueError):
+    """An input, target or loss function does not fit the compiled step."""
+
+
+class CarryError(InputError):
+    """The model's states or traces do not fit the call (after a change of batch size, for example)."""
+
+
+class OptionError(EtcompileError, TypeError):
+    """An option that the algorithm or function does not have, or a value it cannot take."""
+
+
+class AlgorithmError(EtcompileError, ValueError):
+    """An unknown learning rule, or one that this model cannot use."""
+
+
+class ProgramError(EtcompileError, ValueError):
+    """A trace program that breaks the rules of the IR, or text that does not parse."""
+
+
+class PassError(EtcompileError, RuntimeError):
+    """A pass failed, or broke what it declared."""
+
+
+class UnsupportedError(EtcompileError, NotImplementedError):
+    """Something that the chosen schedule or rule cannot compute; the message names one that can."""

@@ -1,0 +1,117 @@
+"""Plain functions as models: ``fn(params, state, x) -> (state, out)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import brainstate
+import jax
+
+from etcompile.errors import ModelError
+from etcompile.frontend.step_model import TracedStep, leaf_names
+
+__all__ = ["FunctionModel", "from_function"]
+
+
+class FunctionModel:
+    """A model given as a pure step function with its parameters and its initial state.
+
+    Attributes
+    ----------
+    fn : callable
+        ``fn(params, state, *inputs) -> (new_state, out)``.
+    name : str
+    param_state, state_state : brainstate states
+        Hold the current parameters and the current state, so that brainstate's transformations see them.
+    """
+
+    def __init__(self, fn: Callable[..., tuple[Any, Any]], params: Any, state: Any, name: str) -> None:
+        self.fn = fn
+        self.name = name
+        self.param_state = brainstate.ParamState(params)
+        self.state_state = brainstate.ShortTermState(state)
+
+    @property
+    def params(self) -> Any:
+        """Current parameters."""
+        return self.param_state.value
+
+    @params.setter
+    def params(self, value: Any) -> None:
+        self.param_state.value = value
+
+    @property
+    def state(self) -> Any:
+        """Current state; the compiled step advances it."""
+        return self.state_state.value
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.state_state.value = value
+
+
+def from_function(fn: Callable[..., tuple[Any, Any]], params: Any, state: Any) -> FunctionModel:
+    """Make a model of a plain function, accepted wherever a module is.
+
+    Parameters
+    ----------
+    fn : callable
+        ``fn(params, state, *inputs) -> (new_state, out)``, pure, with ordinary jax operations.
+    params : pytree of arrays
+        Every floating-point or complex leaf is trained.
+    state : pytree of arrays
+        The initial state, in the shapes and dtypes that ``fn`` returns.
+
+    Returns
+    -------
+    FunctionModel
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, etcompile
+    >>> def leaky(params, state, x):
+    ...     h = 0.9 * state["h"] + x @ params["w"]
+    ...     return {"h": h}, h
+    >>> model = etcompile.from_function(leaky, {"w": jnp.ones((3, 4))}, {"h": jnp.zeros((2, 4))})
+    >>> step = etcompile.compile(model, jnp.ones((2, 3)))
+    >>> step.exact
+    True
+    """
+    if not callable(fn):
+        raise ModelError("from_function needs a function.", got=repr(fn), expected="fn(params, state, x) -> (state, out)")
+    return FunctionModel(fn, jax.tree.map(_array, params), jax.tree.map(_array, state), getattr(fn, "__name__", "fn"))
+
+
+def _array(value: Any) -> Any:
+    return value if isinstance(value, jax.Array) else jax.numpy.asarray(value)
+
+
+def trace_function(model: FunctionModel, inputs: tuple[Any, ...], state: Any = None) -> TracedStep:
+    """Trace one step to a jaxpr."""
+    state = model.state if state is None else state
+    shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), (model.params, state, inputs))
+    kept: dict[str, Any] = {}
+
+    def flat(*leaves: Any) -> list[Any]:
+        params, old, args = jax.tree.unflatten(tree, leaves)
+        result = model.fn(params, old, *args)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise ModelError(
+                f"{model.name} must return two values.", got=f"{type(result).__name__}", expected="(new_state, out)"
+            )
+        new, out = result
+        if jax.tree.structure(new) != jax.tree.structure(old):
+            raise ModelError(
+                f"{model.name} returns a state of another structure.",
+                got=str(jax.tree.structure(new)),
+                expected=str(jax.tree.structure(old)),
+                hint="return every state, also one that did not change; a state cannot be created during a step.",
+            )
+        kept["out"] = jax.tree.map(lambda v: jax.ShapeDtypeStruct(jax.numpy.shape(v), jax.numpy.result_type(v)), out)
+        return [*jax.tree.leaves(out), *jax.tree.leaves(new)]
+
+    leaves, tree = jax.tree.flatten(shapes)
+    closed = jax.make_jaxpr(flat)(*leaves)
+    owners = dict.fromkeys(leaf_names(state), "state")
+    return TracedStep(model.name, closed, shapes[0], shapes[1], shapes[2], kept["out"], owners)

@@ -1,0 +1,189 @@
+"""brainstate modules as models: the only module that uses brainstate's tracing."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import brainstate
+import jax
+import jax.numpy as jnp
+
+from etcompile.errors import EtcompileError, InputError, ModelError
+from etcompile.frontend.jaxpr import run_jaxpr, source_line
+from etcompile.frontend.step_model import TracedStep
+
+__all__ = ["ModuleStates", "is_module", "trace_module"]
+
+
+def is_module(model: Any) -> bool:
+    return isinstance(model, brainstate.nn.Module)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModuleStates:
+    """The ``State`` objects of a module by dotted path: trained parameters, and everything else the step touches."""
+
+    params: dict[str, Any]
+    states: dict[str, Any]
+
+    def values(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {p: s.value for p, s in self.params.items()}, {p: s.value for p, s in self.states.items()}
+
+
+def initialise(model: Any, batch_size: int) -> None:
+    """Create or re-create the model's states for a batch size, as ``brainstate.nn.init_all_states`` does."""
+    try:
+        brainstate.nn.init_all_states(model, batch_size=batch_size)
+    except Exception as error:
+        raise ModelError(
+            f"the states of {type(model).__name__} cannot be initialised with batch_size={batch_size}.",
+            got=f"{type(error).__name__}: {error}",
+            expected="init_state(batch_size=None) methods that create every state",
+        ) from error
+
+
+def short_lived(state: Any) -> bool:
+    """Whether a state belongs to the running sequence and goes back to its initial value at a reset."""
+    return not isinstance(state, (brainstate.LongTermState, brainstate.random.RandomState))
+
+
+def trace_module(model: Any, inputs: tuple[Any, ...]) -> tuple[TracedStep, ModuleStates]:
+    """Trace ``model(*inputs)`` to a jaxpr with all the states it reads or writes."""
+    name = type(model).__name__
+    traced_inputs = jax.tree.map(_example, inputs)
+    before = {".".join(map(str, path)): state for path, state in model.states().items()}
+    fn = brainstate.transform.StatefulFunction(lambda *args: model(*args), return_only_write=False, name=name)
+    try:
+        fn.make_jaxpr(*traced_inputs)
+    except EtcompileError:
+        raise
+    except Exception as error:
+        raise _explained(model, name, inputs, error) from error
+    closed = fn.get_jaxpr(*traced_inputs)
+    trace = fn.get_state_trace(*traced_inputs)
+    _refuse_created_states(name, model, before)
+    by_id = {id(state): path for path, state in before.items()}
+    found = fn.get_states(*traced_inputs)
+    paths = [by_id.get(id(state)) or _outside_path(state, k) for k, state in enumerate(found)]
+    params = {p: s for p, s in before.items() if isinstance(s, brainstate.ParamState)}
+    params |= {p: s for p, s in zip(paths, found, strict=True) if isinstance(s, brainstate.ParamState)}
+    states = {p: s for p, s in zip(paths, found, strict=True) if p not in params}
+    for path, state, written in zip(paths, found, trace.been_writen, strict=True):
+        if written and path in params:
+            raise ModelError(
+                f"{name} writes its trained parameter {path} during a step.",
+                where=_written_at(closed, found, state),
+                got=f"an assignment to {path}.value",
+                expected="parameters that only the optimiser changes",
+                hint="keep values that change by themselves in a HiddenState, ShortTermState or LongTermState.",
+            )
+    out_shape, _ = fn.get_out_shapes(*traced_inputs)
+    example_params = {p: jax.tree.map(_shape, s.value) for p, s in sorted(params.items())}
+    example_states = {p: jax.tree.map(_shape, s.value) for p, s in sorted(states.items())}
+
+    leaf_count = [len(jax.tree.leaves(s.value)) for s in found]
+
+    def flat(*leaves: Any) -> list[Any]:
+        given_params, given_states, args = jax.tree.unflatten(tree, leaves)
+        values = [given_params[p] if p in given_params else given_states[p] for p in paths]
+        flat_out = run_jaxpr(closed, *jax.tree.leaves((args, values)))
+        n_out = len(flat_out) - sum(leaf_count)
+        new, at = {}, n_out
+        for path, count in zip(paths, leaf_count, strict=True):
+            new[path] = flat_out[at : at + count]
+            at += count
+        return [*flat_out[:n_out], *[leaf for p in sorted(states) for leaf in new[p]]]
+
+    example = (example_params, example_states, jax.tree.map(_shape, traced_inputs))
+    leaves, tree = jax.tree.flatten(example)
+    ordered = jax.make_jaxpr(flat)(*leaves)
+    owners = {p: type(s).__name__ for p, s in states.items()}
+    traced = TracedStep(name, ordered, example_params, example_states, example[2], jax.tree.map(_shape, out_shape), owners)
+    return traced, ModuleStates({p: params[p] for p in sorted(params)}, {p: states[p] for p in sorted(states)})
+
+
+def _example(value: Any) -> Any:
+    return value if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)) else jnp.asarray(value)
+
+
+def _shape(value: Any) -> Any:
+    return jax.ShapeDtypeStruct(jnp.shape(value), jnp.result_type(value) if not hasattr(value, "dtype") else value.dtype)
+
+
+def _outside_path(state: Any, k: int) -> str:
+    """Name of a state that the step uses but that is no attribute of the model (a global random state, a closure)."""
+    name = getattr(state, "name", None)
+    if isinstance(state, brainstate.random.RandomState):
+        return "random" if state is brainstate.random.DEFAULT else f"random{k}"
+    return f"outside.{name or k}"
+
+
+def _refuse_created_states(name: str, model: Any, before: dict[str, Any]) -> None:
+    after = {".".join(map(str, path)): state for path, state in model.states().items()}
+    created = [p for p, s in after.items() if before.get(p) is not s]
+    if created:
+        where = source_line(getattr(after[created[0]], "source_info", None))
+        for path in created:
+            _forget(model, path, before.get(path))
+        raise ModelError(
+            f"{name} creates state {created[0]} during a step.",
+            where=where,
+            got=f"a new {type(after[created[0]]).__name__} made in update()",
+            expected="every state to exist before the first step",
+            hint="create it in __init__() or init_state().",
+        )
+
+
+def _forget(model: Any, path: str, old: Any) -> None:
+    """Undo an attribute that a failed trace left on the model."""
+    *parents, last = path.split(".")
+    owner = model
+    try:
+        for part in parents:
+            owner = owner[int(part)] if part.isdigit() else (owner[part] if isinstance(owner, dict) else getattr(owner, part))
+        if old is None:
+            delattr(owner, last)
+        else:
+            setattr(owner, last, old)
+    except (AttributeError, KeyError, IndexError, TypeError):
+        return
+
+
+def _written_at(closed: Any, found: Any, state: Any) -> str | None:
+    """Source line of the operation that computes the new value of ``state``."""
+    count = 0
+    total = sum(len(jax.tree.leaves(s.value)) for s in found)
+    outs = closed.jaxpr.outvars[len(closed.jaxpr.outvars) - total :]
+    for other in found:
+        n = len(jax.tree.leaves(other.value))
+        if other is state:
+            for eqn in closed.jaxpr.eqns:
+                if any(v is o for v in eqn.outvars for o in outs[count : count + n]):
+                    return source_line(eqn.source_info)
+        count += n
+    return None
+
+
+def _explained(model: Any, name: str, inputs: tuple[Any, ...], error: Exception) -> EtcompileError:
+    where = _user_frame(error)
+    shapes = ", ".join(str(jax.tree.map(lambda v: f"{jnp.result_type(v)}{list(jnp.shape(v))}", x)) for x in inputs) or "none"
+    kind = InputError if isinstance(error, (TypeError, ValueError)) else ModelError
+    hint = "check feature size, rank and dtype of the inputs and the batch size of the states; call the model once by itself."
+    if not inputs:
+        hint = "pass one example of every input of update() to compile(): etcompile.compile(model, x0)."
+    states = model.states()
+    if isinstance(error, AttributeError) and not any(not isinstance(s, brainstate.ParamState) for s in states.values()):
+        kind, hint = ModelError, "initialise the states first: brainstate.nn.init_all_states(model, batch_size=...), or pass batch_size to compile()."
+    return kind(f"one step of {name} fails on these inputs.", where=where, got=f"inputs {shapes}; {type(error).__name__}: {error}", hint=hint)
+
+
+def _user_frame(error: Exception) -> str | None:
+    import os
+    import traceback
+
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if "site-packages" not in frame.filename and not frame.filename.startswith(here) and f"{os.sep}lib{os.sep}python" not in frame.filename:
+            return f"{os.path.basename(frame.filename)}:{frame.lineno}"
+    return None

@@ -1,0 +1,238 @@
+"""The traced model: one step as a flat graph, with the names and trees needed to talk to the user again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from etcompile.errors import InputError, ModelError
+from etcompile.frontend.jaxpr import Aval, Graph, flatten_jaxpr, splice, with_copies
+
+__all__ = ["Leaf", "StepModel", "TracedStep", "leaf_names", "step_model"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of a parameter, state, input or output tree; ``path`` is dotted, ``owner`` names its class."""
+
+    path: str
+    aval: Aval
+    owner: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TracedStep:
+    """What a frontend hands over: a closed jaxpr ``(params, states, inputs) -> (outputs, new states)`` and its trees."""
+
+    name: str
+    jaxpr: Any
+    params: Any
+    states: Any
+    inputs: tuple[Any, ...]
+    outputs: Any
+    owners: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepModel:
+    """One time step of a model as a graph over real arrays.
+
+    The graph's inputs are the parameter leaves, then the state leaves, then the input leaves; its outputs are the output
+    leaves, then the new state leaves. A complex state appears as two real ones, ``.re`` and ``.im``: a credit that flows
+    through ``real`` or ``abs`` then needs no special case.
+    """
+
+    name: str
+    graph: Graph
+    params: tuple[Leaf, ...]
+    states: tuple[Leaf, ...]
+    inputs: tuple[Leaf, ...]
+    outputs: tuple[Leaf, ...]
+    param_tree: Any
+    state_tree: Any
+    input_tree: Any
+    output_tree: Any
+    complex_states: tuple[bool, ...]
+
+    @property
+    def param_vars(self) -> tuple[int, ...]:
+        return self.graph.inputs[: len(self.params)]
+
+    @property
+    def state_vars(self) -> tuple[int, ...]:
+        return self.graph.inputs[len(self.params) : len(self.params) + len(self.states)]
+
+    @property
+    def input_vars(self) -> tuple[int, ...]:
+        return self.graph.inputs[len(self.params) + len(self.states) :]
+
+    @property
+    def output_vars(self) -> tuple[Any, ...]:
+        return self.graph.outputs[: len(self.outputs)]
+
+    @property
+    def new_state_vars(self) -> tuple[Any, ...]:
+        return self.graph.outputs[len(self.outputs) :]
+
+    def flatten_params(self, params: Any) -> list[Any]:
+        leaves, tree = jax.tree.flatten(params)
+        if tree != self.param_tree:
+            raise InputError("the parameters do not have the structure of the model's.", got=str(tree), expected=str(self.param_tree))
+        return leaves
+
+    def flatten_states(self, states: Any) -> list[Any]:
+        leaves, tree = jax.tree.flatten(states)
+        if tree != self.state_tree:
+            raise InputError("the states do not have the structure of the model's.", got=str(tree), expected=str(self.state_tree))
+        return split_complex(leaves, self.complex_states)
+
+    def unflatten_states(self, leaves: Sequence[Any]) -> Any:
+        return jax.tree.unflatten(self.state_tree, join_complex(leaves, self.complex_states))
+
+    def flatten_inputs(self, inputs: tuple[Any, ...]) -> list[Any]:
+        """Leaves of the inputs of one step; an input that does not fit is an :class:`InputError`."""
+        leaves, tree = jax.tree.flatten(inputs)
+        if tree != self.input_tree:
+            raise InputError(
+                f"{self.name} was compiled for inputs of another structure.",
+                got=f"{len(inputs)} input(s), {tree}",
+                expected=f"{self.input_tree}",
+                hint="pass the same number and nesting of inputs as in the example given to compile().",
+            )
+        checked = []
+        for leaf, value in zip(self.inputs, leaves, strict=True):
+            array = value if isinstance(value, jax.Array) else jnp.asarray(value)
+            if tuple(array.shape) != leaf.aval.shape:
+                raise InputError(
+                    f"input {leaf.path} of {self.name} has the wrong shape.",
+                    got=f"{tuple(array.shape)}",
+                    expected=f"{leaf.aval.shape}",
+                    hint="call step.reset(batch_size=...) after a change of batch size; compile again for another shape.",
+                )
+            if array.dtype != leaf.aval.dtype:
+                if not _castable(array.dtype, leaf.aval.dtype):
+                    raise InputError(
+                        f"input {leaf.path} of {self.name} has the wrong dtype.",
+                        got=str(array.dtype),
+                        expected=str(leaf.aval.dtype),
+                        hint=f"convert it with .astype({leaf.aval.dtype}).",
+                    )
+                array = array.astype(leaf.aval.dtype)
+            checked.append(array)
+        return checked
+
+
+def _castable(given: Any, wanted: Any) -> bool:
+    """Whether a cast keeps every value: the same kind of number, or an integer or boolean read as a float of enough bits."""
+    return given == wanted or jnp.promote_types(given, wanted) == wanted
+
+
+def leaf_names(tree: Any, prefix: str = "") -> list[str]:
+    """Dotted path of every leaf of ``tree``, in flattening order."""
+    names = []
+    for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        parts = [prefix] if prefix else []
+        for key in path:
+            part = getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))
+            if part is not None and part != "mantissa":
+                parts.append(str(part))
+        names.append(".".join(parts) or "value")
+    return names
+
+
+def split_complex(leaves: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
+    out: list[Any] = []
+    for leaf, flag in zip(leaves, flags, strict=True):
+        out += [jnp.real(leaf), jnp.imag(leaf)] if flag else [leaf]
+    return out
+
+
+def join_complex(leaves: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
+    it = iter(leaves)
+    return [lax.complex(next(it), next(it)) if flag else next(it) for flag in flags]
+
+
+def step_model(traced: TracedStep) -> StepModel:
+    """Flatten a traced step, split its complex states, and check that its states keep their type."""
+    params, param_tree = jax.tree.flatten(traced.params)
+    states, state_tree = jax.tree.flatten(traced.states)
+    inputs, input_tree = jax.tree.flatten(traced.inputs)
+    outputs, output_tree = jax.tree.flatten(traced.outputs)
+    graph = flatten_jaxpr(traced.jaxpr)
+    state_names = leaf_names(traced.states)
+    for k, (name, operand) in enumerate(zip(state_names, graph.outputs[len(outputs) :], strict=True)):
+        old, new = graph.avals[graph.inputs[len(params) + k]], graph.aval(operand)
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise ModelError(
+                f"state {name} changes its type in one step.",
+                where=_where(graph, operand),
+                got=str(new),
+                expected=f"{old}, as it came in",
+                hint="initialise the state with the shape (batch axis included) and dtype that update() gives it.",
+            )
+    flags = tuple(bool(jnp.issubdtype(graph.avals[graph.inputs[len(params) + k]].dtype, jnp.complexfloating)) for k in range(len(states)))
+    if any(flags):
+        graph, state_names = _with_real_states(graph, len(params), len(outputs), flags, state_names)
+    graph = with_copies(graph, range(len(outputs), len(graph.outputs)))
+    n, s = len(params), len(state_names)
+    avals = [graph.avals[v] for v in graph.inputs]
+    return StepModel(
+        name=traced.name,
+        graph=graph,
+        params=tuple(Leaf(p, a) for p, a in zip(leaf_names(traced.params), avals[:n], strict=True)),
+        states=tuple(Leaf(p, a, _owner(traced.owners, p)) for p, a in zip(state_names, avals[n : n + s], strict=True)),
+        inputs=tuple(Leaf(p, a) for p, a in zip(leaf_names(_named_inputs(traced.inputs)), avals[n + s :], strict=True)),
+        outputs=tuple(Leaf(p, graph.aval(v)) for p, v in zip(leaf_names(traced.outputs, "out"), graph.outputs, strict=False)),
+        param_tree=param_tree,
+        state_tree=state_tree,
+        input_tree=input_tree,
+        output_tree=output_tree,
+        complex_states=flags,
+    )
+
+
+def _named_inputs(inputs: tuple[Any, ...]) -> Any:
+    return {"x": inputs[0]} if len(inputs) == 1 else {f"x{k}": v for k, v in enumerate(inputs)}
+
+
+def _owner(owners: dict[str, str], path: str) -> str:
+    best = max((p for p in owners if path == p or path.startswith(p + ".")), key=len, default="")
+    return owners.get(best, "")
+
+
+def _where(graph: Graph, operand: Any) -> str | None:
+    for operation in graph.operations:
+        if operand in operation.outputs:
+            return operation.source
+    return None
+
+
+def _with_real_states(
+    graph: Graph, n_params: int, n_outputs: int, flags: tuple[bool, ...], names: list[str]
+) -> tuple[Graph, list[str]]:
+    avals = [graph.avals[v] for v in graph.inputs]
+    n = len(flags)
+    real_avals: list[Aval] = []
+    real_names: list[str] = []
+    for aval, name, flag in zip(avals[n_params : n_params + n], names, flags, strict=True):
+        part = Aval(aval.shape, jnp.finfo(aval.dtype).dtype) if flag else aval
+        real_avals += [part, part] if flag else [aval]
+        real_names += [f"{name}.re", f"{name}.im"] if flag else [name]
+    m = len(real_avals)
+
+    def before(*args: Any) -> list[Any]:
+        return [*args[:n_params], *join_complex(args[n_params : n_params + m], flags), *args[n_params + m :]]
+
+    def after(*outs: Any) -> list[Any]:
+        return [*outs[:n_outputs], *split_complex(outs[n_outputs:], flags)]
+
+    new = splice(graph, before, [*avals[:n_params], *real_avals, *avals[n_params + n :]], after)
+    return new, real_names
+
+
+Tracer = Callable[..., TracedStep]

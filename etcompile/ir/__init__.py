@@ -1,0 +1,1 @@
+"""The intermediate representation: recurrence equations, their printer, parser and verifier."""

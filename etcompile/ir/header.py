@@ -1,0 +1,121 @@
+"""What a trace program says about its model: groups, sites, relations and cuts, as plain printable records."""
+
+from __future__ import annotations
+
+import dataclasses
+
+__all__ = ["Cut", "Group", "Header", "Relation", "Site"]
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Hidden states that feed each other position by position.
+
+    ``states`` holds (path, dtype) pairs; ``pattern[k][j]`` tells whether old state j reaches new state k locally;
+    ``bypass`` the old states that reach a result without passing the group's new states.
+    """
+
+    name: str
+    states: tuple[tuple[str, str], ...]
+    shape: Shape
+    dtype: str
+    pattern: tuple[tuple[bool, ...], ...]
+    bypass: tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One place where an effective weight meets data.
+
+    ``contracted`` are the weight axes that the operation sums over, which a trace keeps beside y's own axes; None where
+    no trace is possible. ``hoisted`` tells whether the weight is computed once per call instead of once per step.
+    """
+
+    name: str
+    kind: str
+    params: tuple[str, ...]
+    primitive: str
+    source: str
+    weight: Shape
+    y: Shape
+    dtype: str
+    contracted: Shape | None
+    presynaptic: tuple[Shape, ...]
+    hoisted: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Relation:
+    """A site and a group that its result reaches, one position per element, inside ``window`` of y."""
+
+    name: str
+    site: str
+    group: str
+    window: tuple[tuple[int, int], ...]
+    rows: tuple[bool, ...]
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(stop - start for start, stop in self.window)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A place where the local Jacobians stop: the credit that the trace does not carry.
+
+    Attributes
+    ----------
+    name : str
+    group : str
+        Group whose trace loses the credit.
+    primitive : str
+        Operation that spreads the value over several units.
+    source : str
+        ``file:line`` in the user's model.
+    origins : tuple of str
+        Hidden states and parameters whose later influence is lost.
+    meaning : str
+        What is lost, in words.
+    part : str
+        ``"all"``, or the share of the operand's elements that is cut.
+    """
+
+    name: str
+    group: str
+    primitive: str
+    source: str
+    origins: tuple[str, ...]
+    meaning: str
+    part: str = "all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """Everything a program knows of its model."""
+
+    model: str
+    groups: tuple[Group, ...]
+    sites: tuple[Site, ...]
+    relations: tuple[Relation, ...]
+    cuts: tuple[Cut, ...]
+
+    def group(self, name: str) -> Group:
+        return _find(self.groups, name)
+
+    def site(self, name: str) -> Site:
+        return _find(self.sites, name)
+
+    def relation(self, name: str) -> Relation:
+        return _find(self.relations, name)
+
+    def relations_of(self, site: str) -> tuple[Relation, ...]:
+        return tuple(r for r in self.relations if r.site == site)
+
+
+def _find(items, name):  # type: ignore[no-untyped-def]
+    for item in items:
+        if item.name == name:
+            return item
+    raise KeyError(name)

@@ -1,0 +1,182 @@
+"""The table of ops: for each its type rule, the arguments it is linear in, and what it means.
+
+How an op is computed stands beside it in :mod:`etcompile.lowering.evaluate`, which knows arrays; the table here knows
+types only, so that programs can be built, checked and printed without a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from etcompile.errors import ProgramError
+from etcompile.ir.header import Header
+from etcompile.ir.program import Argument, Ref, Symbol
+from etcompile.ir.types import NUMBER, Type, type_of
+
+__all__ = ["OPS", "Op", "infer_type", "register_op"]
+
+Arg = Type | Symbol | float | int
+Rule = Callable[[Header, tuple[Arg, ...]], Type]
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One op.
+
+    Attributes
+    ----------
+    name : str
+    rule : callable
+        Type of the result from the header and the arguments (types, symbols, numbers); raises ProgramError.
+    linear : tuple of int
+        Arguments in which the op is linear, each with the others fixed.
+    needs_loss : bool
+        Whether its value depends on the loss of this step, so that it exists only where a gradient is taken.
+    doc : str
+    """
+
+    name: str
+    rule: Rule
+    linear: tuple[int, ...]
+    needs_loss: bool
+    doc: str
+
+
+OPS: dict[str, Op] = {}
+
+
+def register_op(name: str, rule: Rule, *, linear: tuple[int, ...] = (), needs_loss: bool = False, doc: str) -> None:
+    """Add a row to the table."""
+    if name in OPS:
+        raise ProgramError(f"op {name!r} is defined twice.")
+    OPS[name] = Op(name, rule, linear, needs_loss, doc)
+
+
+def infer_type(header: Header, op: str, args: tuple[Argument, ...], types: dict[str, Type]) -> Type:
+    """Type of ``op(*args)`` where references have the given types."""
+    if op not in OPS:
+        raise ProgramError(f"there is no op {op!r}.", expected="one of " + ", ".join(sorted(OPS)))
+    return OPS[op].rule(header, tuple(types[a.name] if isinstance(a, Ref) else a for a in args))
+
+
+def _of_symbol(kind: str) -> Rule:
+    def rule(header: Header, args: tuple[Arg, ...]) -> Type:
+        if len(args) != 1 or not isinstance(args[0], Symbol):
+            raise ProgramError(f"{kind} takes the name of a group, relation or site.", got=f"{args}")
+        try:
+            return type_of(header, kind, args[0].name)
+        except KeyError:
+            raise ProgramError(f"{kind}: there is no {args[0].name!r} in this program.") from None
+
+    return rule
+
+
+def _kinds(args: tuple[Arg, ...]) -> tuple[str, ...]:
+    return tuple(a.kind if isinstance(a, Type) else "number" if isinstance(a, (int, float)) else "symbol" for a in args)
+
+
+def _outer(header: Header, args: tuple[Arg, ...]) -> Type:
+    if _kinds(args) != ("immediate", "presynaptic"):
+        raise ProgramError("outer takes an immediate Jacobian and a presynaptic value.", got=_show(args))
+    f, x = args
+    assert isinstance(f, Type) and isinstance(x, Type)
+    if header.relation(f.of).site != x.of:
+        raise ProgramError(f"outer: relation {f.of} is not at site {x.of}.")
+    return type_of(header, "trace", f.of)
+
+
+def _matmul(header: Header, args: tuple[Arg, ...]) -> Type:
+    kinds = _kinds(args)
+    if kinds not in {("transition", k) for k in ("trace", "immediate", "transition")} | {("state", "transition")}:
+        raise ProgramError("@ takes a transition and a trace, immediate Jacobian or transition; or a signal and a transition.", got=_show(args))
+    a, b = args
+    assert isinstance(a, Type) and isinstance(b, Type)
+    group = header.relation(b.of).group if b.kind in ("trace", "immediate") else b.of
+    if a.of != group:
+        raise ProgramError(f"@: the left side belongs to {a.of}, the right side to {group}.")
+    return a if b.kind == "transition" and a.kind == "state" else b
+
+
+def _add(header: Header, args: tuple[Arg, ...]) -> Type:
+    if len(args) != 2 or not all(isinstance(a, Type) for a in args) or args[0] != args[1]:
+        raise ProgramError("+ and - take two values of the same type.", got=_show(args))
+    assert isinstance(args[0], Type)
+    return args[0]
+
+
+def _mul(header: Header, args: tuple[Arg, ...]) -> Type:
+    types = [a for a in args if isinstance(a, Type) and a.kind != "number"]
+    if len(args) != 2 or not types or (len(types) == 2 and types[0] != types[1]):
+        raise ProgramError("* takes a number and a value, or two values of the same type.", got=_show(args))
+    return types[0]
+
+
+def _contract(header: Header, args: tuple[Arg, ...]) -> Type:
+    if _kinds(args) != ("state", "trace"):
+        raise ProgramError("contract takes a learning signal and a trace.", got=_show(args))
+    signal, trace = args
+    assert isinstance(signal, Type) and isinstance(trace, Type)
+    relation = header.relation(trace.of)
+    if relation.group != signal.of:
+        raise ProgramError(f"contract: the signal is of {signal.of}, the trace of {relation.group}.")
+    return type_of(header, "gradient", relation.site)
+
+
+def _back(header: Header, args: tuple[Arg, ...]) -> Type:
+    if _kinds(args) != ("state", "immediate"):
+        raise ProgramError("back takes a learning signal and an immediate Jacobian.", got=_show(args))
+    signal, f = args
+    assert isinstance(signal, Type) and isinstance(f, Type)
+    relation = header.relation(f.of)
+    if relation.group != signal.of:
+        raise ProgramError(f"back: the signal is of {signal.of}, the Jacobian of {relation.group}.")
+    return type_of(header, "credit", relation.site)
+
+
+def _outside(header: Header, args: tuple[Arg, ...]) -> Type:
+    if _kinds(args) != ("credit",):
+        raise ProgramError("outside takes a credit.", got=_show(args))
+    assert isinstance(args[0], Type)
+    return args[0]
+
+
+def _pullback(header: Header, args: tuple[Arg, ...]) -> Type:
+    if _kinds(args) != ("presynaptic", "credit"):
+        raise ProgramError("pullback takes a presynaptic value and a credit.", got=_show(args))
+    x, q = args
+    assert isinstance(x, Type) and isinstance(q, Type)
+    if x.of != q.of:
+        raise ProgramError(f"pullback: the presynaptic value is of {x.of}, the credit of {q.of}.")
+    return type_of(header, "gradient", x.of)
+
+
+def _map(header: Header, args: tuple[Arg, ...]) -> Type:
+    types = [a for a in args[1:] if isinstance(a, Type) and a.kind != "number"]
+    if not args or not isinstance(args[0], Symbol) or not types or any(t != types[0] for t in types):
+        raise ProgramError("map takes a function and values of one type.", got=_show(args))
+    return types[0]
+
+
+def _show(args: tuple[Arg, ...]) -> str:
+    return ", ".join(map(str, args)) or "nothing"
+
+
+register_op("transition", _of_symbol("transition"), doc="D_t = dh_t/dh_{t-1} of a group, block by position")
+register_op("immediate", _of_symbol("immediate"), doc="f_t = dh_t/dy_t of a relation")
+register_op("presynaptic", _of_symbol("presynaptic"), doc="x_t: what the operation at a site reads beside the weight")
+register_op("signal", _of_symbol("state"), needs_loss=True, doc="L_t = dloss_t/dh_t, the group's new states taken as independent")
+register_op("bypass", _of_symbol("state"), needs_loss=True, doc="dloss_t/dh_{t-1} along paths that avoid the group's new states")
+register_op("one_step", _of_symbol("credit"), needs_loss=True, doc="dloss_t/dy_t by ordinary autodiff, h_{t-1} held constant")
+register_op("outer", _outer, linear=(0, 1), doc="f (x) x, the part of a trace that this step adds")
+register_op("matmul", _matmul, linear=(0, 1), doc="matrix product over the group's states, position by position")
+register_op("add", _add, linear=(), doc="sum")
+register_op("sub", _add, linear=(), doc="difference")
+register_op("mul", _mul, linear=(0, 1), doc="product with a number, or element by element")
+register_op("contract", _contract, linear=(0, 1), doc="sum over states and positions of signal times trace: a weight gradient")
+register_op("back", _back, linear=(0, 1), doc="sum over states of signal times immediate Jacobian: a credit of y")
+register_op("outside", _outside, linear=(0,), doc="the credit of those elements of y that no trace covers")
+register_op("pullback", _pullback, linear=(0, 1), doc="the weight gradient of a credit: the operation transposed")
+register_op("map", _map, doc="a jax function applied to each row")
+
+assert NUMBER.kind == "number"

@@ -1,0 +1,158 @@
+"""Text as programs: the inverse of the printer."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+from etcompile.errors import ProgramError
+from etcompile.ir.header import Cut, Group, Header, Relation, Site
+from etcompile.ir.ops import infer_type
+from etcompile.ir.program import Argument, Equation, Gradient, Ref, Symbol, TraceProgram
+from etcompile.ir.types import Type
+
+__all__ = ["parse_program"]
+
+_HEAD = re.compile(r"program (?P<name>\S+)  model=(?P<model>.+)  exact=(?P<exact>yes|no)$")
+_GROUP = re.compile(
+    r"(?P<name>\S+) \((?P<states>.*)\) (?P<dtype>[a-z0-9]+)\[(?P<shape>[\d,]*)\] pattern=(?P<pattern>[01/]+)(?: bypass=(?P<bypass>[01]+))?$"
+)
+_SITE = re.compile(
+    r"(?P<name>\S+) (?P<kind>\S+) (?P<params>\S+) (?P<dtype>[a-z0-9]+)\[(?P<weight>[\d,]*)\], (?P<reads>-|[\[\]\d, ]*?)"
+    r" -> \[(?P<y>[\d,]*)\] contracted=(?P<contracted>none|\[[\d,]*\])(?P<hoisted> hoisted)?  # (?P<primitive>\S+) (?P<source>.*)$"
+)
+_RELATION = re.compile(r"(?P<name>\S+) (?P<site>\S+) -> (?P<group>\S+) window=\[(?P<window>[\d:,]*)\] rows=(?P<rows>[01]+)$")
+_CUT = re.compile(
+    r"(?P<name>\S+) in (?P<group>\S+): (?P<origins>.*?) through (?P<primitive>\S+), part=(?P<part>[^:]*): (?P<meaning>.*)  # (?P<source>.*)$"
+)
+_TYPE = re.compile(r"(?P<kind>\w+)(?: (?P<of>\w+))? (?P<dtype>[a-z0-9]+)\[(?P<shape>[\d,]*)\]$")
+
+
+def parse_program(text: str) -> TraceProgram:
+    """Read a program that was printed.
+
+    Raises
+    ------
+    ProgramError
+        With the number and the text of the line that does not parse or has the wrong type.
+    """
+    groups: list[Group] = []
+    sites: list[Site] = []
+    relations: list[Relation] = []
+    cuts: list[Cut] = []
+    equations: list[Equation] = []
+    gradients: list[Gradient] = []
+    head: re.Match[str] | None = None
+    for number, line in enumerate(text.splitlines(), 1):
+        stripped = line.strip()
+        if not stripped:
+            continue
+        try:
+            if head is None:
+                head = _match(_HEAD, stripped)
+            elif stripped.startswith("group "):
+                groups.append(_group(_match(_GROUP, stripped[6:])))
+            elif stripped.startswith("site "):
+                sites.append(_site(_match(_SITE, stripped[5:])))
+            elif stripped.startswith("relation "):
+                relations.append(_relation(_match(_RELATION, stripped[9:])))
+            elif stripped.startswith("cut "):
+                cuts.append(_cut(_match(_CUT, stripped[4:])))
+            elif stripped.startswith("grad "):
+                site, value = stripped[5:].split(" += ")
+                gradients.append(Gradient(site, _reference(ast.parse(value, mode="eval").body)))
+            else:
+                equations.append(_equation(stripped))
+        except (ProgramError, ValueError, SyntaxError) as error:
+            raise ProgramError(f"line {number} of the program does not parse: {error}", got=stripped) from error
+    if head is None:
+        raise ProgramError("the program is empty.", expected="a line 'program NAME  model=...  exact=...'")
+    header = Header(head["model"], tuple(groups), tuple(sites), tuple(relations), tuple(cuts))
+    program = TraceProgram(head["name"], header, tuple(equations), tuple(gradients), head["exact"] == "yes")
+    types = {e.name: e.type for e in equations}
+    for equation in equations:
+        for ref in equation.refs:
+            if ref.name not in types:
+                raise ProgramError(f"{equation.name} uses {ref.name}, which is not defined.")
+        found = infer_type(header, equation.op, equation.args, types)
+        if found != equation.type:
+            raise ProgramError(f"{equation.name} has another type than its line says.", got=str(equation.type), expected=str(found))
+    return program
+
+
+def _match(pattern: re.Pattern[str], text: str) -> re.Match[str]:
+    found = pattern.match(text)
+    if found is None:
+        raise ProgramError("unknown form")
+    return found
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.strip("[]").split(",") if n)
+
+
+def _flags(text: str) -> tuple[bool, ...]:
+    return tuple(c == "1" for c in text)
+
+
+def _group(m: re.Match[str]) -> Group:
+    states = tuple((s.rsplit(":", 1)[0], s.rsplit(":", 1)[1]) for s in m["states"].split(", ") if s)
+    pattern = tuple(_flags(row) for row in m["pattern"].split("/"))
+    bypass = _flags(m["bypass"]) if m["bypass"] else (False,) * len(states)
+    return Group(m["name"], states, _shape(m["shape"]), m["dtype"], pattern, bypass)
+
+
+def _site(m: re.Match[str]) -> Site:
+    reads = tuple(_shape(x) for x in m["reads"].split(" ")) if m["reads"] != "-" else ()
+    contracted = None if m["contracted"] == "none" else _shape(m["contracted"])
+    return Site(
+        m["name"], m["kind"], tuple(m["params"].split("+")), m["primitive"], m["source"], _shape(m["weight"]), _shape(m["y"]),
+        m["dtype"], contracted, reads, bool(m["hoisted"]),
+    )  # fmt: skip
+
+
+def _relation(m: re.Match[str]) -> Relation:
+    window = tuple((int(a), int(b)) for a, b in (part.split(":") for part in m["window"].split(",") if part))
+    return Relation(m["name"], m["site"], m["group"], window, _flags(m["rows"]))
+
+
+def _cut(m: re.Match[str]) -> Cut:
+    group = "" if m["group"] == "-" else m["group"]
+    return Cut(m["name"], group, m["primitive"], m["source"], tuple(m["origins"].split(", ")), m["meaning"], m["part"])
+
+
+_BINARY = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.MatMult: "matmul"}
+
+
+def _equation(text: str) -> Equation:
+    body, type_text = text.rsplit(" : ", 1)
+    name, expression = body.split("[t] = ", 1)
+    type_match = _match(_TYPE, type_text.removesuffix("carried").strip())
+    kind = Type(type_match["kind"], type_match["of"] or "", type_match["dtype"], _shape(type_match["shape"]))
+    tree = ast.parse(expression.strip(), mode="eval").body
+    if isinstance(tree, ast.BinOp):
+        return Equation(name, _BINARY[type(tree.op)], (_argument(tree.left), _argument(tree.right)), kind)
+    if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
+        raise ProgramError("expected op(...) or a binary operator")
+    options = tuple((k.arg or "", ast.literal_eval(k.value)) for k in tree.keywords)
+    return Equation(name, tree.func.id, tuple(map(_argument, tree.args)), kind, options)
+
+
+def _argument(node: ast.expr) -> Argument:
+    if isinstance(node, ast.Subscript):
+        return _reference(node)
+    if isinstance(node, (ast.Name, ast.Attribute)):
+        return Symbol(ast.unparse(node))
+    value = ast.literal_eval(node)
+    if not isinstance(value, (int, float)):
+        raise ProgramError("expected a number")
+    return value
+
+
+def _reference(node: ast.expr) -> Ref:
+    if not isinstance(node, ast.Subscript) or not isinstance(node.value, ast.Name):
+        raise ProgramError("expected a reference such as e0[t-1]")
+    delay = {"t": 0, "t - 1": -1, "t + 1": 1}.get(ast.unparse(node.slice))
+    if delay is None:
+        raise ProgramError("a reference is to [t], [t-1] or [t+1]")
+    return Ref(node.value.id, delay)

@@ -1,0 +1,74 @@
+"""Programs as text."""
+
+from __future__ import annotations
+
+from etcompile.ir.header import Cut, Group, Relation, Site
+from etcompile.ir.program import Argument, Equation, TraceProgram
+
+__all__ = ["format_equation", "format_program"]
+
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "matmul": "@"}
+
+
+def format_program(program: TraceProgram) -> str:
+    """The whole program, in the form that :func:`etcompile.ir.parser.parse_program` reads back."""
+    header = program.header
+    lines = [f"program {program.name}  model={header.model}  exact={'yes' if program.exact else 'no'}"]
+    lines += [f"  group {_group(g)}" for g in header.groups]
+    lines += [f"  site {_site(s)}" for s in header.sites]
+    lines += [f"  relation {_relation(r)}" for r in header.relations]
+    lines += [f"  cut {_cut(c)}" for c in header.cuts]
+    texts = [(e, format_equation(e)) for e in program.equations]
+    width = max((len(text) for _, text in texts), default=0)
+    carried = set(program.carried)
+    for equation, text in texts:
+        note = "   carried" if equation.name in carried else ""
+        lines.append(f"  {text.ljust(width)} : {equation.type}{note}")
+    lines += [f"  grad {g.site} += {g.value}" for g in program.gradients]
+    return "\n".join(lines)
+
+
+def format_equation(equation: Equation) -> str:
+    """One equation without its type."""
+    options = [f"{key}={value!r}" for key, value in equation.options]
+    if equation.op in _INFIX and not options:
+        left, right = map(_argument, equation.args)
+        return f"{equation.name}[t] = {left} {_INFIX[equation.op]} {right}"
+    return f"{equation.name}[t] = {equation.op}({', '.join([*map(_argument, equation.args), *options])})"
+
+
+def _argument(argument: Argument) -> str:
+    return repr(argument) if isinstance(argument, (int, float)) else str(argument)
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return f"[{','.join(map(str, shape))}]"
+
+
+def _group(g: Group) -> str:
+    states = ", ".join(f"{path}:{dtype}" for path, dtype in g.states)
+    text = f"{g.name} ({states}) {g.dtype}{_dims(g.shape)} pattern={'/'.join(_bits(row) for row in g.pattern)}"
+    return text + (f" bypass={_bits(g.bypass)}" if any(g.bypass) else "")
+
+
+def _bits(flags: tuple[bool, ...]) -> str:
+    return "".join("1" if flag else "0" for flag in flags)
+
+
+def _site(s: Site) -> str:
+    reads = " ".join(_dims(x) for x in s.presynaptic)
+    contracted = "none" if s.contracted is None else _dims(s.contracted)
+    hoisted = " hoisted" if s.hoisted else ""
+    return (
+        f"{s.name} {s.kind} {'+'.join(s.params)} {s.dtype}{_dims(s.weight)}, {reads or '-'} -> {_dims(s.y)}"
+        f" contracted={contracted}{hoisted}  # {s.primitive} {s.source}"
+    )
+
+
+def _relation(r: Relation) -> str:
+    window = ",".join(f"{start}:{stop}" for start, stop in r.window)
+    return f"{r.name} {r.site} -> {r.group} window=[{window}] rows={_bits(r.rows)}"
+
+
+def _cut(c: Cut) -> str:
+    return f"{c.name} in {c.group or '-'}: {', '.join(c.origins)} through {c.primitive}, part={c.part}: {c.meaning}  # {c.source}"

@@ -1,0 +1,113 @@
+"""The intermediate representation: recurrence equations over values that exist at every time step.
+
+A :class:`TraceProgram` is an immutable list of typed equations in the manner of a synchronous dataflow language. A
+reference is to ``v[t]``, to ``v[t-1]`` (carried, zero at the start) or to ``v[t+1]`` (anticausal, inside a chunk only).
+Programs hold no arrays, no states and no jax objects: they print, parse back, compare and hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from etcompile.ir.header import Header
+from etcompile.ir.types import Type
+
+__all__ = ["Argument", "Equation", "Gradient", "Ref", "Symbol", "TraceProgram"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """A value at this step (``delay`` 0), the step before (-1) or the step after (+1)."""
+
+    name: str
+    delay: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}[t{self.delay:+d}]" if self.delay else f"{self.name}[t]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Symbol:
+    """The name of a group, relation, site or function."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Argument = Ref | Symbol | float | int
+
+
+@dataclasses.dataclass(frozen=True)
+class Equation:
+    """``name[t] = op(*args) : type``; ``options`` are keyword options of the op."""
+
+    name: str
+    op: str
+    args: tuple[Argument, ...]
+    type: Type
+    options: tuple[tuple[str, float | int | str], ...] = ()
+
+    @property
+    def refs(self) -> tuple[Ref, ...]:
+        return tuple(a for a in self.args if isinstance(a, Ref))
+
+    def option(self, key: str, default: float | int | str | None = None) -> float | int | str | None:
+        return dict(self.options).get(key, default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """``value`` is added to the gradient of the site's effective weight at every step."""
+
+    site: str
+    value: Ref
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceProgram:
+    """An online-learning rule for one model.
+
+    Attributes
+    ----------
+    name : str
+        Name of the algorithm.
+    header : Header
+        The model's groups, sites, relations and cuts.
+    equations : tuple of Equation
+        In an order in which every ``v[t]`` is defined before it is used.
+    gradients : tuple of Gradient
+    exact : bool
+        Whether the sum of the gradients over a sequence equals backpropagation through time.
+    """
+
+    name: str
+    header: Header
+    equations: tuple[Equation, ...] = ()
+    gradients: tuple[Gradient, ...] = ()
+    exact: bool = False
+
+    def equation(self, name: str) -> Equation:
+        for equation in self.equations:
+            if equation.name == name:
+                return equation
+        raise KeyError(name)
+
+    def uses(self) -> Iterator[Ref]:
+        for equation in self.equations:
+            yield from equation.refs
+        for gradient in self.gradients:
+            yield gradient.value
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """Names of the values that some equation or gradient reads one step later, in program order."""
+        late = {ref.name for ref in self.uses() if ref.delay == -1}
+        return tuple(e.name for e in self.equations if e.name in late)
+
+    def __str__(self) -> str:
+        from etcompile.ir.printer import format_program
+
+        return format_program(self)

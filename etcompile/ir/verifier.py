@@ -1,0 +1,84 @@
+"""The rules that every program keeps, checked before and after each pass."""
+
+from __future__ import annotations
+
+from etcompile.errors import ProgramError
+from etcompile.ir.ops import OPS, infer_type
+from etcompile.ir.printer import format_equation
+from etcompile.ir.program import Ref, TraceProgram
+
+__all__ = ["depends_on_loss", "verify"]
+
+
+def verify(program: TraceProgram) -> None:
+    """Raise :class:`ProgramError` unless the program is well formed.
+
+    Names are unique; every reference is defined; a value at ``[t]`` is defined before its use, so that no cycle lacks a
+    ``[t-1]``; types follow from the ops; no value is anticausal outside a chunk; nothing that is carried depends on the
+    loss, so that traces advance alike whether or not a gradient is taken; every site has a gradient.
+    """
+    types = {}
+    for equation in program.equations:
+        if equation.name in types:
+            _fail(program, equation.name, f"{equation.name} is defined twice")
+        types[equation.name] = equation.type
+    defined: set[str] = set()
+    for equation in program.equations:
+        if equation.op not in OPS:
+            _fail(program, equation.name, f"there is no op {equation.op!r}")
+        for ref in equation.refs:
+            _check(program, equation.name, ref, types, defined)
+        try:
+            found = infer_type(program.header, equation.op, equation.args, types)
+        except (ProgramError, KeyError) as error:
+            _fail(program, equation.name, str(error))
+        else:
+            if found != equation.type:
+                _fail(program, equation.name, f"{equation.name} has type {equation.type}, but its op gives {found}")
+        defined.add(equation.name)
+    for gradient in program.gradients:
+        _check(program, gradient.value.name, gradient.value, types, defined)
+        kind = types[gradient.value.name]
+        if (kind.kind, kind.of) != ("gradient", gradient.site):
+            _fail(program, gradient.value.name, f"the gradient of {gradient.site} is a {kind}")
+    loss = depends_on_loss(program)
+    for name in program.carried:
+        if name in loss:
+            _fail(program, name, f"{name} is carried and depends on the loss: it would advance only where a gradient is taken")
+    missing = [s.name for s in program.header.sites if not any(g.site == s.name for g in program.gradients)]
+    if missing:
+        site = program.header.site(missing[0])
+        raise ProgramError(
+            f"{' and '.join(site.params)} gets no gradient at {site.source}.",
+            got=f"program {program.name} without 'grad {site.name} += ...'",
+            hint="give every site a gradient, if only p.pullback(site, p.one_step(site)).",
+        )
+
+
+def depends_on_loss(program: TraceProgram) -> set[str]:
+    """Names of the values that exist only where a loss is given."""
+    found: set[str] = set()
+    while True:
+        grown = {
+            e.name for e in program.equations if OPS[e.op].needs_loss or any(ref.name in found for ref in e.refs)
+        }  # fmt: skip
+        if grown == found:
+            return found
+        found = grown
+
+
+def _check(program: TraceProgram, name: str, ref: Ref, types: dict, defined: set[str]) -> None:
+    if ref.name not in types:
+        _fail(program, name, f"{ref} is not defined")
+    if ref.delay == 0 and ref.name not in defined:
+        _fail(program, name, f"{ref} is used before it is defined: a cycle needs a [t-1]")
+    if ref.delay > 0:
+        _fail(program, name, f"{ref} is anticausal, but the program has no chunk")
+
+
+def _fail(program: TraceProgram, name: str, message: str) -> None:
+    """Raise, with the equations around the fault."""
+    lines = [(e.name, f"{format_equation(e)} : {e.type}") for e in program.equations]
+    at = next((k for k, (n, _) in enumerate(lines) if n == name), 0)
+    near = [f"{'  -> ' if k == at else '     '}{text}" for k, (_, text) in enumerate(lines) if abs(k - at) <= 5]
+    raise ProgramError(message + ".", got="\n" + "\n".join(near))

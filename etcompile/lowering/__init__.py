@@ -1,0 +1,1 @@
+"""Lowering: trace programs as pure jax functions."""

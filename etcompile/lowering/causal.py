@@ -1,0 +1,121 @@
+"""The causal program as pure jax functions: one step forward, and the gradients of one step's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from etcompile.analysis.analysis import Analysis
+from etcompile.analysis.headers import group_dtype
+from etcompile.ir.program import Equation, TraceProgram
+from etcompile.ir.support import carried_rows
+from etcompile.ir.verifier import depends_on_loss
+from etcompile.lowering.derivatives import LoweredModel, StepDerivatives
+from etcompile.lowering.evaluate import Context, evaluate
+
+__all__ = ["CausalProgram"]
+
+Array = Any
+Traces = dict[str, Any]
+
+
+class CausalProgram:
+    """A trace program bound to its model.
+
+    Parameters
+    ----------
+    program : TraceProgram
+    analysis : Analysis
+    functions : mapping of str to callable
+        Functions of ``map`` ops that are not importable by name.
+    """
+
+    def __init__(self, program: TraceProgram, analysis: Analysis, functions: Mapping[str, Callable] | None = None) -> None:
+        self.program = program
+        self.model = LoweredModel(analysis)
+        self.functions = functions or {}
+        late = depends_on_loss(program)
+        self._early = [e for e in program.equations if e.name not in late]
+        self._late = [e for e in program.equations if e.name in late]
+        self._rows = carried_rows(program)
+
+    def init_traces(self) -> Traces:
+        """Carried values of the program, all zero; ``None`` where an entry is structurally zero or never read."""
+        return {name: self._zeros(self.program.equation(name), rows) for name, rows in self._rows.items()}
+
+    def init_traces_shapes(self) -> Traces:
+        """Shapes and dtypes of :meth:`init_traces`, without allocating anything."""
+        return jax.eval_shape(self.init_traces)
+
+    def forward(self, weights: list[Array], states: list[Array], traces: Traces, inputs: list[Array]) -> tuple[StepDerivatives, Traces, dict]:
+        """Run one step of the model and advance the traces.
+
+        Returns the step with its derivatives, the new traces, and all values that do not need the loss.
+        """
+        step = self.model.step(weights, states, inputs)
+        context = Context(self.program, self.model, step, None, self.functions)
+        values = evaluate(context, self._early, {}, traces)
+        new = {name: self._kept(self.program.equation(name), rows, values[name]) for name, rows in self._rows.items()}
+        return step, new, values
+
+    def gradients(
+        self, step: StepDerivatives, traces: Traces, values: dict, outputs: list[Array | None], new_states: list[Array | None]
+    ) -> tuple[dict[str, Array], Any]:
+        """Site gradients of a loss given by its cotangents of the outputs and new states."""
+        loss = step.with_loss(outputs, new_states)
+        context = Context(self.program, self.model, step, loss, self.functions)
+        full = evaluate(context, self._late, values, traces)
+        total: dict[str, Array] = {}
+        for gradient in self.program.gradients:
+            ref = gradient.value
+            value = traces.get(ref.name) if ref.delay == -1 else full[ref.name]
+            if value is not None:
+                total[gradient.site] = value if gradient.site not in total else total[gradient.site] + value
+        return total, loss
+
+    # -- carried values -----------------------------------------------------------------------------------------
+
+    def _zeros(self, equation: Equation, rows: Any) -> Any:
+        if isinstance(rows, tuple):
+            return tuple(self._zeros(equation, r) for r in rows)
+        if not rows:
+            return None
+        shape, dtype = self._entry(equation)
+        if isinstance(shape, list):
+            return tuple(jnp.zeros(s, d) for s, d in zip(shape, dtype, strict=True))
+        return jnp.zeros(shape, dtype)
+
+    def _kept(self, equation: Equation, rows: Any, value: Any) -> Any:
+        if isinstance(rows, tuple):
+            entries = value if value is not None else (None,) * len(rows)
+            return tuple(self._kept(equation, r, v) for r, v in zip(rows, entries, strict=True))
+        if not rows:
+            return None
+        if value is None:
+            return self._zeros(equation, rows)
+        shape, dtype = self._entry(equation)
+        if isinstance(shape, list):
+            return tuple(v.astype(d) for v, d in zip(value, dtype, strict=True))
+        return jnp.broadcast_to(value, shape).astype(dtype)
+
+    def _entry(self, equation: Equation) -> tuple[Any, Any]:
+        """Shape and dtype of one entry of a carried value."""
+        kind, of = equation.type.kind, equation.type.of
+        analysis = self.model.analysis
+        if kind in ("trace", "immediate"):
+            geometry = self.model.traces[of]
+            dtype = jnp.result_type(geometry.dtype, group_dtype(analysis, analysis.group(geometry.relation.group)))
+            return (geometry.shape if kind == "trace" else geometry.relation.shape), dtype
+        if kind in ("state", "transition"):
+            group = analysis.group(of)
+            return group.shape, group_dtype(analysis, group)
+        site = self.model.sites[of]
+        if kind == "presynaptic":
+            body = analysis.split.body
+            operands = [] if site.operation is None else [v for k, v in enumerate(site.operation.inputs) if k != site.site.operand]
+            avals = [body.aval(v) for v in operands]
+            return [a.shape for a in avals], [a.dtype for a in avals]
+        return (site.y_shape, site.y_dtype) if kind == "credit" else (site.weight_shape, site.weight_dtype)

@@ -1,0 +1,216 @@
+"""The model's side of a program: D, f and x of one step, and with a loss L, the bypass and the one-step credits.
+
+Values that belong to a group are tuples with one entry per hidden state, transitions tuples of tuples; ``None`` stands
+for an entry that is zero for every input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from etcompile.analysis.analysis import Analysis
+from etcompile.analysis.groups import HiddenGroup
+from etcompile.frontend.jaxpr import Constant
+from etcompile.lowering.geometry import SiteGeometry, TraceGeometry, site_geometry, trace_geometry
+from etcompile.lowering.tape import Tape
+
+__all__ = ["LoweredModel", "LossDerivatives", "StepDerivatives"]
+
+Array = Any
+Row = tuple[Array | None, ...]
+
+
+class LoweredModel:
+    """An analysis with the array geometry of its sites and relations; shared by every step."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
+        self.sites: dict[str, SiteGeometry] = {s.name: site_geometry(analysis, s) for s in analysis.sites}
+        self.traces: dict[str, TraceGeometry] = {
+            r.name: trace_geometry(analysis, r) for r in analysis.relations
+        }
+        self.frozen = frozenset((s.operation, s.operand) for s in analysis.sites if s.kind != "direct")
+
+    @property
+    def weight_vars(self) -> tuple[int, ...]:
+        return self.analysis.split.weights
+
+    def hoist(self, params: list[Array]) -> list[Array]:
+        """Effective weights from raw parameters."""
+        return self.analysis.split.hoisted.evaluate(*params)
+
+    def unhoist(self, params: list[Array], gradients: Mapping[str, Array]) -> list[Array]:
+        """Gradients of the raw parameters from gradients of the sites' effective weights."""
+        analysis = self.analysis
+        moving = [k for k, leaf in enumerate(analysis.model.params) if leaf.aval.differentiable]
+        live = [k for k, v in enumerate(self.weight_vars) if analysis.split.body.avals[v].differentiable]
+
+        def fn(moved: list[Array]) -> list[Array]:
+            full = list(params)
+            for k, v in zip(moving, moved, strict=True):
+                full[k] = v
+            weights = self.hoist(full)
+            return [weights[k] for k in live]
+
+        weights, pull = jax.vjp(fn, [params[k] for k in moving])
+        cotangents = []
+        for k, weight in zip(live, weights, strict=True):
+            total = jnp.zeros_like(weight)
+            for site in analysis.sites:
+                if site.weight == self.weight_vars[k] and gradients.get(site.name) is not None:
+                    total = total + gradients[site.name]
+            cotangents.append(total)
+        (pulled,) = pull(cotangents)
+        result = [jnp.zeros_like(p) for p in params]
+        for k, v in zip(moving, pulled, strict=True):
+            result[k] = v
+        return result
+
+    def step(self, weights: list[Array], states: list[Array], inputs: list[Array]) -> StepDerivatives:
+        return StepDerivatives(self, Tape(self.analysis.split.body, [*weights, *states, *inputs], self.frozen))
+
+
+class StepDerivatives:
+    """One executed step with its local derivatives."""
+
+    def __init__(self, model: LoweredModel, tape: Tape) -> None:
+        self.model = model
+        self.tape = tape
+        self._rows: dict[int, dict[int, Array]] = {}
+
+    @cached_property
+    def outputs(self) -> list[Array]:
+        return [self.tape.read(v) for v in self.model.analysis.model.output_vars]
+
+    @cached_property
+    def new_states(self) -> list[Array]:
+        return [self.tape.read(v) for v in self.model.analysis.model.new_state_vars]
+
+    def presynaptic(self, site: str) -> tuple[Array, ...]:
+        return self.model.sites[site].presynaptic(self.tape.values)
+
+    def transition(self, name: str) -> tuple[Row, ...]:
+        """D of a group: per new state a row over old states, each an array over positions or None."""
+        analysis = self.model.analysis
+        group = analysis.group(name)
+        rows = []
+        for k, state in enumerate(group.states):
+            found = self._local(group, k) if any(group.pattern[k]) else {}
+            row: list[Array | None] = []
+            for j, old in enumerate(group.states):
+                cotangent = found.get(analysis.model.state_vars[old]) if group.pattern[k][j] else None
+                row.append(None if cotangent is None else _at_positions(group, j, cotangent, group.masks.get((k, j))))
+            rows.append(tuple(row))
+            del state
+        return tuple(rows)
+
+    def immediate(self, name: str) -> Row:
+        """f of a relation: per state of its group an array over the window of y, or None."""
+        geometry = self.model.traces[name]
+        relation = geometry.relation
+        group = self.model.analysis.group(relation.group)
+        site = self.model.analysis.site(relation.site)
+        rows: list[Array | None] = []
+        for k in range(len(group.states)):
+            found = self._local(group, k).get(site.y) if relation.rows[k] else None
+            if found is None:
+                rows.append(None)
+                continue
+            found = geometry.window(found)
+            mask = relation.masks.get(k)
+            rows.append(found if mask is None else jnp.where(mask, found, jnp.zeros((), found.dtype)))
+        return tuple(rows)
+
+    def _local(self, group: HiddenGroup, k: int) -> dict[int, Array]:
+        """Row k of the local Jacobian: pull ones back from one new state with the uses cut."""
+        analysis = self.model.analysis
+        state = group.states[k]
+        if state not in self._rows:
+            new = analysis.model.new_state_vars[state]
+            targets = {analysis.model.state_vars[old] for j, old in enumerate(group.states) if group.pattern[k][j]}
+            for relation in analysis.relations:
+                if relation.group == group.name and relation.rows[k]:
+                    targets.add(analysis.site(relation.site).y)
+            ones = jnp.ones_like(self.tape.values[new])
+            self._rows[state] = self.tape.pull({new: ones}, targets, analysis.uses_cut[state])
+        return self._rows[state]
+
+    def with_loss(self, outputs: list[Array | None], new_states: list[Array | None]) -> LossDerivatives:
+        """Add the loss: its cotangents with respect to the step's outputs and new states."""
+        model = self.model.analysis.model
+        seeds: dict[int, Array] = {}
+        for operand, cotangent in zip((*model.output_vars, *model.new_state_vars), (*outputs, *new_states), strict=True):
+            if cotangent is None or isinstance(operand, Constant) or not self.tape.graph.avals[operand].differentiable:
+                continue
+            seeds[operand] = cotangent if operand not in seeds else seeds[operand] + cotangent
+        return LossDerivatives(self, seeds)
+
+
+class LossDerivatives:
+    """Derivatives of one step's loss."""
+
+    def __init__(self, step: StepDerivatives, seeds: dict[int, Array]) -> None:
+        self.step = step
+        self.seeds = seeds
+        self._signals: dict[str, dict[int, Array]] = {}
+
+    def signal(self, name: str) -> Row:
+        """L of a group: the loss differentiated by its new states, all of them taken as independent."""
+        analysis = self.step.model.analysis
+        group = analysis.group(name)
+        found = self._signal(group)
+        return tuple(
+            None if (c := found.get(analysis.model.new_state_vars[s])) is None else _at_positions(group, k, c, None)
+            for k, s in enumerate(group.states)
+        )
+
+    def bypass(self, name: str) -> Row:
+        """The loss differentiated by the group's old states along paths that avoid its new ones."""
+        analysis = self.step.model.analysis
+        group = analysis.group(name)
+        found = self._signal(group)
+        return tuple(
+            None if (c := found.get(analysis.model.state_vars[s])) is None else _at_positions(group, k, c, None)
+            for k, s in enumerate(group.states)
+        )
+
+    def _signal(self, group: HiddenGroup) -> dict[int, Array]:
+        if group.name not in self._signals:
+            model = self.step.model.analysis.model
+            new = {model.new_state_vars[s] for s in group.states}
+            old = {model.state_vars[s] for s in group.states}
+            self._signals[group.name] = self.step.tape.pull(self.seeds, new | old, independent=new)
+        return self._signals[group.name]
+
+    @cached_property
+    def _one_step(self) -> dict[int, Array]:
+        targets = {s.y for s in self.step.model.analysis.sites}
+        return self.step.tape.pull(self.seeds, targets)
+
+    def one_step(self, name: str) -> Array | None:
+        """Ordinary cotangent of y at a site, old states held constant."""
+        return self._one_step.get(self.step.model.analysis.site(name).y)
+
+    def inputs(self) -> list[Array | None]:
+        """Ordinary cotangents of the step's inputs."""
+        variables = self.step.model.analysis.model.input_vars
+        targets = {v for v in variables if self.step.tape.graph.avals[v].differentiable}
+        found = self.step.tape.pull(self.seeds, targets)
+        return [found.get(v) for v in variables]
+
+
+def _at_positions(group: HiddenGroup, k: int, value: Array, mask: np.ndarray | None) -> Array:
+    """An array over the elements of state k as one over the group's positions."""
+    elements = group.maps[k]
+    if elements is None:
+        value = value.reshape(group.shape)
+    else:
+        taken = jnp.take(value.reshape(-1), np.maximum(elements, 0))
+        value = jnp.where(elements >= 0, taken, jnp.zeros((), value.dtype)).reshape(group.shape)
+    return value if mask is None else jnp.where(mask, value, jnp.zeros((), value.dtype))

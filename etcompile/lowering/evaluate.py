@@ -1,0 +1,229 @@
+"""How each op is computed.
+
+Values of a group have one entry per hidden state, ``None`` where it is structurally zero; a transition is a matrix of such
+entries, a credit or gradient is one array or ``None``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import jax.numpy as jnp
+
+from etcompile.errors import ProgramError
+from etcompile.ir.program import Argument, Equation, Ref, Symbol, TraceProgram
+from etcompile.lowering.derivatives import LoweredModel, LossDerivatives, StepDerivatives
+
+__all__ = ["EVALUATE", "Context", "evaluate", "resolve_function"]
+
+Value = Any
+
+
+class Context:
+    """What op rules may ask: the lowered model, the step's derivatives, the loss's derivatives, and registered functions."""
+
+    def __init__(
+        self,
+        program: TraceProgram,
+        model: LoweredModel,
+        step: StepDerivatives | None,
+        loss: LossDerivatives | None,
+        functions: Mapping[str, Callable],
+    ) -> None:
+        self.program, self.model, self.step, self.loss, self.functions = program, model, step, loss, functions
+
+
+Rule = Callable[[Context, Equation, Sequence[Value]], Value]
+
+
+def evaluate(context: Context, equations: Sequence[Equation], known: dict[str, Value], previous: Mapping[str, Value]) -> dict[str, Value]:
+    """Compute ``equations`` in order, given values known already and those carried from the step before."""
+    values = dict(known)
+
+    def get(argument: Argument) -> Value:
+        if isinstance(argument, Ref):
+            return previous.get(argument.name) if argument.delay == -1 else values[argument.name]
+        return argument
+
+    for equation in equations:
+        values[equation.name] = EVALUATE[equation.op](context, equation, [get(a) for a in equation.args])
+    return values
+
+
+def resolve_function(functions: Mapping[str, Callable], name: str) -> Callable:
+    """The function that a ``map`` op names: one given with the program, or an importable one."""
+    if name in functions:
+        return functions[name]
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError):
+        raise ProgramError(
+            f"the function {name} of a map op cannot be found.",
+            hint="define it at the top level of an importable module, or build the program in this process.",
+        ) from None
+
+
+def _rows(fn: Callable[[Any, Any], Any], a: Value, b: Value) -> Value:
+    """Apply to entries, ``None`` being zero."""
+    if isinstance(a, tuple) or isinstance(b, tuple):
+        left = a if isinstance(a, tuple) else (None,) * len(b)
+        right = b if isinstance(b, tuple) else (None,) * len(left)
+        return tuple(_rows(fn, x, y) for x, y in zip(left, right, strict=True))
+    return fn(a, b)
+
+
+def _add(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    return _rows(lambda a, b: a if b is None else b if a is None else a + b, *args)
+
+
+def _sub(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    return _rows(lambda a, b: a if b is None else -b if a is None else a - b, *args)
+
+
+def _mul(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    a, b = args
+    numbers = [isinstance(v, (int, float)) for v in args]
+    if any(numbers):
+        factor, value = (a, b) if numbers[0] else (b, a)
+        return _each(lambda v: None if v is None else v * jnp.asarray(factor, v.dtype), value)
+    return _rows(lambda x, y: None if x is None or y is None else x * y, a, b)
+
+
+def _each(fn: Callable[[Any], Any], value: Value) -> Value:
+    return tuple(_each(fn, v) for v in value) if isinstance(value, tuple) else fn(value)
+
+
+def _outer(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    f, x = args
+    geometry = context.model.traces[equation.type.of]
+    spread = geometry.presynaptic(x)
+    return tuple(
+        None if row is None else jnp.broadcast_to(geometry.spread(row) * spread.astype(_common(row, spread)), geometry.shape) for row in f
+    )
+
+
+def _common(row: Value, x: Value) -> Any:
+    return jnp.result_type(row, x)
+
+
+def _matmul(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    left, right = equation.args
+    assert isinstance(left, Ref) and isinstance(right, Ref)
+    a, b = args
+    if b is None:
+        return None
+    kind = context.program.equation(right.name).type.kind
+    if kind == "transition":
+        columns = range(len(b))
+        if context.program.equation(left.name).type.kind == "state":
+            return tuple(_dot(a, [row[j] for row in b]) for j in columns)
+        return tuple(tuple(_dot(line, [row[j] for row in b]) for j in columns) for line in a)
+    geometry = context.model.traces[equation.type.of]
+
+    def to_row(d: Value) -> Value:
+        if d is None:
+            return None
+        placed = geometry.from_positions(d)
+        return geometry.spread(placed) if kind == "trace" else placed
+
+    return tuple(_dot([to_row(d) if v is not None else None for d, v in zip(line, b, strict=True)], b) for line in a)
+
+
+def _dot(a: Sequence[Value], b: Sequence[Value]) -> Value:
+    terms = [x * y for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    return reduce(operator.add, terms) if terms else None
+
+
+def _contract(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    signal, trace = args
+    if trace is None:
+        return None
+    ref = equation.args[1]
+    assert isinstance(ref, Ref)
+    geometry = context.model.traces[context.program.equation(ref.name).type.of]
+    pairs = [(geometry.from_positions(s), e) for s, e in zip(signal, trace, strict=True) if s is not None and e is not None]
+    return geometry.contract(pairs) if pairs else None
+
+
+def _back(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    signal, f = args
+    ref = equation.args[1]
+    assert isinstance(ref, Ref)
+    geometry = context.model.traces[context.program.equation(ref.name).type.of]
+    total = _dot([None if s is None or v is None else geometry.from_positions(s) for s, v in zip(signal, f, strict=True)], f)
+    return None if total is None else geometry.place(total)
+
+
+def _outside(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    (credit,) = args
+    if credit is None:
+        return None
+    import numpy as np
+
+    site = equation.type.of
+    covered = np.zeros(context.model.sites[site].y_shape, bool)
+    for relation in context.model.analysis.relations:
+        if relation.site == site:
+            covered[relation.slices] |= relation.position >= 0
+    return None if covered.all() else jnp.where(covered, jnp.zeros((), credit.dtype), credit)
+
+
+def _pullback(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    x, credit = args
+    return None if credit is None else context.model.sites[equation.type.of].pullback(x, credit)
+
+
+def _map(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    name, *values = args
+    fn = resolve_function(context.functions, name.name)
+
+    def apply(*entries: Value) -> Value:
+        if any(isinstance(e, tuple) for e in entries):
+            width = max(len(e) for e in entries if isinstance(e, tuple))
+            return tuple(apply(*[e[k] if isinstance(e, tuple) else e for e in entries]) for k in range(width))
+        return None if all(e is None for e in entries) else fn(*[0.0 if e is None else e for e in entries])
+
+    return apply(*values)
+
+
+def _from_step(method: str) -> Rule:
+    def rule(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+        (symbol,) = args
+        assert isinstance(symbol, Symbol)
+        return getattr(context.step, method)(symbol.name)
+
+    return rule
+
+
+def _from_loss(method: str) -> Rule:
+    def rule(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+        (symbol,) = args
+        assert isinstance(symbol, Symbol)
+        return getattr(context.loss, method)(symbol.name)
+
+    return rule
+
+
+EVALUATE: dict[str, Rule] = {
+    "transition": _from_step("transition"),
+    "immediate": _from_step("immediate"),
+    "presynaptic": _from_step("presynaptic"),
+    "signal": _from_loss("signal"),
+    "bypass": _from_loss("bypass"),
+    "one_step": _from_loss("one_step"),
+    "outer": _outer,
+    "matmul": _matmul,
+    "add": _add,
+    "sub": _sub,
+    "mul": _mul,
+    "contract": _contract,
+    "back": _back,
+    "outside": _outside,
+    "pullback": _pullback,
+    "map": _map,
+}

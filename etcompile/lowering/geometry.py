@@ -1,0 +1,305 @@
+"""Arrays of one relation: how a trace is laid out, what one step adds to it, and how it becomes a weight gradient.
+
+A trace row has, logically, the axes of y's window followed by the contracted axes of the weight. Axes of y that are no axes of
+the weight (batch, time folded in, space) are *summed* when a trace becomes a gradient. In memory the summed axes come
+last: the update of a trace and its contraction then run in one pass over contiguous memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from etcompile.analysis.analysis import Analysis
+from etcompile.analysis.headers import contracted_shape
+from etcompile.analysis.relations import Relation
+from etcompile.analysis.sites import Site
+from etcompile.errors import UnsupportedError
+from etcompile.frontend.jaxpr import Graph, Operation, bind, read
+
+__all__ = ["SiteGeometry", "TraceGeometry", "gather_positions", "site_geometry"]
+
+Array = Any
+
+#: A trace for an operation without a closed form keeps y x weight numbers per state; more than this is refused.
+GENERIC_LIMIT = 1 << 26
+
+
+def gather_positions(position: np.ndarray, shape: tuple[int, ...]) -> Any:
+    """A function from arrays over the group's positions to arrays over a window of y.
+
+    Most correspondences are the identity or repeat one axis (the gates of a fused weight); those need no gather.
+    """
+    clipped = np.maximum(position, 0)
+    size = int(np.prod(shape))
+    if clipped.size == size and (clipped.ravel() == np.arange(size)).all():
+        return lambda v: v.reshape(position.shape)
+    if len(shape) >= 1 and clipped.ndim == len(shape) and clipped.shape[:-1] == shape[:-1] and size:
+        rows = clipped.reshape(-1, clipped.shape[-1]) - np.arange(size // shape[-1])[:, None] * shape[-1]
+        if (rows == rows[0]).all() and rows.min() >= 0 and rows.max() < shape[-1]:
+            columns = rows[0]
+            repeats, rest = divmod(columns.size, shape[-1])
+            if rest == 0 and (columns == np.tile(np.arange(shape[-1]), repeats)).all():
+                return lambda v: jnp.concatenate([v] * repeats, axis=-1)
+            start = int(columns[0])
+            if (columns == np.arange(start, start + columns.size)).all():
+                return lambda v: v[..., start : start + columns.size]
+            return lambda v: jnp.take(v, columns, axis=-1)
+    if clipped.ndim == len(shape) + 1 and clipped.shape[1:] == shape and (clipped.reshape(clipped.shape[0], -1) == np.arange(size)).all():
+        return lambda v: jnp.broadcast_to(v, clipped.shape)
+    return lambda v: jnp.take(v.reshape(-1), clipped)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SiteGeometry:
+    """Presynaptic value and pullback of one site."""
+
+    site: Site
+    operation: Operation | None
+    weight_shape: tuple[int, ...]
+    weight_dtype: Any
+    y_shape: tuple[int, ...]
+    y_dtype: Any
+
+    def presynaptic(self, env: dict[int, Array]) -> tuple[Array, ...]:
+        """The operands beside the weight; where the operation may not be linear in the weight, the weight itself too."""
+        if self.operation is None:
+            return ()
+        others = tuple(read(env, v) for k, v in enumerate(self.operation.inputs) if k != self.site.operand)
+        return others if self.linear else (*others, read(env, self.operation.inputs[self.site.operand]))
+
+    @property
+    def linear(self) -> bool:
+        return self.site.kind in ("direct", "dot_general", "conv", "embedding")
+
+    def apply(self, weight: Array, x: tuple[Array, ...]) -> Array:
+        """y, as the operation computes it."""
+        operation = self.operation
+        assert operation is not None
+        values = list(x)
+        values.insert(self.site.operand, weight)
+        return bind(operation, values)[0]
+
+    def pullback(self, x: tuple[Array, ...], credit: Array) -> Array:
+        """Weight gradient of a credit of y."""
+        if self.operation is None:
+            return credit.astype(self.weight_dtype)
+        if not self.linear:
+            *others, weight = x
+            return jax.vjp(lambda w: self.apply(w, tuple(others)), weight)[1](credit.astype(self.y_dtype))[0]
+        zeros = jax.ShapeDtypeStruct(self.weight_shape, self.weight_dtype)
+        transposed = jax.linear_transpose(lambda w: self.apply(w, x), zeros)
+        return transposed(credit.astype(self.y_dtype))[0]
+
+
+def site_geometry(analysis: Analysis, site: Site) -> SiteGeometry:
+    body = analysis.split.body
+    operation = None if site.kind == "direct" else body.operations[site.operation]
+    weight, y = body.avals[site.weight], body.avals[site.y]
+    return SiteGeometry(site, operation, weight.shape, weight.dtype, y.shape, y.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TraceGeometry:
+    """Layout and arithmetic of the trace of one relation.
+
+    ``order`` is the memory order of the logical axes (y's window, then contracted); ``kept`` are the axes of y that are
+    axes of the weight, ``summed`` the others.
+    """
+
+    relation: Relation
+    site: SiteGeometry
+    y_axes: tuple[int, ...]
+    contracted: tuple[int, ...]
+    kept: tuple[int, ...]
+    summed: tuple[int, ...]
+    order: tuple[int, ...]
+    group_shape: tuple[int, ...]
+
+    @property
+    def logical_shape(self) -> tuple[int, ...]:
+        return (*self.relation.shape, *self.contracted)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one row in memory."""
+        return tuple(self.logical_shape[a] for a in self.order)
+
+    @property
+    def dtype(self) -> Any:
+        return self.site.y_dtype
+
+    def _store(self, value: Array) -> Array:
+        return jnp.transpose(value, self.order) if self.order != tuple(range(len(self.order))) else value
+
+    def spread(self, value: Array) -> Array:
+        """An array over y's window as one that broadcasts over a trace row in memory."""
+        return self._store(value.reshape(*value.shape, *(1,) * len(self.contracted)))
+
+    def from_positions(self, value: Array) -> Array:
+        """An array over the group's positions as one over y's window."""
+        return gather_positions(self.relation.position, self.group_shape)(value)
+
+    def window(self, value: Array) -> Array:
+        """The window of an array over all of y."""
+        return value[self.relation.slices] if self.relation.shape != value.shape else value
+
+    def place(self, value: Array) -> Array:
+        """An array over the window as one over all of y, zero outside."""
+        full = self.site.y_shape
+        if value.shape == full:
+            return value
+        pads = [(start, size - stop, 0) for (start, stop), size in zip(self.relation.window, full, strict=True)]
+        return lax.pad(value, jnp.zeros((), value.dtype), pads)
+
+    def presynaptic(self, x: tuple[Array, ...]) -> Array:
+        """The presynaptic value as one that broadcasts over a trace row in memory."""
+        return self._store(self._logical_presynaptic(x))
+
+    def _logical_presynaptic(self, x: tuple[Array, ...]) -> Array:
+        site = self.site
+        kind = site.site.kind
+        n_y, n_c = len(self.relation.shape), len(self.contracted)
+        if kind == "direct":
+            return jnp.ones((1,) * n_y, site.y_dtype)
+        operation = site.operation
+        assert operation is not None
+        if kind == "dot_general":
+            return self._dot_presynaptic(operation, x[0])
+        if kind == "conv":
+            return self._conv_presynaptic(operation, x[0])
+        if kind == "embedding":
+            indices = x[0][..., 0]
+            hot = jax.nn.one_hot(indices, site.weight_shape[0], dtype=site.y_dtype)
+            tail = len(site.weight_shape) - 1
+            full = hot.reshape(*indices.shape, *(1,) * tail, site.weight_shape[0])
+            return self._window_broadcast(full)
+        size = int(np.prod(site.y_shape)) * int(np.prod(site.weight_shape))
+        if size > GENERIC_LIMIT:
+            raise UnsupportedError(
+                f"the trace of {'+'.join(site.site.params)} at {site.site.primitive} needs {size} numbers per state.",
+                where=site.site.source,
+                hint="run whole sequences in chunks (scan_value_and_grad), or write the operation as a matmul or convolution.",
+            )
+        *others, weight = x
+        jacobian = jax.jacrev(lambda w: site.apply(w, tuple(others)))(weight)
+        return jacobian[(*self.relation.slices, *(slice(None),) * n_c)]
+
+    def _window_broadcast(self, value: Array) -> Array:
+        """Restrict the y axes of a broadcastable array to the window."""
+        slices = tuple(
+            slice(None) if size == 1 else s for s, size in zip(self.relation.slices, value.shape, strict=False)
+        )  # fmt: skip
+        return value[slices]
+
+    def _dot_presynaptic(self, operation: Operation, x: Array) -> Array:
+        contract, batch = operation.params["dimension_numbers"]
+        w, other = self.site.site.operand, 1 - self.site.site.operand
+        free = [d for d in range(x.ndim) if d not in contract[other] and d not in batch[other]]
+        moved = jnp.transpose(x, [*batch[other], *free, *contract[other]])
+        n_batch, n_free = len(batch[w]), len(free)
+        n_weight = len(self.site.weight_shape) - n_batch - len(contract[w])
+        head, middle, tail = moved.shape[:n_batch], moved.shape[n_batch : n_batch + n_free], moved.shape[n_batch + n_free :]
+        ones = (1,) * n_weight
+        shape = (*head, *middle, *ones, *tail) if other == 0 else (*head, *ones, *middle, *tail)
+        return self._window_broadcast(moved.reshape(shape).astype(self.site.y_dtype))
+
+    def _conv_presynaptic(self, operation: Operation, x: Array) -> Array:
+        p = operation.params
+        lhs, rhs, out = p["dimension_numbers"]
+        groups = p["feature_group_count"]
+        weight = self.site.weight_shape
+        kernel = tuple(weight[d] for d in rhs[2:])
+        moved = jnp.transpose(x, lhs)  # batch, channel, space
+        patches = lax.conv_general_dilated_patches(
+            moved, kernel, p["window_strides"], p["padding"], lhs_dilation=p["lhs_dilation"], rhs_dilation=p["rhs_dilation"],
+            precision=lax.Precision.HIGHEST,
+        )  # fmt: skip
+        batch, space = patches.shape[0], patches.shape[2:]
+        per_group, outputs = weight[rhs[1]], weight[rhs[0]]
+        split = patches.reshape(batch, groups, per_group, *kernel, *space)
+        wide = jnp.repeat(split, outputs // groups, axis=1) if groups > 1 else split
+        n_k = len(kernel)
+        # axes now: batch, output channel (1 or all), contracted (1 + n_k), space -> y's own order, then contracted
+        by_name = {0: 0, 1: 1, **{2 + s: 2 + 1 + n_k + s for s in range(len(space))}}
+        y_order = [by_name[axis] for axis in np.argsort(out)]
+        logical = jnp.transpose(wide, [*y_order, *range(2, 3 + n_k)])
+        return self._window_broadcast(logical.astype(self.site.y_dtype))
+
+    def contract(self, rows: Sequence[tuple[Array, Array]]) -> Array:
+        """Sum over states and summed axes of (array over the window) x (trace row): a gradient of the weight."""
+        total = None
+        for credit, trace in rows:
+            product = self.spread(credit) * trace
+            total = product if total is None else total + product
+        assert total is not None
+        in_memory = {axis: k for k, axis in enumerate(self.order)}
+        reduced = jnp.sum(total, axis=tuple(in_memory[a] for a in self.summed), dtype=_accumulator(total.dtype))
+        left = [a for a in self.order if a not in self.summed]
+        n_y = len(self.relation.shape)
+        logical = [*self.kept, *range(n_y, n_y + len(self.contracted))]
+        return self._to_weight(jnp.transpose(reduced, [left.index(a) for a in logical]))
+
+    def _to_weight(self, value: Array) -> Array:
+        """From (kept axes of the window, contracted axes) to the weight's own layout."""
+        full = self.site.y_shape
+        pads = [(self.relation.window[a][0], full[a] - self.relation.window[a][1], 0) for a in self.kept]
+        pads += [(0, 0, 0)] * (value.ndim - len(self.kept))
+        if any(low or high for low, high, _ in pads):
+            value = lax.pad(value, jnp.zeros((), value.dtype), pads)
+        site = self.site
+        kind = site.site.kind
+        if kind == "dot_general":
+            assert site.operation is not None
+            contract, batch = site.operation.params["dimension_numbers"]
+            w = site.site.operand
+            free = [d for d in range(len(site.weight_shape)) if d not in contract[w] and d not in batch[w]]
+            value = jnp.transpose(value, np.argsort([*batch[w], *free, *contract[w]]))
+        elif kind == "conv":
+            assert site.operation is not None
+            rhs = site.operation.params["dimension_numbers"].rhs_spec
+            value = jnp.transpose(value, np.argsort([rhs[0], rhs[1], *rhs[2:]]))
+        elif kind == "embedding":
+            value = jnp.moveaxis(value, -1, 0)
+        return value.astype(site.weight_dtype)
+
+
+def _accumulator(dtype: Any) -> Any:
+    """Sums of 16-bit numbers are taken in float32."""
+    return jnp.float32 if jnp.dtype(dtype).itemsize == 2 and jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
+def trace_geometry(analysis: Analysis, relation: Relation) -> TraceGeometry:
+    site = analysis.site(relation.site)
+    geometry = site_geometry(analysis, site)
+    contracted = contracted_shape(analysis, site) or ()
+    n_y, n_c = len(geometry.y_shape), len(contracted)
+    kept = _kept_axes(analysis.split.body, site, n_y)
+    summed = tuple(a for a in range(n_y) if a not in kept)
+    order = (*range(n_y, n_y + n_c), *kept, *summed)
+    group = analysis.group(relation.group)
+    return TraceGeometry(relation, geometry, tuple(range(n_y)), contracted, kept, summed, order, group.shape)
+
+
+def _kept_axes(body: Graph, site: Site, n_y: int) -> tuple[int, ...]:
+    if site.kind == "direct":
+        return tuple(range(n_y))
+    operation = body.operations[site.operation]
+    if site.kind == "dot_general":
+        contract, batch = operation.params["dimension_numbers"]
+        n_batch = len(batch[0])
+        n_free = len(body.avals[site.weight].shape) - n_batch - len(contract[site.operand])
+        first = n_batch if site.operand == 0 else n_y - n_free
+        return (*range(n_batch), *range(first, first + n_free))
+    if site.kind == "conv":
+        return (operation.params["dimension_numbers"].out_spec[1],)
+    if site.kind == "embedding":
+        n_tail = len(body.avals[site.weight].shape) - 1
+        return tuple(range(n_y - n_tail, n_y))
+    return ()  # generic: the contracted axes are the whole weight

@@ -1,0 +1,146 @@
+"""One step, executed with its derivatives at hand.
+
+A :class:`Tape` runs the body once and keeps every value. Cotangents are then pulled back through it as often as needed:
+with some uses cut (local Jacobians), or with some variables taken as independent (learning signals).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Set
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from etcompile.frontend.jaxpr import Constant, Graph, bind, read
+
+__all__ = ["Tape"]
+
+Array = Any
+Use = tuple[int, int]
+
+
+class Tape:
+    """The values of one execution of ``graph`` and pullbacks of its operations.
+
+    Parameters
+    ----------
+    graph : Graph
+    inputs : sequence of arrays
+    frozen : set of Use
+        Operand uses that no cotangent passes (weights at sites: their gradient is made from y's cotangent).
+    known : mapping of variable to array
+        Values computed elsewhere; the operations that would compute them are skipped.
+    """
+
+    def __init__(self, graph: Graph, inputs: Any, frozen: Set[Use], known: Mapping[int, Array] | None = None) -> None:
+        self.graph = graph
+        self.frozen = frozen
+        self.values: dict[int, Array] = dict(zip(graph.inputs, inputs, strict=True))
+        known = known or {}
+        for operation in graph.operations:
+            if operation.outputs and all(v in known for v in operation.outputs):
+                self.values.update((v, known[v]) for v in operation.outputs)
+                continue
+            results = bind(operation, [read(self.values, v) for v in operation.inputs])
+            self.values.update(zip(operation.outputs, results, strict=True))
+        self._pulls: dict[tuple[int, tuple[int, ...]], Callable] = {}
+        self._reach: dict[frozenset[int], list[bool]] = {}
+
+    def read(self, operand: Any) -> Array:
+        return read(self.values, operand)
+
+    def pull(
+        self,
+        seeds: Mapping[int, Array],
+        targets: Set[int],
+        cuts: Mapping[Use, np.ndarray] | None = None,
+        independent: Set[int] = frozenset(),
+    ) -> dict[int, Array]:
+        """Cotangents of ``targets`` for cotangents ``seeds`` of any variables.
+
+        ``cuts`` maps uses to the elements at which no cotangent passes. Variables in ``independent`` are treated as if
+        they were inputs: their cotangent is reported and goes no further.
+        """
+        cuts = cuts or {}
+        wanted = frozenset(targets)
+        reach = self._reaching(wanted)
+        cotangents: dict[int, Array] = {}
+        result: dict[int, Array] = {}
+        for variable, seed in seeds.items():
+            if reach[variable] or variable in wanted:
+                _accumulate(cotangents, variable, seed)
+        for number in range(len(self.graph.operations) - 1, -1, -1):
+            operation = self.graph.operations[number]
+            found: list[Array | None] = []
+            for v in operation.outputs:
+                cotangent = cotangents.pop(v, None)
+                if cotangent is not None and v in wanted:
+                    result[v] = cotangent
+                found.append(None if v in independent else cotangent)
+            if all(c is None for c in found):
+                continue
+            moving = tuple(
+                k
+                for k, v in enumerate(operation.inputs)
+                if not isinstance(v, Constant) and (reach[v] or v in wanted) and (number, k) not in self.frozen and self.graph.avals[v].differentiable
+            )  # fmt: skip
+            if not moving or operation.name == "stop_gradient":
+                continue
+            for k, cotangent in zip(moving, self._pullback(number, moving)(found), strict=True):
+                mask = cuts.get((number, k))
+                if mask is not None:
+                    if mask.all():
+                        continue
+                    cotangent = jnp.where(mask, jnp.zeros((), cotangent.dtype), cotangent)
+                variable = operation.inputs[k]
+                assert isinstance(variable, int)
+                _accumulate(cotangents, variable, cotangent)
+        result.update((v, c) for v, c in cotangents.items() if v in wanted)
+        return result
+
+    def _reaching(self, targets: frozenset[int]) -> list[bool]:
+        """Variables that depend on a target."""
+        if targets not in self._reach:
+            reach = [v in targets for v in range(len(self.graph.avals))]
+            for number, operation in enumerate(self.graph.operations):
+                moved = any(
+                    not isinstance(v, Constant) and reach[v] and (number, k) not in self.frozen for k, v in enumerate(operation.inputs)
+                )  # fmt: skip
+                if moved:
+                    for v in operation.outputs:
+                        reach[v] = reach[v] or self.graph.avals[v].differentiable
+            self._reach[targets] = reach
+        return self._reach[targets]
+
+    def _pullback(self, number: int, moving: tuple[int, ...]) -> Callable[[list[Array | None]], tuple[Array, ...]]:
+        key = (number, moving)
+        if key not in self._pulls:
+            operation = self.graph.operations[number]
+            values = [self.read(v) for v in operation.inputs]
+            live = [k for k, v in enumerate(operation.outputs) if self.graph.avals[v].differentiable]
+
+            def fn(*moved: Array) -> list[Array]:
+                args = list(values)
+                for k, v in zip(moving, moved, strict=True):
+                    args[k] = v
+                results = bind(operation, args)
+                return [results[k] for k in live]
+
+            _, pull = jax.vjp(fn, *[values[k] for k in moving])
+
+            def pullback(found: list[Array | None]) -> tuple[Array, ...]:
+                full = []
+                for k in live:
+                    aval = self.graph.avals[operation.outputs[k]]
+                    c = found[k]
+                    full.append(jnp.zeros(aval.shape, aval.dtype) if c is None else c)
+                return pull(full)
+
+            self._pulls[key] = pullback
+        return self._pulls[key]
+
+
+def _accumulate(cotangents: dict[int, Array], variable: int, value: Array) -> None:
+    cotangents[variable] = value if variable not in cotangents else cotangents[variable] + value

@@ -1,0 +1,19 @@
+"""Everything a pass may use: programs, the builder, registration. Passes import from here and nowhere else."""
+
+from __future__ import annotations
+
+from etcompile.errors import AlgorithmError, OptionError, PassError, ProgramError, UnsupportedError
+from etcompile.ir.builder import ProgramBuilder, Value
+from etcompile.ir.header import Cut, Group, Header, Relation, Site
+from etcompile.ir.ops import OPS
+from etcompile.ir.program import Argument, Equation, Gradient, Ref, Symbol, TraceProgram
+from etcompile.ir.support import carried_rows, support
+from etcompile.ir.types import Type
+from etcompile.pass_manager import Pass
+from etcompile.registry import Algorithm, Rule, algorithm
+
+__all__ = [
+    "OPS", "Algorithm", "AlgorithmError", "Argument", "Cut", "Equation", "Gradient", "Group", "Header", "OptionError", "Pass",
+    "PassError", "ProgramBuilder", "ProgramError", "Ref", "Relation", "Rule", "Site", "Symbol", "TraceProgram", "Type",
+    "UnsupportedError", "Value", "algorithm", "carried_rows", "support",
+]  # fmt: skip

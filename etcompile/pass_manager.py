@@ -1,0 +1,146 @@
+"""Passes, and the manager that runs, checks and times them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from etcompile.errors import EtcompileError, OptionError, PassError
+from etcompile.ir.program import TraceProgram
+from etcompile.ir.verifier import verify
+
+__all__ = ["EFFECTS", "Pass", "PassManager", "PassRecord"]
+
+#: What a pass may declare about the gradients: nothing changes, they are approximated, or they are others.
+EFFECTS = ("gradients", "approximates", "changes")
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A pure function from program to program.
+
+    Implement it as a frozen dataclass whose fields are its options. ``preserves`` is ``"gradients"`` for an optimisation
+    and ``"approximates"`` or ``"changes"`` for a learning rule.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def preserves(self) -> str: ...
+
+    def __call__(self, program: TraceProgram) -> TraceProgram: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PassRecord:
+    """What one pass did: seconds, equations before and after, and whether the program changed."""
+
+    name: str
+    seconds: float
+    before: int
+    after: int
+    changed: bool
+
+
+#: Gradients of a program on random inputs, by parameter; used to check what passes declare.
+GradientRunner = Callable[[TraceProgram], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class PassManager:
+    """Runs passes in order, verifying the program before and after each.
+
+    Parameters
+    ----------
+    print_after : {None, "changes", "all"}
+        Print the program after every pass, or only after those that changed it.
+    check : bool
+        Also run the program before and after each pass that declares ``preserves = "gradients"`` and compare.
+    tolerance : float
+        Largest relative difference of gradients that ``check`` accepts.
+    emit : callable
+        Where printed programs go.
+    """
+
+    print_after: str | None = None
+    check: bool = False
+    tolerance: float = 1e-5
+    emit: Callable[[str], Any] = print
+
+    def __post_init__(self) -> None:
+        if self.print_after not in (None, "changes", "all"):
+            raise OptionError("print_after must be None, 'changes' or 'all'.", got=repr(self.print_after))
+
+    def run(
+        self, program: TraceProgram, passes: Sequence[Pass], gradients: GradientRunner | None = None
+    ) -> tuple[TraceProgram, tuple[PassRecord, ...]]:
+        """Run ``passes`` on ``program``; returns the program and one record per pass.
+
+        Raises
+        ------
+        PassError
+            Naming the pass, the passes before it, and the equation at fault.
+        """
+        records: list[PassRecord] = []
+        for number, item in enumerate(passes):
+            _check_pass(item)
+            started = time.perf_counter()
+            if number:
+                self._verified(program, item, records, "before")
+            try:
+                new = item(program)
+            except EtcompileError:
+                raise
+            except Exception as error:
+                raise _failure(item, records, f"{type(error).__name__}: {error}") from error
+            if not isinstance(new, TraceProgram):
+                raise _failure(item, records, f"it returned a {type(new).__name__} instead of a TraceProgram")
+            self._verified(new, item, records, "after")
+            if self.check and item.preserves == "gradients" and gradients is not None and new != program:
+                self._compare(item, records, gradients(program), gradients(new))
+            seconds = time.perf_counter() - started
+            changed = new != program
+            records.append(PassRecord(item.name, seconds, len(program.equations), len(new.equations), changed))
+            program = new
+            if self.print_after == "all" or (self.print_after == "changes" and changed):
+                self.emit(f"# after {item.name}\n{program}")
+        return program, tuple(records)
+
+    def _verified(self, program: TraceProgram, item: Pass, records: Sequence[PassRecord], when: str) -> None:
+        try:
+            verify(program)
+        except EtcompileError as error:
+            raise _failure(item, records, f"the program is not well formed {when} it. {error}") from error
+
+    def _compare(self, item: Pass, records: Sequence[PassRecord], old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        import numpy as np
+
+        for path, before in old.items():
+            a, b = np.asarray(before), np.asarray(new[path])
+            scale = max(float(np.abs(a).max(initial=0.0)), 1e-30)
+            difference = float(np.abs(a - b).max(initial=0.0)) / scale
+            if not difference <= self.tolerance:
+                raise _failure(
+                    item,
+                    records,
+                    f"it declares preserves='gradients', but changes the gradient of {path} by {difference:.2g} (relative)",
+                )
+
+
+def _check_pass(item: Any) -> None:
+    if not isinstance(item, Pass):
+        raise OptionError(
+            "algo holds something that is not a pass.",
+            got=repr(item),
+            expected="objects with a name, a declaration `preserves`, and a call TraceProgram -> TraceProgram",
+        )
+    if item.preserves not in EFFECTS:
+        raise OptionError(f"pass {item.name} declares preserves={item.preserves!r}.", expected=" or ".join(map(repr, EFFECTS)))
+
+
+def _failure(item: Pass, records: Sequence[PassRecord], message: str) -> PassError:
+    before = ", ".join(r.name for r in records) or "no other pass"
+    return PassError(f"pass {item.name} (after {before}): {message}")

@@ -1,0 +1,163 @@
+"""What the compiler found and did, for people and for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from etcompile.analysis.analysis import Analysis
+from etcompile.ir.header import Cut
+from etcompile.ir.program import TraceProgram
+
+__all__ = ["GroupLine", "ParameterLine", "Report", "make_report"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupLine:
+    """One hidden group: its states, their common shape, and the groups' name in the program."""
+
+    name: str
+    states: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StateLine:
+    """One state of the model: hidden or not, and why."""
+
+    path: str
+    hidden: bool
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterLine:
+    """How the gradient of one parameter is made.
+
+    ``how`` is ``"trace of g0 and one step"``, ``"within the step only"``, ``"not used"`` or ``"not trained"``.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    how: str
+    groups: tuple[str, ...]
+    part: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The analysis and the program in a form to read, or to query with :meth:`to_dict`."""
+
+    model: str
+    algorithm: str
+    exact: bool
+    groups: tuple[GroupLine, ...]
+    states: tuple[StateLine, ...]
+    parameters: tuple[ParameterLine, ...]
+    cuts: tuple[Cut, ...]
+    traces: Mapping[str, int]
+
+    @property
+    def trace_bytes(self) -> int:
+        """Bytes carried from step to step beside the model's states."""
+        return sum(self.traces.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dictionaries, lists, strings and numbers."""
+        return {
+            "model": self.model,
+            "algorithm": self.algorithm,
+            "exact": self.exact,
+            "groups": [dataclasses.asdict(g) for g in self.groups],
+            "states": [dataclasses.asdict(s) for s in self.states],
+            "parameters": {p.path: dataclasses.asdict(p) for p in self.parameters},
+            "cuts": [dataclasses.asdict(c) for c in self.cuts],
+            "traces": dict(self.traces),
+            "trace_bytes": self.trace_bytes,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.model} compiled with {self.algorithm}"]
+        verdict = "equals backpropagation through time" if self.exact else "approximates backpropagation through time"
+        lines.append(f"  gradient   {verdict}; {len(self.cuts)} cut(s); traces {_bytes(self.trace_bytes)}")
+        lines.append("  hidden groups")
+        lines += [f"    {g.name}  {', '.join(g.states)}  {list(g.shape)}" for g in self.groups]
+        lines.append("  states")
+        lines += [f"    {s.path}: {'hidden' if s.hidden else 'not hidden'} ({s.reason})" for s in self.states]
+        lines.append("  parameters")
+        width = max((len(p.path) for p in self.parameters), default=0)
+        lines += [f"    {p.path.ljust(width)}  {p.how}{f' ({p.part})' if p.part else ''}" for p in self.parameters]
+        if self.traces:
+            lines.append("  traces")
+            lines += [f"    {name}  {_bytes(size)}" for name, size in self.traces.items()]
+        lines.append("  cuts" if self.cuts else "  cuts: none")
+        for cut in self.cuts:
+            lines.append(f"    {cut.name}  {cut.source}  {cut.primitive}: {', '.join(cut.origins)}")
+            lines.append(f"        {cut.meaning}" + ("" if cut.part == "all" else f" ({cut.part})"))
+        return "\n".join(lines)
+
+
+def _bytes(size: int) -> str:
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{size} B"
+
+
+def parameter_lines(analysis: Analysis, program: TraceProgram) -> tuple[ParameterLine, ...]:
+    """How each parameter's gradient is made under ``program``."""
+    traced = {e.type.of for e in program.equations if e.op in ("immediate", "outer", "contract")}
+    lines = []
+    for leaf in analysis.model.params:
+        sites = [s for s in analysis.sites if leaf.path in s.params]
+        relations = [r for r in analysis.relations if r.site in {s.name for s in sites} and (r.name in traced or r.site in traced)]
+        groups = tuple(dict.fromkeys(r.group for r in relations))
+        part = ""
+        if not leaf.aval.differentiable:
+            how = "not trained: its numbers have no derivative"
+        elif not sites:
+            how = "not used in the step: its gradient is zero"
+        elif not groups:
+            how = "within the step only"
+        else:
+            how = f"trace of {', '.join(groups)}, and one step"
+            part = _parts(analysis, relations)
+        lines.append(ParameterLine(leaf.path, leaf.aval.shape, how, groups, part))
+    return tuple(lines)
+
+
+def _parts(analysis: Analysis, relations: list) -> str:
+    """Which part of a fused weight has a trace, where not all of it has."""
+    notes = []
+    for r in relations:
+        site = analysis.site(r.site)
+        shape = analysis.split.body.avals[site.y].shape
+        for axis, ((start, stop), size) in enumerate(zip(r.window, shape, strict=True)):
+            if (start, stop) != (0, size):
+                rest = ", ".join(f"{a}:{b}" for a, b in ((0, start), (stop, size)) if a < b)
+                notes.append(f"elements {rest} of axis {axis} of its result within the step only")
+    return "; ".join(dict.fromkeys(notes))
+
+
+def make_report(analysis: Analysis, program: TraceProgram, traces: Mapping[str, Any]) -> Report:
+    import jax
+
+    sizes = {
+        name: int(sum(np.prod(leaf.shape, dtype=np.int64) * leaf.dtype.itemsize for leaf in jax.tree.leaves(value)))
+        for name, value in traces.items()
+    }
+    return Report(
+        model=analysis.model.name,
+        algorithm=program.name,
+        exact=program.exact,
+        groups=tuple(GroupLine(g.name, tuple(analysis.state_name(s) for s in g.states), g.shape) for g in analysis.groups),
+        states=tuple(StateLine(r.path, r.hidden, r.reason) for r in analysis.roles),
+        parameters=parameter_lines(analysis, program),
+        cuts=analysis.cuts,
+        traces=sizes,
+    )

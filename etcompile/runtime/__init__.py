@@ -1,0 +1,1 @@
+"""Runtime: the compiled step and its drivers."""

@@ -1,0 +1,159 @@
+"""Where a compiled step finds the model's parameters and states: modules and plain functions behind one interface."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import brainstate
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from etcompile.errors import CarryError, InputError, ModelError
+from etcompile.frontend.function import FunctionModel, trace_function
+from etcompile.frontend.module import ModuleStates, initialise, is_module, short_lived, trace_module
+from etcompile.frontend.step_model import TracedStep
+
+__all__ = ["ModelAccess", "access"]
+
+
+class ModelAccess(Protocol):
+    """Reads and writes parameters and states of a live model."""
+
+    def trace(self, inputs: tuple[Any, ...]) -> TracedStep: ...
+
+    @property
+    def param_states(self) -> dict[str, Any]: ...
+
+    def params(self) -> Any: ...
+
+    def set_params(self, values: Any) -> None: ...
+
+    def states(self) -> Any: ...
+
+    def set_states(self, values: Any) -> None: ...
+
+    def remember(self) -> None: ...
+
+    def reset(self, batch_size: int | None) -> bool: ...
+
+
+def access(model: Any) -> ModelAccess:
+    if is_module(model):
+        return ModuleAccess(model)
+    if isinstance(model, FunctionModel):
+        return FunctionAccess(model)
+    raise ModelError(
+        "compile needs a model.",
+        got=repr(model) if not callable(model) else f"the {type(model).__name__} {getattr(model, '__name__', model)!r}",
+        expected="a brainstate.nn.Module, or etcompile.from_function(fn, params, state)",
+    )
+
+
+@dataclasses.dataclass(eq=False)
+class ModuleAccess:
+    """A brainstate module."""
+
+    module: Any
+    found: ModuleStates | None = None
+    initial: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def trace(self, inputs: tuple[Any, ...]) -> TracedStep:
+        traced, self.found = trace_module(self.module, inputs)
+        return traced
+
+    @property
+    def _states(self) -> ModuleStates:
+        assert self.found is not None
+        return self.found
+
+    @property
+    def param_states(self) -> dict[str, Any]:
+        return dict(self._states.params)
+
+    def params(self) -> Any:
+        return {p: s.value for p, s in self._states.params.items()}
+
+    def set_params(self, values: Any) -> None:
+        for path, state in self._states.params.items():
+            state.value = values[path]
+
+    def states(self) -> Any:
+        return {p: s.value for p, s in self._states.states.items()}
+
+    def set_states(self, values: Any) -> None:
+        for path, state in self._states.states.items():
+            state.value = values[path]
+
+    def remember(self) -> None:
+        self.initial = {p: s.value for p, s in self._states.states.items() if short_lived(s)}
+
+    def reset(self, batch_size: int | None) -> bool:
+        if batch_size is None:
+            for path, value in self.initial.items():
+                self._states.states[path].value = value
+            return False
+        initialise(self.module, batch_size)
+        return True
+
+
+@dataclasses.dataclass(eq=False)
+class FunctionAccess:
+    """A plain function with its parameters and state, kept in brainstate states so that transformations see them."""
+
+    model: FunctionModel
+    initial: Any = None
+
+    def trace(self, inputs: tuple[Any, ...]) -> TracedStep:
+        try:
+            return trace_function(self.model, inputs)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, (ModelError, InputError)):
+                raise
+            shapes = jax.tree.map(lambda v: f"{jnp.result_type(v)}{list(jnp.shape(v))}", inputs)
+            raise InputError(f"one step of {self.model.name} fails on these inputs.", got=f"inputs {shapes}; {error}") from error
+
+    @property
+    def param_states(self) -> dict[str, Any]:
+        return {"params": self.model.param_state}
+
+    def params(self) -> Any:
+        return self.model.params
+
+    def set_params(self, values: Any) -> None:
+        self.model.params = values
+
+    def states(self) -> Any:
+        return self.model.state
+
+    def set_states(self, values: Any) -> None:
+        self.model.state = values
+
+    def remember(self) -> None:
+        self.initial = self.model.state
+
+    def reset(self, batch_size: int | None) -> bool:
+        if batch_size is not None:
+            self.initial = jax.tree.map(lambda v: _resized(v, batch_size), self.initial)
+        self.model.state = self.initial
+        return batch_size is not None
+
+
+def _resized(value: Any, batch_size: int) -> Any:
+    """Another number of equal rows."""
+    if not jnp.ndim(value):
+        return value
+    rows = np.asarray(value)
+    if rows.shape[0] != batch_size and not (rows == rows[:1]).all():
+        raise CarryError(
+            "the initial state has rows that differ, so it cannot be resized.",
+            got=f"batch_size={batch_size} for a state of shape {rows.shape}",
+            hint="build the model again with from_function(fn, params, state) for this batch size.",
+        )
+    return jnp.broadcast_to(value[:1], (batch_size, *rows.shape[1:]))
+
+
+def trace_state(traces: Any) -> Any:
+    """Traces as a brainstate state, so that brainstate's transformations carry them."""
+    return brainstate.ShortTermState(traces)

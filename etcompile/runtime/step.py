@@ -1,0 +1,297 @@
+"""The compiled step: a thin stateful wrapper around pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from etcompile.errors import CarryError, InputError
+from etcompile.lowering.functions import Carry, StepFunctions
+from etcompile.report import Report, make_report
+from etcompile.runtime.model_states import ModelAccess, trace_state
+
+if TYPE_CHECKING:
+    import networkx
+
+    from etcompile.compiler import Compiled
+    from etcompile.ir.program import TraceProgram
+    from etcompile.pass_manager import PassRecord
+    from etcompile.runtime.learn import Learner
+
+__all__ = ["Step"]
+
+#: Jitted functions kept per step, one for each loss function seen.
+_CACHE_SIZE = 64
+
+
+class Step:
+    """A model compiled with a learning rule.
+
+    Calling it runs one time step, advances the model's states and the traces, and is differentiable: inside
+    ``brainstate.transform.grad`` the gradient of whatever loss is made from its result is the online gradient.
+
+    Attributes
+    ----------
+    program : TraceProgram
+        The trace program; ``print(step.program)`` shows it.
+    exact : bool
+        Whether gradients summed over a sequence equal backpropagation through time.
+    param_states : dict of str to ParamState
+        The trained parameters by dotted path.
+    graph : networkx.MultiDiGraph
+        Hidden groups, states, weights, operations and cuts.
+    passes : tuple of PassRecord
+        What each pass did.
+    """
+
+    def __init__(self, access: ModelAccess, build: Callable[[ModelAccess, tuple[Any, ...]], Compiled], inputs: tuple[Any, ...]) -> None:
+        self._access = access
+        self._build = build
+        self._install(build(access, inputs), inputs)
+        access.remember()
+
+    def _install(self, compiled: Compiled, inputs: tuple[Any, ...]) -> None:
+        self._compiled = compiled
+        self._functions = StepFunctions(compiled.causal)
+        self._inputs = jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v), jnp.result_type(v)), inputs)
+        self._jitted: dict[Any, Callable] = {}
+        self._traces = trace_state(compiled.causal.init_traces())
+
+    # -- what the step is ---------------------------------------------------------------------------------------
+
+    @property
+    def program(self) -> TraceProgram:
+        return self._compiled.program
+
+    @property
+    def exact(self) -> bool:
+        return self._compiled.program.exact
+
+    @property
+    def passes(self) -> tuple[PassRecord, ...]:
+        return self._compiled.records
+
+    @property
+    def graph(self) -> networkx.MultiDiGraph:
+        from etcompile.graph import hidden_group_graph
+
+        return hidden_group_graph(self._compiled.analysis, self._compiled.program)
+
+    @property
+    def param_states(self) -> dict[str, Any]:
+        return self._access.param_states
+
+    @property
+    def traces(self) -> dict[str, Any]:
+        """The traces as they stand; copies, safe to keep."""
+        return jax.tree.map(jnp.array, self._traces.value)
+
+    def report(self) -> Report:
+        """What is trained how, what is cut, and how much memory the traces take."""
+        return make_report(self._compiled.analysis, self._compiled.program, self._compiled.causal.init_traces_shapes())
+
+    def __repr__(self) -> str:
+        header = self.program.header
+        return f"Step({header.model}, algo={self.program.name}, groups={len(header.groups)}, cuts={len(header.cuts)}, exact={self.exact})"
+
+    # -- pure functions -----------------------------------------------------------------------------------------
+
+    def init_carry(self, batch_size: int | None = None) -> Carry:
+        """A fresh carry: the model's initial states and zero traces.
+
+        With ``batch_size`` the states and traces are made for that batch size, without touching the model's own; the
+        step must have been compiled for it.
+        """
+        if batch_size is not None:
+            sizes = {leaf.aval.shape[0] for leaf in self._functions.model.inputs if leaf.aval.shape}
+            if sizes and batch_size not in sizes:
+                raise CarryError(
+                    "this step was compiled for another batch size.",
+                    got=f"batch_size={batch_size}",
+                    expected=f"batch_size={sorted(sizes)[0]}",
+                    hint="call step.reset(batch_size=...) first.",
+                )
+        states = self._access.states()
+        initial = getattr(self._access, "initial", None)
+        states = {**states, **initial} if isinstance(states, dict) and isinstance(initial, dict) else initial
+        return Carry(states, self._compiled.causal.init_traces())
+
+    def apply(self, params: Any, carry: Carry, *inputs: Any) -> tuple[Carry, Any]:
+        """The pure step ``(params, carry, *inputs) -> (carry, out)``; jit, vmap, scan and differentiate it as you like."""
+        return self._functions.apply(params, carry, inputs)
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run one time step; advances the model's states and the traces."""
+        carry = self._carry()
+        self._functions.model.flatten_inputs(inputs)
+        carry, out = self._jit("apply", self._functions.apply)(self._access.params(), carry, inputs)
+        self._set_carry(carry)
+        return out
+
+    def value_and_grad(self, loss_fn: Callable) -> Callable:
+        """A function ``(x, *targets) -> (loss, grads)`` that runs one online step.
+
+        Parameters
+        ----------
+        loss_fn : callable
+            ``loss_fn(out, *targets) -> scalar``.
+
+        Returns
+        -------
+        callable
+            Its gradients have the keys of :attr:`param_states` and, leaf by leaf, the structure of the parameters.
+        """
+        _check_callable(loss_fn)
+
+        def run(x: Any, *targets: Any) -> tuple[Any, Any]:
+            inputs = self._as_inputs(x)
+            self._functions.model.flatten_inputs(inputs)
+            carry = self._carry()
+            fn = self._jit(("value_and_grad", loss_fn), lambda p, s, t, i, y: self._functions.value_and_grad(loss_fn, p, Carry(s, t), i, y), donate=(2,))
+            loss, grads, carry = self._guarded(fn, carry, inputs, targets)
+            self._set_carry(carry)
+            return loss, grads
+
+        return run
+
+    def scan_value_and_grad(self, loss_fn: Callable, chunk: int | None = None) -> Callable:
+        """A function ``(xs, *targets) -> (losses, grads)`` over a sequence; time is axis 0.
+
+        ``losses`` has one number per step; ``grads`` are summed over the steps. The weights stay fixed.
+        """
+        _check_callable(loss_fn)
+        if chunk not in (None, 1):
+            from etcompile.errors import UnsupportedError
+
+            raise UnsupportedError("chunked schedules are not there yet.", got=f"chunk={chunk!r}", expected="chunk=None or 1")
+
+        def run(xs: Any, *targets: Any) -> tuple[Any, Any]:
+            inputs = self._as_inputs(xs)
+            self._check_sequence(inputs, targets)
+            carry = self._carry()
+            fn = self._jit(("scan", loss_fn), lambda p, s, t, i, y: self._functions.scan_value_and_grad(loss_fn, p, Carry(s, t), i, y), donate=(2,))
+            losses, grads, carry = self._guarded(fn, carry, inputs, targets)
+            self._set_carry(carry)
+            return losses, grads
+
+        return run
+
+    def scan(self, xs: Any) -> Any:
+        """Run a sequence forward (time is axis 0) and return all outputs; states and traces advance."""
+        inputs = self._as_inputs(xs)
+        self._check_sequence(inputs, ())
+        outputs, carry = self._jit("forward", self._functions.scan)(self._access.params(), self._carry(), inputs)
+        self._set_carry(carry)
+        return outputs
+
+    def learn(self, loss_fn: Callable, optimizer: Any, update_every: int = 1) -> Learner:
+        """A driver that updates the weights while the sequence runs; see :class:`etcompile.runtime.learn.Learner`."""
+        from etcompile.runtime.learn import Learner
+
+        _check_callable(loss_fn)
+        return Learner(self, loss_fn, optimizer, update_every)
+
+    def reset(self, batch_size: int | None = None) -> None:
+        """Model states and traces back to their initial values; with ``batch_size``, for another batch size.
+
+        Initial values are those the states had when the model was compiled (long-term and random states keep theirs).
+        """
+        if batch_size is not None:
+            _check_batch(batch_size)
+        if not self._access.reset(batch_size):
+            self._traces.value = self._compiled.causal.init_traces()
+            return
+        old = jax.tree.leaves(self._inputs)
+        size = old[0].shape[0] if old and old[0].shape else None
+        resized = jax.tree.map(
+            lambda v: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) if v.shape and v.shape[0] == size else v, self._inputs
+        )
+        self._install(self._build(self._access, resized), resized)
+        self._access.remember()
+
+    # -- plumbing -----------------------------------------------------------------------------------------------
+
+    def _carry(self) -> Carry:
+        states = self._access.states()
+        model = self._functions.model
+        leaves = jax.tree.leaves(states)
+        shapes = [tuple(jnp.shape(v)) for v in leaves]
+        if shapes != self._compiled.state_shapes:
+            path = next((p.path for p, a, b in zip(model.states, shapes, self._compiled.state_shapes, strict=False) if a != b), "?")
+            raise CarryError(
+                f"state {path} of {model.name} has changed its shape since the model was compiled.",
+                got=str(dict(zip([s.path for s in model.states], shapes, strict=False)).get(path)),
+                expected="the shape it had",
+                hint="call step.reset(batch_size=...) to change the batch size.",
+            )
+        return Carry(states, self._traces.value)
+
+    def _set_carry(self, carry: Carry) -> None:
+        self._access.set_states(carry.states)
+        self._traces.value = carry.traces
+
+    def _guarded(self, fn: Callable, carry: Carry, inputs: tuple, targets: tuple) -> Any:
+        return fn(self._access.params(), carry.states, carry.traces, inputs, targets)
+
+    def _jit(self, key: Any, fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
+        if key not in self._jitted:
+            while len(self._jitted) >= _CACHE_SIZE:
+                self._jitted.pop(next(iter(self._jitted)))
+            self._jitted[key] = jax.jit(fn, donate_argnums=donate)
+        return self._jitted[key]
+
+    def _as_inputs(self, x: Any) -> tuple[Any, ...]:
+        """The model's inputs from the one argument of the drivers: a tuple where the model takes several."""
+        count = len(jax.tree.structure(self._inputs).children())
+        if count == 1:
+            return (x,)
+        if not isinstance(x, tuple) or len(x) != count:
+            raise InputError(f"{self._functions.model.name} takes {count} inputs.", got=type(x).__name__, expected=f"a tuple of {count}")
+        return x
+
+    def _check_sequence(self, inputs: tuple, targets: tuple) -> None:
+        lengths = {}
+        for name, tree in [("xs", inputs), *((f"target {k}", t) for k, t in enumerate(targets))]:
+            for leaf in jax.tree.leaves(tree):
+                if not jnp.ndim(leaf):
+                    raise InputError(f"{name} has no time axis.", got="a scalar", expected="time as axis 0", hint="broadcast it over the steps.")
+                lengths.setdefault(jnp.shape(leaf)[0], name)
+        if len(lengths) > 1:
+            told = ", ".join(f"{name}: {n} steps" for n, name in lengths.items())
+            raise InputError("inputs and targets differ in length.", got=told, expected="the same number of steps on axis 0")
+        if 0 in lengths:
+            raise InputError("the sequence is empty.", got="T = 0", expected="at least one step")
+        one = jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v)[1:], jnp.result_type(v)), inputs)
+        self._check_one(one)
+
+    def _check_one(self, one: Any) -> None:
+        model = self._functions.model
+        leaves, tree = jax.tree.flatten(one)
+        if tree != model.input_tree:
+            model.flatten_inputs(one)
+        for leaf, value in zip(model.inputs, leaves, strict=True):
+            if tuple(value.shape) != leaf.aval.shape:
+                raise InputError(
+                    f"one step of {leaf.path} has the wrong shape for {model.name}.",
+                    got=f"{tuple(value.shape)} after the time axis",
+                    expected=f"{leaf.aval.shape}",
+                    hint="time is axis 0; call step.reset(batch_size=...) after a change of batch size.",
+                )
+
+
+def _check_callable(loss_fn: Any) -> None:
+    if not callable(loss_fn):
+        raise InputError("the loss must be a function.", got=repr(loss_fn), expected="loss_fn(out, *targets) -> scalar")
+
+
+def _check_batch(batch_size: Any) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError("batch_size must be a positive integer.", got=repr(batch_size), expected="1, 2, ...")
+
+
+Inputs = Sequence[Any]

@@ -1,0 +1,126 @@
+"""What each kind of node and edge looks like, and what the legend calls it.
+
+The colours are the palette of Okabe and Ito (2008), "Color Universal Design", which readers with any of
+the common colour-vision deficiencies can tell apart. No distinction rests on colour alone: kinds of node
+also differ in shape and outline, kinds of edge in line style, width and arrowhead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from etcompile.viz.errors import VizError
+
+__all__ = ["EDGES", "FONT", "INK", "NODES", "QUIET", "VERMILLION", "Style", "edge_style", "node_style"]
+
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+
+INK = "#1A1A1A"
+QUIET = "#595959"  # contrast 7:1 on white, for the second line of labels
+
+# The two first families have the same widths, so text laid out with one fits when the other is shown.
+FONT = "DejaVu Sans,Verdana,Helvetica,Arial,sans-serif"
+
+
+@dataclass(frozen=True)
+class Style:
+    """One row of the legend.
+
+    Attributes
+    ----------
+    name : str
+        What the legend calls this kind.
+    attributes : Mapping[str, str]
+        Its Graphviz attributes.
+    """
+
+    name: str
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+
+# Tints of the palette: text on them keeps a contrast above 12:1.
+NODES: Mapping[str, Style] = {
+    "hidden": Style(
+        "hidden state",
+        dict(shape="box", style="rounded,filled", color=BLUE, fillcolor="#CFE8F8", penwidth="2"),
+    ),
+    "other state": Style(
+        "state, not hidden",
+        dict(shape="box", style="rounded,filled,dashed", color=QUIET, fillcolor="#F2F2F2"),
+    ),
+    "trace": Style(
+        "weight with a trace",
+        dict(shape="cylinder", style="filled", color="#9A6A00", fillcolor="#FBE3B0", penwidth="2"),
+    ),
+    "part": Style(
+        "weight with a trace, in part",
+        dict(shape="cylinder", style="filled,dashed", color="#9A6A00", fillcolor="#FBE3B0", penwidth="2"),
+    ),
+    "one step": Style(
+        "weight, within the step only",
+        dict(shape="cylinder", style="filled,dotted", color=INK, fillcolor="#FFFFFF", penwidth="2"),
+    ),
+    "operation": Style(
+        "operation",
+        dict(shape="hexagon", style="filled", color=GREEN, fillcolor="#E3F4EE", margin="0.02,0.03"),
+    ),
+    "input": Style(
+        "input", dict(shape="parallelogram", margin="0,0.02", style="filled", color=INK, fillcolor="#FFFFFF")
+    ),
+    "output": Style(
+        "output",
+        dict(shape="box", style="filled,diagonals", color=INK, fillcolor="#FFFFFF", margin="0.2,0.08"),
+    ),
+    "cut": Style(
+        "cut: credit stops here",
+        dict(shape="octagon", style="filled", color=VERMILLION, fillcolor="#FCE4D6", margin="0.02,0.02"),
+    ),
+}
+
+EDGES: Mapping[str, Style] = {
+    "transition": Style(
+        "transition D: from\nstep t-1 to step t,\nposition by position", dict(color=BLUE, penwidth="3.2")
+    ),
+    "immediate": Style(
+        "immediate f: local\ninfluence on\nthe new state",
+        dict(color=GREEN, penwidth="1.8", arrowhead="onormal"),
+    ),
+    "presynaptic": Style("presynaptic value x", dict(color=INK, penwidth="1.2", arrowhead="vee")),
+    "weight": Style("weight used by\nan operation", dict(color="#9A6A00", penwidth="1.2", arrowhead="dot")),
+    "data": Style("other data", dict(color=QUIET, penwidth="1", style="dotted", arrowhead="vee")),
+    "cut": Style(
+        "path that was cut", dict(color=VERMILLION, penwidth="1.8", style="dashed", arrowhead="tee")
+    ),
+}
+
+
+def node_style(name: str, data: Mapping) -> str:
+    """Key into `NODES` for a node of the graph."""
+    kind = data.get("kind")
+    if kind == "state":
+        return "hidden" if data.get("hidden") else "other state"
+    if kind == "parameter":
+        how = str(data.get("how", ""))
+        if not how.startswith("trace"):
+            return "one step"
+        return "part" if "in part" in how else "trace"
+    if kind in ("operation", "input", "output"):
+        return str(kind)
+    raise VizError(
+        f"Node {name!r} of the graph has kind {kind!r}; expected one of 'state', 'parameter', 'operation', "
+        "'input', 'output'. Draw `step.graph` of a compiled step, or give every node such a `kind`."
+    )
+
+
+def edge_style(source: str, target: str, data: Mapping) -> str:
+    """Key into `EDGES` for an edge of the graph."""
+    kind = data.get("kind")
+    if kind in EDGES:
+        return str(kind)
+    expected = ", ".join(repr(key) for key in EDGES)
+    raise VizError(
+        f"Edge {source!r} -> {target!r} of the graph has kind {kind!r}; expected one of {expected}. "
+        "Draw `step.graph` of a compiled step, or give every edge such a `kind`."
+    )

@@ -1,0 +1,13 @@
+"""Learning rules and optimisations, one per file, written against the public pass API."""
+
+from __future__ import annotations
+
+from etcompile.passes import d_rtrl  # noqa: F401  (importing a rule registers it)
+from etcompile.passes.dead_traces import DeadTraces
+from etcompile.passes.hoist_parameters import HoistParameters
+from etcompile.passes.share_traces import ShareTraces
+
+__all__ = ["OPTIMISATIONS", "DeadTraces", "HoistParameters", "ShareTraces"]
+
+#: Run after every learning rule, in this order.
+OPTIMISATIONS = (HoistParameters, ShareTraces, DeadTraces)

@@ -1,0 +1,37 @@
+"""Settings shared by all tests: float64 everywhere, and the test helpers importable by name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import brainstate  # noqa: E402
+import jax  # noqa: E402
+
+jax.config.update("jax_enable_x64", True)
+brainstate.environ.set(precision=64)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--random-models",
+        type=int,
+        default=int(os.environ.get("ETCOMPILE_RANDOM_MODELS", "200")),
+        help="how many random models the property tests draw",
+    )
+
+
+def pytest_configure(config):
+    # hypothesis reads its settings at decoration time, before fixtures exist.
+    os.environ["ETCOMPILE_RANDOM_MODELS"] = str(config.getoption("--random-models"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_random_key():
+    brainstate.random.seed(0)

@@ -1,0 +1,151 @@
+"""The oracles against each other and against finite differences; the zoo's steps against its models."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import (
+    bptt,
+    cut_tree,
+    dense_d_rtrl,
+    directional,
+    finite_difference,
+    identity,
+    keep,
+    length,
+    local_groups,
+    one_step_grad,
+    relative_error,
+    time_slice,
+)
+from zoo import CASES
+
+INSTRUMENTED = [c for c in CASES if "no_step" not in c.tags]
+SMOOTH = [c for c in INSTRUMENTED if not c.tags & {"spiking", "low_precision", "not_smooth"}]
+
+
+def ids(cases):
+    return [c.name for c in cases]
+
+
+def run(step, built, cut=identity):
+    """Outputs and states of every step."""
+
+    @jax.jit
+    def one(state, x):
+        return step(built.params, state, x, cut=cut, put=keep)
+
+    state, outs, states = built.state, [], []
+    for t in range(length(built.xs)):
+        state, out = one(state, time_slice(built.xs, t))
+        outs.append(out)
+        states.append(state)
+    return outs, states
+
+
+def numbers(tree):
+    """`tree` without random keys, whose leaves are no numbers."""
+    return [a for a in jax.tree.leaves(tree) if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key)]
+
+
+@pytest.mark.parametrize("case", INSTRUMENTED, ids=ids(INSTRUMENTED))
+def test_step_equals_the_model(case):
+    built = case()
+    wanted, got, cut = (
+        run(built.plain_step, built),
+        run(built.step, built),
+        run(built.step, built, cut=cut_tree),
+    )
+    assert relative_error(numbers(got), numbers(wanted)) < 1e-12
+    assert relative_error(numbers(cut), numbers(wanted)) < 1e-12
+    assert set(got[1][0]) == set(built.state)
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_model_is_alive(case):
+    built = case()
+    _, states = run(built.plain_step, built)
+    for name in [n for g in built.groups or () for n in g]:
+        for leaf in jax.tree.leaves([s[name] for s in states]):
+            assert np.all(np.isfinite(leaf)), name
+        leaves = np.stack([np.concatenate([np.ravel(v) for v in jax.tree.leaves(s[name])]) for s in states])
+        assert np.mean(np.any(leaves != leaves[0], axis=0)) > (0.25 if name in built.spikes else 0.5), f"{name} hardly moves"
+    for name in built.spikes:
+        rate = np.mean([s[name] != 0 for s in states])
+        assert 0.02 < rate < 0.6, f"{name} spikes {rate:.0%} of the time"
+    losses, grads = bptt(built.plain_step, built.params, built.state, built.xs, built.targets, built.loss_fn)
+    assert np.all(np.isfinite(losses))
+    for name, grad in grads.items():
+        for leaf in jax.tree.leaves(grad):
+            assert np.all(np.isfinite(leaf)), name
+            assert np.any(leaf), f"the gradient of {name} is zero"
+
+
+@pytest.mark.parametrize("case", INSTRUMENTED, ids=ids(INSTRUMENTED))
+def test_groups_are_the_local_components(case):
+    built = case()
+    hidden = [n for g in built.groups for n in g]
+    found = local_groups(
+        built.step, built.params, built.state, time_slice(built.xs, 0), hidden
+    )
+    assert {frozenset(g) for g in found} == {frozenset(g) for g in built.groups}
+
+
+@pytest.mark.parametrize("case", INSTRUMENTED, ids=ids(INSTRUMENTED))
+def test_dense_equals_autodiff_at_one_step_and_bptt_exactly_when_nothing_is_cut(case):
+    built = case()
+    online = dense_d_rtrl(
+        built.step, built.params, built.state, built.xs, built.targets, built.loss_fn, built.groups
+    )
+    _, first = one_step_grad(
+        built.plain_step,
+        built.params,
+        built.state,
+        time_slice(built.xs, 0),
+        time_slice(built.targets, 0),
+        built.loss_fn,
+    )
+    assert relative_error(online.grads_per_step[0], first) < built.tolerance
+    losses, through_time = bptt(
+        built.plain_step, built.params, built.state, built.xs, built.targets, built.loss_fn
+    )
+    assert relative_error(online.losses, losses) < built.tolerance
+    error = relative_error(online.grads, through_time)
+    if built.exact:
+        assert error < built.tolerance
+    else:
+        assert error > 1e-6
+
+
+@pytest.mark.parametrize("case", SMOOTH, ids=ids(SMOOTH))
+def test_bptt_equals_finite_differences(case):
+    built = case()
+    rng = np.random.default_rng(1)
+
+    def draw(leaf):
+        noise = rng.normal(size=leaf.shape)
+        return noise + 1j * rng.normal(size=leaf.shape) if jnp.iscomplexobj(leaf) else noise
+
+    direction = jax.tree.map(draw, built.params)
+    _, grads = bptt(built.step, built.params, built.state, built.xs, built.targets, built.loss_fn)
+    wanted = directional(grads, direction)
+    got = finite_difference(
+        built.step, built.params, built.state, built.xs, built.targets, built.loss_fn, direction
+    )
+    size = np.sqrt(sum(float(np.sum(np.abs(g) ** 2)) for g in jax.tree.leaves(grads)))
+    assert abs(got - wanted) < 1e-6 * max(abs(wanted), size)
+
+
+def test_online_updates_change_the_parameters_of_the_next_step():
+    built = next(c for c in CASES if c.name == "gru")()
+    arguments = (built.step, built.params, built.state, built.xs, built.targets, built.loss_fn, built.groups)
+
+    def descend(params, count, grads):
+        return jax.tree.map(lambda p, g: p - 0.01 * g, params, grads), count + 1
+
+    still, moving = dense_d_rtrl(*arguments), dense_d_rtrl(*arguments, update=descend, update_state=0)
+    assert relative_error(moving.grads_per_step[0], still.grads_per_step[0]) == 0
+    assert relative_error(moving.grads_per_step[1], still.grads_per_step[1]) > 1e-6
+    assert relative_error(moving.params, still.params) > 1e-6

@@ -1,0 +1,117 @@
+"""Check the layering rules that import-linter has no contract for.
+
+Some outside interfaces are unstable, or so wide that they would leak into everything. Each has one module
+that may use it; the rest of the package goes through that module. import-linter can forbid a whole external
+package, but not "this submodule of jax" nor "these names of brainstate", so this reads the source itself.
+
+    python tools/check_layering.py [ROOT]
+
+Prints one line per breach, ``file:line: what; who may``, and exits with 1 if there is any.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One interface, and the modules that may use it."""
+
+    what: str
+    #: Dotted names. A name stands for itself and for everything below it.
+    names: tuple[str, ...]
+    #: Files from the project's root. A folder stands for everything below it.
+    allowed: tuple[str, ...]
+
+
+# Change these when a module moves.
+RULES = (
+    Rule(
+        what="jax internals",
+        names=("jax.extend", "jax._src", "jax.interpreters", "jax.core", "jaxlib"),
+        allowed=("etcompile/frontend/jaxpr.py",),
+    ),
+    Rule(
+        what="brainstate's tracing",
+        names=(
+            "brainstate.transform.StatefulFunction",
+            "brainstate.transform.make_jaxpr",
+            "brainstate.compile",
+            "brainstate.StateTraceStack",
+            "brainstate.catch_new_states",
+            "brainstate._state",
+        ),
+        allowed=("etcompile/frontend/module.py",),
+    ),
+    # Users meet the graph as a networkx graph, and so does the code that draws it for them.
+    Rule(what="networkx", names=("networkx",), allowed=("etcompile/graph.py", "etcompile/viz")),
+    Rule(what="graphviz", names=("graphviz", "pygraphviz"), allowed=("etcompile/viz",)),
+)
+
+#: What is checked. Tests and tools may import what they like.
+CHECKED = ("etcompile", "passes")
+
+
+def main(root: Path) -> int:
+    files = sorted({path.resolve() for top in CHECKED for path in (root / top).rglob("*.py")})
+    if not files:
+        print(f"{root}: no Python files below {', '.join(CHECKED)}")
+        return 1
+    breaches = [breach for path in files for breach in check(path, path.relative_to(root.resolve()))]
+    print("\n".join(breaches) if breaches else f"{len(files)} files keep {len(RULES)} layering rules")
+    return 1 if breaches else 0
+
+
+def check(path: Path, name: Path) -> Iterator[str]:
+    """Breaches of all rules in one file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(name))
+    for rule in RULES:
+        if any(name.is_relative_to(allowed) for allowed in rule.allowed):
+            continue
+        lines = {}
+        for line, used in uses(tree):
+            if any(used == banned or used.startswith(banned + ".") for banned in rule.names):
+                lines.setdefault(line, used)
+        for line, used in sorted(lines.items()):
+            yield f"{name}:{line}: uses {used}; only {', '.join(rule.allowed)} may use {rule.what}"
+
+
+def uses(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Every imported thing, and every attribute chain that starts at one, as absolute dotted names."""
+    bound: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+                # `import a.b` binds `a`; `import a.b as c` binds `c` to `a.b`.
+                top = alias.name.split(".")[0]
+                bound[alias.asname or top] = alias.name if alias.asname else top
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield node.lineno, full
+                bound[alias.asname or alias.name] = full
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            chain = dotted(node)
+            if chain is not None and chain[0] in bound:
+                yield node.lineno, ".".join((bound[chain[0]], *chain[1:]))
+
+
+def dotted(node: ast.expr) -> tuple[str, ...] | None:
+    """``a.b.c`` as ``("a", "b", "c")``; None if it does not start at a plain name."""
+    if isinstance(node, ast.Name):
+        return (node.id,)
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value)
+        return None if base is None else (*base, node.attr)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1]))
