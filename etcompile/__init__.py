@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from etcompile.compiler import compile  # noqa: A004
+from etcompile.compiler import compile
 from etcompile.errors import (
     AlgorithmError,
     CarryError,

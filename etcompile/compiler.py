@@ -35,7 +35,7 @@ class Compiled:
     state_shapes: list[tuple[int, ...]]
 
 
-def compile(  # noqa: A001  (the public name)
+def compile(
     model: Any,
     *example_inputs: Any,
     algo: Any = "d_rtrl",
@@ -82,6 +82,7 @@ def compile(  # noqa: A001  (the public name)
     ...     def __init__(self):
     ...         super().__init__()
     ...         self.cell, self.readout = brainstate.nn.GRUCell(3, 5), brainstate.nn.Linear(5, 2)
+    ...
     ...     def update(self, x):
     ...         return self.readout(self.cell(x))
     >>> step = etcompile.compile(Net(), jnp.ones((4, 3)), batch_size=4)
@@ -95,7 +96,9 @@ def compile(  # noqa: A001  (the public name)
     live = access(model)
     if batch_size is not None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError("batch_size must be a positive integer.", got=repr(batch_size), expected="1, 2, ...")
+            raise InputError(
+                "batch_size must be a positive integer.", got=repr(batch_size), expected="1, 2, ..."
+            )
         if is_module(model):
             initialise(model, batch_size)
 

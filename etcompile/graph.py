@@ -15,4 +15,6 @@ def connected_components(nodes: Sequence[int], edges: Iterable[tuple[int, int]])
     graph.add_nodes_from(nodes)
     graph.add_edges_from(edges)
     rank = {node: k for k, node in enumerate(nodes)}
-    return sorted((sorted(c, key=rank.__getitem__) for c in nx.connected_components(graph)), key=lambda c: rank[c[0]])
+    return sorted(
+        (sorted(c, key=rank.__getitem__) for c in nx.connected_components(graph)), key=lambda c: rank[c[0]]
+    )

@@ -103,7 +103,9 @@ class PassManager:
                 self._compare(item, records, gradients(program), gradients(new))
             seconds = time.perf_counter() - started
             changed = new != program
-            records.append(PassRecord(item.name, seconds, len(program.equations), len(new.equations), changed))
+            records.append(
+                PassRecord(item.name, seconds, len(program.equations), len(new.equations), changed)
+            )
             program = new
             if self.print_after == "all" or (self.print_after == "changes" and changed):
                 self.emit(f"# after {item.name}\n{program}")
@@ -115,7 +117,9 @@ class PassManager:
         except EtcompileError as error:
             raise _failure(item, records, f"the program is not well formed {when} it. {error}") from error
 
-    def _compare(self, item: Pass, records: Sequence[PassRecord], old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    def _compare(
+        self, item: Pass, records: Sequence[PassRecord], old: Mapping[str, Any], new: Mapping[str, Any]
+    ) -> None:
         import numpy as np
 
         for path, before in old.items():
@@ -138,7 +142,10 @@ def _check_pass(item: Any) -> None:
             expected="objects with a name, a declaration `preserves`, and a call TraceProgram -> TraceProgram",
         )
     if item.preserves not in EFFECTS:
-        raise OptionError(f"pass {item.name} declares preserves={item.preserves!r}.", expected=" or ".join(map(repr, EFFECTS)))
+        raise OptionError(
+            f"pass {item.name} declares preserves={item.preserves!r}.",
+            expected=" or ".join(map(repr, EFFECTS)),
+        )
 
 
 def _failure(item: Pass, records: Sequence[PassRecord], message: str) -> PassError:

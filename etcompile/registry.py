@@ -76,7 +76,9 @@ class Rule:
         return Algorithm(self, tuple(sorted(options.items())))
 
 
-def algorithm(name: str, *, exact: str = "never", preserves: str = "approximates") -> Callable[[Callable[..., None]], Rule]:
+def algorithm(
+    name: str, *, exact: str = "never", preserves: str = "approximates"
+) -> Callable[[Callable[..., None]], Rule]:
     """Register a learning rule.
 
     Parameters
@@ -129,7 +131,9 @@ def find_rule(name: str) -> Rule:
         raise AlgorithmError(
             f"there is no learning rule {name!r}.",
             expected=f"one of {', '.join(names)}",
-            hint=f"did you mean {near[0]!r}?" if near else "register a rule of your own with @etcompile.algorithm.",
+            hint=f"did you mean {near[0]!r}?"
+            if near
+            else "register a rule of your own with @etcompile.algorithm.",
         )
     return _RULES[name]
 
@@ -143,16 +147,24 @@ def pipeline(algo: Any, options: Mapping[str, Any], optimise: bool = True) -> tu
     """The algorithm and all passes for what the user gave as ``algo``."""
     given: list[Any] = list(algo) if isinstance(algo, Sequence) and not isinstance(algo, str) else [algo]
     if not given:
-        raise AlgorithmError("algo is an empty list of passes.", expected="a learning rule, then optional passes")
+        raise AlgorithmError(
+            "algo is an empty list of passes.", expected="a learning rule, then optional passes"
+        )
     first, rest = given[0], given[1:]
     if isinstance(first, str):
         first = find_rule(first)
     if isinstance(first, Rule):
         first = first(**options)
     elif options:
-        raise OptionError("options go into the algorithm itself when it is given as an object.", got=", ".join(options))
+        raise OptionError(
+            "options go into the algorithm itself when it is given as an object.", got=", ".join(options)
+        )
     if not isinstance(first, Algorithm):
-        raise AlgorithmError("the first pass must be a learning rule.", got=repr(first), expected="a name, a rule, or rule(**options)")
+        raise AlgorithmError(
+            "the first pass must be a learning rule.",
+            got=repr(first),
+            expected="a name, a rule, or rule(**options)",
+        )
     from etcompile.passes import OPTIMISATIONS
 
     # every use starts from a fresh record of functions

@@ -81,7 +81,11 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.model} compiled with {self.algorithm}"]
-        verdict = "equals backpropagation through time" if self.exact else "approximates backpropagation through time"
+        verdict = (
+            "equals backpropagation through time"
+            if self.exact
+            else "approximates backpropagation through time"
+        )
         lines.append(f"  gradient   {verdict}; {len(self.cuts)} cut(s); traces {_bytes(self.trace_bytes)}")
         lines.append("  hidden groups")
         lines += [f"    {g.name}  {', '.join(g.states)}  {list(g.shape)}" for g in self.groups]
@@ -89,7 +93,9 @@ class Report:
         lines += [f"    {s.path}: {'hidden' if s.hidden else 'not hidden'} ({s.reason})" for s in self.states]
         lines.append("  parameters")
         width = max((len(p.path) for p in self.parameters), default=0)
-        lines += [f"    {p.path.ljust(width)}  {p.how}{f' ({p.part})' if p.part else ''}" for p in self.parameters]
+        lines += [
+            f"    {p.path.ljust(width)}  {p.how}{f' ({p.part})' if p.part else ''}" for p in self.parameters
+        ]
         if self.traces:
             lines.append("  traces")
             lines += [f"    {name}  {_bytes(size)}" for name, size in self.traces.items()]
@@ -115,7 +121,11 @@ def parameter_lines(analysis: Analysis, program: TraceProgram) -> tuple[Paramete
     lines = []
     for leaf in analysis.model.params:
         sites = [s for s in analysis.sites if leaf.path in s.params]
-        relations = [r for r in analysis.relations if r.site in {s.name for s in sites} and (r.name in traced or r.site in traced)]
+        relations = [
+            r
+            for r in analysis.relations
+            if r.site in {s.name for s in sites} and (r.name in traced or r.site in traced)
+        ]
         groups = tuple(dict.fromkeys(r.group for r in relations))
         part = ""
         if not leaf.aval.differentiable:
@@ -148,14 +158,19 @@ def make_report(analysis: Analysis, program: TraceProgram, traces: Mapping[str, 
     import jax
 
     sizes = {
-        name: int(sum(np.prod(leaf.shape, dtype=np.int64) * leaf.dtype.itemsize for leaf in jax.tree.leaves(value)))
+        name: int(
+            sum(np.prod(leaf.shape, dtype=np.int64) * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))
+        )
         for name, value in traces.items()
     }
     return Report(
         model=analysis.model.name,
         algorithm=program.name,
         exact=program.exact,
-        groups=tuple(GroupLine(g.name, tuple(analysis.state_name(s) for s in g.states), g.shape) for g in analysis.groups),
+        groups=tuple(
+            GroupLine(g.name, tuple(analysis.state_name(s) for s in g.states), g.shape)
+            for g in analysis.groups
+        ),
         states=tuple(StateLine(r.path, r.hidden, r.reason) for r in analysis.roles),
         parameters=parameter_lines(analysis, program),
         cuts=analysis.cuts,

@@ -47,7 +47,9 @@ def _without_zero_contractions(program: TraceProgram) -> TraceProgram:
 
     kept = []
     for k, g in enumerate(program.gradients):
-        others = any(o.site == g.site for j, o in enumerate(program.gradients) if j > k) or any(o.site == g.site for o in kept)
+        others = any(o.site == g.site for j, o in enumerate(program.gradients) if j > k) or any(
+            o.site == g.site for o in kept
+        )
         if not (zero(g.value.name) and others):
             kept.append(g)
     return dataclasses.replace(program, gradients=tuple(kept))

@@ -11,8 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import brainstate  # noqa: E402
-import jax  # noqa: E402
+import brainstate
+import jax
 
 jax.config.update("jax_enable_x64", True)
 brainstate.environ.set(precision=64)

@@ -190,16 +190,22 @@ def dense_step(step, loss_fn, groups: Sequence[Sequence[str]], jacobian=jax.jacf
                 )
                 return loss_fn(out, *target)
 
-            def loss_past_new_states(h, g=g):
-                independent = pick(new_state, hidden)
+            def loss_past_own_new_states(h, g=g):
+                independent = pick(new_state, g)
                 _, out = run(
-                    theta, {g: h}, params, state, x, cut=identity, put=lambda name, v: independent.get(name, v)
+                    theta,
+                    {g: h},
+                    params,
+                    state,
+                    x,
+                    cut=identity,
+                    put=lambda name, v: independent.get(name, v),
                 )
                 return loss_fn(out, *target)
 
             immediate, transition = jacobian(local, argnums=(0, 1))(theta, before)
             signal = jax.grad(loss_of_new_states)(to_vector(pick(new_state, g)))
-            bypass = jax.grad(loss_past_new_states)(before)
+            bypass = jax.grad(loss_past_own_new_states)(before)
             total = total + (signal @ transition + bypass) @ carried
             new_influence.append(transition @ carried + immediate)
         return loss, from_vector(total, params, gradient=True), new_state, new_influence
@@ -233,7 +239,7 @@ def dense_d_rtrl(
         J_t = D_t J_{t-1} + F_t
 
     where D_t and F_t are Jacobians of the step with the cuts in place, L_t is the derivative of the loss with all
-    new states of the group taken as independent, and the bypass is the part that meets no new hidden state.
+    new states of the group taken as independent, and the bypass is the part that meets none of the group's new states.
 
     Parameters
     ----------

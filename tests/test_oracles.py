@@ -71,7 +71,9 @@ def test_model_is_alive(case):
         for leaf in jax.tree.leaves([s[name] for s in states]):
             assert np.all(np.isfinite(leaf)), name
         leaves = np.stack([np.concatenate([np.ravel(v) for v in jax.tree.leaves(s[name])]) for s in states])
-        assert np.mean(np.any(leaves != leaves[0], axis=0)) > (0.25 if name in built.spikes else 0.5), f"{name} hardly moves"
+        assert np.mean(np.any(leaves != leaves[0], axis=0)) > (0.25 if name in built.spikes else 0.5), (
+            f"{name} hardly moves"
+        )
     for name in built.spikes:
         rate = np.mean([s[name] != 0 for s in states])
         assert 0.02 < rate < 0.6, f"{name} spikes {rate:.0%} of the time"
@@ -87,9 +89,7 @@ def test_model_is_alive(case):
 def test_groups_are_the_local_components(case):
     built = case()
     hidden = [n for g in built.groups for n in g]
-    found = local_groups(
-        built.step, built.params, built.state, time_slice(built.xs, 0), hidden
-    )
+    found = local_groups(built.step, built.params, built.state, time_slice(built.xs, 0), hidden)
     assert {frozenset(g) for g in found} == {frozenset(g) for g in built.groups}
 
 

@@ -35,9 +35,7 @@ def test_t1_equals_autodiff(case):
     built = case()
     step = compiled(built)
     x, target = time_slice(built.xs, 0), time_slice(built.targets, 0)
-    wanted_loss, wanted = one_step_grad(
-        built.plain_step, built.params, built.state, x, target, built.loss_fn
-    )
+    wanted_loss, wanted = one_step_grad(built.plain_step, built.params, built.state, x, target, built.loss_fn)
     losses, grads = step.scan_value_and_grad(built.loss_fn)(first(built.xs, 1), *first(built.targets, 1))
     assert losses.shape == (1,)
     assert relative_error(losses[0], wanted_loss) < built.tolerance

@@ -101,19 +101,27 @@ def require_trained(model: StepModel, dep: Dependence) -> None:
     if not any(leaf.aval.differentiable for leaf in model.params):
         raise ModelError(
             f"{model.name} has no trainable parameter.",
-            got=f"{len(model.params)} parameter arrays, none of them floating-point" if model.params else "no ParamState",
+            got=f"{len(model.params)} parameter arrays, none of them floating-point"
+            if model.params
+            else "no ParamState",
             expected="at least one floating-point ParamState (or leaf of params)",
             hint="keep weights in brainstate.ParamState; plain arrays are constants of the model.",
         )
 
 
-def _influences(model: StepModel, split: SplitStep, dep: Dependence, hidden: Sequence[int]) -> dict[int, Influence]:
+def _influences(
+    model: StepModel, split: SplitStep, dep: Dependence, hidden: Sequence[int]
+) -> dict[int, Influence]:
     mask = (1 << len(model.params)) - 1
     for k in hidden:
         mask |= 1 << (len(model.params) + k)
     active = [bool(d & mask) for d in dep.derivative]
     frozen = {(s.operation, s.operand) for s in split.sites if s.kind != "direct"}
-    keep = {model.state_vars[k] for k in hidden} | {model.new_state_vars[k] for k in hidden} | {s.y for s in split.sites}
+    keep = (
+        {model.state_vars[k] for k in hidden}
+        | {model.new_state_vars[k] for k in hidden}
+        | {s.y for s in split.sites}
+    )
     result = {}
     for k in hidden:
         aval = model.states[k].aval
@@ -173,7 +181,11 @@ def _relations(
         if site.kind == "opaque":
             continue
         for group in groups:
-            influence = {k: found[s].positions[site.y] for k, s in enumerate(group.states) if site.y in found[s].positions}
+            influence = {
+                k: found[s].positions[site.y]
+                for k, s in enumerate(group.states)
+                if site.y in found[s].positions
+            }
             related = relate(f"r{len(relations)}", site.name, group, influence)
             if related is None:
                 continue
@@ -256,10 +268,20 @@ def _cuts(
 
 
 def _meaning(primitive: str, group: str, origin_groups: set[str], params: Sequence[str]) -> str:
-    how = "weights" if primitive in _WEIGHTS else "a value shared by several units" if primitive in _SHARED else "an operation over several units"
+    how = (
+        "weights"
+        if primitive in _WEIGHTS
+        else "a value shared by several units"
+        if primitive in _SHARED
+        else "an operation over several units"
+    )
     if group in origin_groups:
         first = "recurrent weights" if primitive in _WEIGHTS else f"recurrence through {how}"
-        return f"{first}: credit through them ends after one step" if primitive in _WEIGHTS else f"{first}: its credit ends after one step"
+        return (
+            f"{first}: credit through them ends after one step"
+            if primitive in _WEIGHTS
+            else f"{first}: its credit ends after one step"
+        )
     if origin_groups:
         return f"from {', '.join(sorted(origin_groups))} to {group} through {how}: credit within the step only, no memory in {group}"
     return f"{', '.join(params)} reaches {group} through {how}: credit within the step only"

@@ -65,7 +65,9 @@ class HiddenGroup:
         return np.arange(self.size) if found is None else found
 
 
-def align(members: Sequence[int], shapes: Mapping[int, tuple[int, ...]], links: Sequence[Link]) -> list[dict[int, Array | None]]:
+def align(
+    members: Sequence[int], shapes: Mapping[int, tuple[int, ...]], links: Sequence[Link]
+) -> list[dict[int, Array | None]]:
     """Give the states of a connected component common positions; states that cannot share them start a group of their own.
 
     Returns one mapping per group, from state number to its flat element at each position (None: the identity).

@@ -31,7 +31,9 @@ def group_dtype(analysis: Analysis, group: HiddenGroup) -> Any:
 
 
 def _group(analysis: Analysis, group: HiddenGroup) -> ir.Group:
-    states = tuple((analysis.state_name(s), short_dtype(analysis.model.states[s].aval.dtype)) for s in group.states)
+    states = tuple(
+        (analysis.state_name(s), short_dtype(analysis.model.states[s].aval.dtype)) for s in group.states
+    )
     dtype = short_dtype(group_dtype(analysis, group))
     return ir.Group(group.name, states, group.shape, dtype, group.pattern, _bypass(analysis, group))
 

@@ -53,7 +53,9 @@ def state_roles(model: StepModel, dep: Dependence, exclude: Sequence[str]) -> tu
         elif k not in reached:
             role = StateRole(leaf.path, False, "no trained parameter reaches it with a derivative")
         elif not read:
-            role = StateRole(leaf.path, False, "its old value is not read with a derivative: a result, not a memory")
+            role = StateRole(
+                leaf.path, False, "its old value is not read with a derivative: a result, not a memory"
+            )
         else:
             role = StateRole(leaf.path, True, "carried, and reached by a trained parameter")
         roles.append(role)

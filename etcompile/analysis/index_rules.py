@@ -42,7 +42,9 @@ def collapse(influence: Array, axes: Sequence[int]) -> Array:
         return influence
     axes = tuple(axes)
     largest = influence.max(axis=axes, initial=NONE)
-    smallest = np.where(influence == NONE, np.iinfo(np.int64).max, influence).min(axis=axes, initial=np.iinfo(np.int64).max)
+    smallest = np.where(influence == NONE, np.iinfo(np.int64).max, influence).min(
+        axis=axes, initial=np.iinfo(np.int64).max
+    )
     many = (influence == MANY).any(axis=axes)
     return np.where(many | ((largest != NONE) & (smallest != largest)), MANY, largest)
 
@@ -104,7 +106,9 @@ def _indices(aval: Aval) -> Array:
 
 
 def _moved(move: Callable[[Operation, Array], Array]) -> Rule:
-    def rule(operation: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]) -> Array | None:
+    def rule(
+        operation: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]
+    ) -> Array | None:
         (influence,) = results
         if influence is None or operand != 0:
             return None
@@ -136,19 +140,30 @@ def _rev(op: Operation, a: Array) -> Array:
 
 def _slice(op: Operation, a: Array) -> Array:
     strides = op.params["strides"] or (1,) * a.ndim
-    return a[tuple(slice(b, e, s) for b, e, s in zip(op.params["start_indices"], op.params["limit_indices"], strides, strict=True))]
+    return a[
+        tuple(
+            slice(b, e, s)
+            for b, e, s in zip(op.params["start_indices"], op.params["limit_indices"], strides, strict=True)
+        )
+    ]
 
 
-def _broadcast_in_dim(op: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]) -> Array | None:
+def _broadcast_in_dim(
+    op: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]
+) -> Array | None:
     (influence,) = results
     if influence is None or operand != 0:
         return None
     shape, dims = avals[0].shape, tuple(op.params["broadcast_dimensions"])
-    repeated = [d for d in range(influence.ndim) if d not in dims or shape[dims.index(d)] == 1 != influence.shape[d]]
+    repeated = [
+        d for d in range(influence.ndim) if d not in dims or shape[dims.index(d)] == 1 != influence.shape[d]
+    ]
     return collapse(influence, repeated).reshape(shape)
 
 
-def _concatenate(op: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]) -> Array | None:
+def _concatenate(
+    op: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]
+) -> Array | None:
     (influence,) = results
     if influence is None:
         return None
@@ -176,7 +191,9 @@ def _reduce(op: Operation, avals: Sequence[Aval], operand: int, results: list[Ar
     return np.broadcast_to(np.expand_dims(influence, tuple(op.params["axes"])), avals[0].shape)
 
 
-def _dot_general(op: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]) -> Array | None:
+def _dot_general(
+    op: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]
+) -> Array | None:
     (influence,) = results
     if influence is None:
         return None
@@ -194,7 +211,9 @@ def _dot_general(op: Operation, avals: Sequence[Aval], operand: int, results: li
     return np.transpose(full, np.argsort(order)) if order else full
 
 
-def _cumulative(op: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]) -> Array | None:
+def _cumulative(
+    op: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]
+) -> Array | None:
     (influence,) = results
     if influence is None:
         return None
@@ -206,7 +225,9 @@ def _cumulative(op: Operation, avals: Sequence[Aval], operand: int, results: lis
 # rules by transposing the operation: for linear operations with coefficients 0 and 1
 
 
-def _transposed(op: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]) -> Array | None:
+def _transposed(
+    op: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]
+) -> Array | None:
     (influence,) = results
     if influence is None:
         return None
@@ -214,20 +235,52 @@ def _transposed(op: Operation, avals: Sequence[Aval], operand: int, results: lis
     moving = [k for k in range(len(avals)) if k not in fixed]
     if any(not avals[k].differentiable for k in moving):
         return _many(avals, operand)  # indices that depend on data
-    zeros = {k: np.zeros(avals[k].shape, np.float32) for k in moving}
-    constants = {k: jnp.asarray(v, jnp.float32) if jnp.issubdtype(avals[k].dtype, jnp.inexact) else v for k, v in fixed.items()}
-
-    def fn(v: Any) -> Any:
-        return bind(op, [v if k == operand else zeros.get(k, constants.get(k)) for k in range(len(avals))])[0]
-
-    _, pull = jax.vjp(fn, jnp.zeros(avals[operand].shape, jnp.float32))
+    pull = _transpose_of(op, avals, operand, fixed)
+    if pull is None:
+        return _many(avals, operand)
     known = influence >= 0
     shifted = np.where(known, influence, 0)
     count, high, low, many = (
-        np.asarray(pull(jnp.asarray(a, jnp.float32))[0]) for a in (known, shifted >> 12, shifted & 4095, influence == MANY)
+        np.asarray(pull(a)) for a in (known, shifted >> 12, shifted & 4095, influence == MANY)
     )
     position = (high.astype(np.int64) << 12) + low.astype(np.int64)
     return np.where(many + count > 1.5, MANY, np.where(many > 0, MANY, np.where(count > 0, position, NONE)))
+
+
+def _transpose_of(
+    op: Operation, avals: Sequence[Aval], operand: int, fixed: dict[int, Any]
+) -> Callable[[Array], Array] | None:
+    """The operation transposed in one operand, the others zero; None where jax cannot transpose it."""
+    for dtype in (jnp.float32, avals[operand].dtype):
+        # 16-bit floats cannot hold positions; scatters hold their dtype in a parameter
+        zeros = {k: np.zeros(a.shape, dtype) for k, a in enumerate(avals) if k not in fixed}
+        values = {
+            k: jnp.asarray(v, dtype) if avals[k].differentiable else v for k, v in fixed.items()
+        } | zeros
+
+        def fn(v: Any, values: dict[int, Any] = values) -> Any:
+            return bind(op, [v if k == operand else values[k] for k in range(len(avals))])[0]
+
+        def pull(a: Array, dtype: Any = dtype, fn: Any = fn) -> Array:
+            shape = jax.ShapeDtypeStruct(avals[operand].shape, dtype)
+            try:
+                return jax.linear_transpose(fn, shape)(jnp.asarray(a, dtype))[0]
+            except NotImplementedError:
+                return jax.vjp(fn, jnp.zeros(shape.shape, dtype))[1](jnp.asarray(a, dtype))[0]
+
+        try:
+            pull(np.zeros(_result_shape(op, avals)))
+        except Exception:  # no transpose in this dtype
+            if jnp.finfo(avals[operand].dtype).bits < 32:
+                return None
+            continue
+        return pull
+    return None
+
+
+def _result_shape(op: Operation, avals: Sequence[Aval]) -> tuple[int, ...]:
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+    return tuple(jax.eval_shape(lambda *v: bind(op, v)[0], *shapes).shape)
 
 
 def _gather(op: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]) -> Array | None:

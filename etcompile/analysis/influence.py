@@ -39,7 +39,9 @@ class Influence:
     cuts: Mapping[Use, Array]
 
 
-def influence_on(graph: Graph, seeds: Mapping[int, Array], active: Sequence[bool], keep: set[int], frozen: set[Use]) -> Influence:
+def influence_on(
+    graph: Graph, seeds: Mapping[int, Array], active: Sequence[bool], keep: set[int], frozen: set[Use]
+) -> Influence:
     """Walk ``graph`` backwards from ``seeds``.
 
     Parameters
@@ -111,7 +113,9 @@ def _own_position(resolved: Array, found: Sequence[Array], size: int) -> Array:
     return np.where(resolved == MANY, np.where(reached, own, NONE), resolved)
 
 
-def _inner(operation: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]) -> Array | None:
+def _inner(
+    operation: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]
+) -> Array | None:
     """Influence through a primitive without a rule of its own: through its JVP, its VJP, or MANY."""
     many = np.broadcast_to(np.int64(MANY), avals[operand].shape)
     if operation.name == "custom_vjp_call":
@@ -121,22 +125,33 @@ def _inner(operation: Operation, avals: Sequence[Aval], operand: int, results: l
     return many if found is None else found
 
 
-def _through_jvp(operation: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]) -> Array | None:
+def _through_jvp(
+    operation: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]
+) -> Array | None:
     graph = jvp_graph(operation, avals, [operand])
-    if graph is None or any(o.name == operation.name for o in graph.operations):
+    if graph is None:
         return None
     tangent = graph.inputs[-1]
+    reached = _reached(graph, {tangent})
+    if any(o.name == operation.name and any(reached[v] for v in o.outputs) for o in graph.operations):
+        return None  # its tangent is made by the same primitive: nothing to look into
     live = [r for r, v in zip(results, _differentiable_outputs(operation, avals, results), strict=True) if v]
-    seeds = {v: r for v, r in zip(graph.outputs, live, strict=True) if r is not None and not isinstance(v, Constant)}
+    seeds = {
+        v: r
+        for v, r in zip(graph.outputs, live, strict=True)
+        if r is not None and not isinstance(v, Constant)
+    }
     if not seeds:
         return np.full(avals[operand].shape, NONE, np.int64)
-    found = influence_on(graph, seeds, _reached(graph, {tangent}), {tangent}, set())
+    found = influence_on(graph, seeds, reached, {tangent}, set())
     if found.cuts:
         return None
     return found.positions.get(tangent, np.full(avals[operand].shape, NONE, np.int64))
 
 
-def _through_vjp(operation: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]) -> Array | None:
+def _through_vjp(
+    operation: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]
+) -> Array | None:
     """Read the influence off the cotangent map: cotangent element p reaches operand element q, so q influences p."""
     graph = vjp_graph(operation, avals, [operand])
     if graph is None:
@@ -163,7 +178,9 @@ def _through_vjp(operation: Operation, avals: Sequence[Aval], operand: int, resu
     return total
 
 
-def _differentiable_outputs(operation: Operation, avals: Sequence[Aval], results: list[Array | None]) -> list[bool]:
+def _differentiable_outputs(
+    operation: Operation, avals: Sequence[Aval], results: list[Array | None]
+) -> list[bool]:
     import jax
 
     from etcompile.frontend.jaxpr import bind

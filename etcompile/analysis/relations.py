@@ -51,7 +51,9 @@ class Relation:
         return tuple(slice(start, stop) for start, stop in self.window)
 
 
-def relate(name: str, site: str, group: HiddenGroup, influence: Mapping[int, Array]) -> tuple[Relation, bool] | None:
+def relate(
+    name: str, site: str, group: HiddenGroup, influence: Mapping[int, Array]
+) -> tuple[Relation, bool] | None:
     """Relation of a site to a group, or None; and whether part of the influence does not fit the group's positions.
 
     ``influence`` maps the number of a state within the group to the element that each element of y reaches.

@@ -71,23 +71,37 @@ def split_step(model: StepModel, dep: Dependence) -> SplitStep:
     params_mask = (1 << len(model.params)) - 1
 
     def parameter_only(operand: Operand) -> bool:
-        return not isinstance(operand, Constant) and bool(dep.value[operand]) and not dep.value[operand] & ~params_mask
+        return (
+            not isinstance(operand, Constant)
+            and bool(dep.value[operand])
+            and not dep.value[operand] & ~params_mask
+        )
 
     hoisted, body = [], []
     for operation in graph.operations:
-        (hoisted if all(parameter_only(v) for v in operation.outputs) and operation.outputs else body).append(operation)
+        constant = not any(dep.value[v] for v in operation.outputs)
+        if operation.outputs and (constant or all(parameter_only(v) for v in operation.outputs)):
+            hoisted.append(operation)
+        if constant or not all(parameter_only(v) for v in operation.outputs):
+            body.append(operation)  # what depends on constants alone is computed wherever it is needed
     _refuse_while(model, body, dep, params_mask)
     used = [v for operation in body for v in operation.inputs] + list(graph.outputs)
     weights = tuple(dict.fromkeys(v for v in used if not isinstance(v, Constant) and parameter_only(v)))
     hoisted_graph = Graph(graph.avals, model.param_vars, tuple(hoisted), weights)
-    body_graph = Graph(graph.avals, (*weights, *model.state_vars, *model.input_vars), tuple(body), graph.outputs)
+    body_graph = Graph(
+        graph.avals, (*weights, *model.state_vars, *model.input_vars), tuple(body), graph.outputs
+    )
     return SplitStep(hoisted_graph, body_graph, weights, _find_sites(model, body_graph, weights, dep))
 
 
 def _refuse_while(model: StepModel, body: list[Operation], dep: Dependence, params_mask: int) -> None:
     for operation in body:
         if operation.name == "while" and any(dep.on(v, params_mask) for v in operation.inputs):
-            names = [leaf.path for bit, leaf in enumerate(model.params) if any(dep.on(v, 1 << bit) for v in operation.inputs)]
+            names = [
+                leaf.path
+                for bit, leaf in enumerate(model.params)
+                if any(dep.on(v, 1 << bit) for v in operation.inputs)
+            ]
             raise ModelError(
                 f"a trained parameter ({', '.join(names)}) is used inside a while loop.",
                 where=operation.source,
@@ -128,9 +142,17 @@ def _find_sites(model: StepModel, body: Graph, weights: tuple[int, ...], dep: De
 def _kind(body: Graph, operation: Operation, operand: int) -> str:
     if operation.name == "dot_general":
         return "dot_general"
-    if operation.name == "conv_general_dilated" and operand == 1 and operation.params["batch_group_count"] == 1:
+    if (
+        operation.name == "conv_general_dilated"
+        and operand == 1
+        and operation.params["batch_group_count"] == 1
+    ):
         return "conv"
-    if operation.name == "gather" and operand == 0 and is_embedding(operation, body.aval(operation.inputs[0])):
+    if (
+        operation.name == "gather"
+        and operand == 0
+        and is_embedding(operation, body.aval(operation.inputs[0]))
+    ):
         return "embedding"
     results = [np.arange(body.avals[v].size).reshape(body.avals[v].shape) for v in operation.outputs]
     found = operand_influence(body, operation, operand, list(results), _inner)

@@ -79,8 +79,12 @@ def from_function(fn: Callable[..., tuple[Any, Any]], params: Any, state: Any) -
     True
     """
     if not callable(fn):
-        raise ModelError("from_function needs a function.", got=repr(fn), expected="fn(params, state, x) -> (state, out)")
-    return FunctionModel(fn, jax.tree.map(_array, params), jax.tree.map(_array, state), getattr(fn, "__name__", "fn"))
+        raise ModelError(
+            "from_function needs a function.", got=repr(fn), expected="fn(params, state, x) -> (state, out)"
+        )
+    return FunctionModel(
+        fn, jax.tree.map(_array, params), jax.tree.map(_array, state), getattr(fn, "__name__", "fn")
+    )
 
 
 def _array(value: Any) -> Any:
@@ -98,7 +102,9 @@ def trace_function(model: FunctionModel, inputs: tuple[Any, ...], state: Any = N
         result = model.fn(params, old, *args)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise ModelError(
-                f"{model.name} must return two values.", got=f"{type(result).__name__}", expected="(new_state, out)"
+                f"{model.name} must return two values.",
+                got=f"{type(result).__name__}",
+                expected="(new_state, out)",
             )
         new, out = result
         if jax.tree.structure(new) != jax.tree.structure(old):
@@ -108,7 +114,9 @@ def trace_function(model: FunctionModel, inputs: tuple[Any, ...], state: Any = N
                 expected=str(jax.tree.structure(old)),
                 hint="return every state, also one that did not change; a state cannot be created during a step.",
             )
-        kept["out"] = jax.tree.map(lambda v: jax.ShapeDtypeStruct(jax.numpy.shape(v), jax.numpy.result_type(v)), out)
+        kept["out"] = jax.tree.map(
+            lambda v: jax.ShapeDtypeStruct(jax.numpy.shape(v), jax.numpy.result_type(v)), out
+        )
         return [*jax.tree.leaves(out), *jax.tree.leaves(new)]
 
     leaves, tree = jax.tree.flatten(shapes)

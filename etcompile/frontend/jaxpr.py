@@ -21,12 +21,32 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-__all__ = ["Aval", "Constant", "Graph", "Operation", "Operand", "bind", "flatten_jaxpr", "inner_jaxpr", "jvp_graph"]
+__all__ = [
+    "Aval",
+    "Constant",
+    "Graph",
+    "Operand",
+    "Operation",
+    "bind",
+    "flatten_jaxpr",
+    "inner_jaxpr",
+    "jvp_graph",
+]
 
 #: An unrolled scan may grow to this many operations; a longer one stays whole and is analysed as one operation.
 UNROLL_LIMIT = 4096
 
-_INLINED = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "core_closed_call", "run_state"}
+_INLINED = {
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "remat",
+    "remat2",
+    "checkpoint",
+    "core_closed_call",
+    "run_state",
+}
 #: Never computed while compiling, though their operands are constant: broadcasts would only make large constants.
 _KEPT = {"broadcast_in_dim", "while", "custom_vjp_call", "custom_jvp_call"}
 _BROADCASTING = {
@@ -147,10 +167,11 @@ def _aval(value: Any) -> Aval:
 # source lines
 
 
-_PACKAGES = tuple(
-    os.path.dirname(module.__file__ or "") + os.sep for module in (jax, np)
+_PACKAGES = tuple(os.path.dirname(module.__file__ or "") + os.sep for module in (jax, np))
+_LIBRARIES = tuple(
+    os.sep + name + os.sep
+    for name in ("brainstate", "saiunit", "brainunit", "braintools", "brainpy", "brainevent", "brainpy_state")
 )
-_LIBRARIES = tuple(os.sep + name + os.sep for name in ("brainstate", "saiunit", "brainunit", "braintools", "brainpy", "brainevent", "brainpy_state"))
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
@@ -184,6 +205,7 @@ class _Builder:
     def __init__(self) -> None:
         self.avals: list[Aval] = []
         self.operations: list[Operation] = []
+        self.parameter_only: set[int] = set()
 
     def variable(self, aval: Aval) -> int:
         self.avals.append(aval)
@@ -192,9 +214,13 @@ class _Builder:
     def aval(self, operand: Operand) -> Aval:
         return operand.aval if isinstance(operand, Constant) else self.avals[operand]
 
-    def emit(self, primitive: Any, params: dict, inputs: Sequence[Operand], avals: Sequence[Aval], source: str) -> list[int]:
+    def emit(
+        self, primitive: Any, params: dict, inputs: Sequence[Operand], avals: Sequence[Aval], source: str
+    ) -> list[int]:
         outputs = tuple(self.variable(aval) for aval in avals)
         self.operations.append(Operation(primitive, params, tuple(inputs), outputs, source))
+        if all(isinstance(i, Constant) or i in self.parameter_only for i in inputs):
+            self.parameter_only.update(outputs)
         return list(outputs)
 
     def call(self, fn: Callable, inputs: Sequence[Operand], source: str) -> list[Operand]:
@@ -205,7 +231,9 @@ class _Builder:
 
     def inline(self, closed: Any, inputs: Sequence[Operand], source: str | None = None) -> list[Operand]:
         jaxpr, consts = closed.jaxpr, closed.consts
-        env: dict[Any, Operand] = dict(zip(jaxpr.constvars, map(Constant, consts), strict=True)) if consts else {}
+        env: dict[Any, Operand] = (
+            dict(zip(jaxpr.constvars, map(Constant, consts), strict=True)) if consts else {}
+        )
         env.update(zip(jaxpr.invars, inputs, strict=True))
 
         def get(atom: Any) -> Operand:
@@ -225,7 +253,7 @@ class _Builder:
                 return self.inline(inner, inputs, source)
         if name == "scan" and _unrolled_size(eqn) <= UNROLL_LIMIT:
             return self.unroll(eqn, inputs, where, source)
-        if name == "cond":
+        if name == "cond" and not any(_closed(b).effects for b in eqn.params["branches"]):
             return self.select_branches(eqn, inputs, where, source)
         if name in _BROADCASTING:
             inputs = self.same_shape(inputs, where)
@@ -236,14 +264,18 @@ class _Builder:
         shapes = [self.aval(i).shape for i in inputs]
         shape = np.broadcast_shapes(*shapes)
         return [
-            i if s == shape or isinstance(i, Constant) and s == () else self.call(lambda v: lax.broadcast_in_dim(v, shape, _trailing(v, shape)), [i], where)[0]
+            i if s == shape or (isinstance(i, Constant) and s == ()) else self.call(lambda v: lax.broadcast_in_dim(v, shape, _trailing(v, shape)), [i], where)[0]
             for i, s in zip(inputs, shapes, strict=True)
         ]  # fmt: skip
 
     def unroll(self, eqn: Any, inputs: list[Operand], where: str, source: str | None) -> list[Operand]:
         length = eqn.params["length"]
         num_consts, num_carry = scan_signature(eqn.params)
-        consts, carry, xs = inputs[:num_consts], inputs[num_consts : num_consts + num_carry], inputs[num_consts + num_carry :]
+        consts, carry, xs = (
+            inputs[:num_consts],
+            inputs[num_consts : num_consts + num_carry],
+            inputs[num_consts + num_carry :],
+        )
         steps = range(length - 1, -1, -1) if eqn.params["reverse"] else range(length)
         body = _closed(eqn.params["jaxpr"])
         collected: dict[int, list[Operand]] = {}
@@ -256,14 +288,19 @@ class _Builder:
             if length == 0:
                 stacked.append(Constant(jnp.zeros(outvar.aval.shape, outvar.aval.dtype)))
             else:
-                stacked += self.call(lambda *vs: jnp.stack(vs), [collected[t][k] for t in range(length)], where)
+                stacked += self.call(
+                    lambda *vs: jnp.stack(vs), [collected[t][k] for t in range(length)], where
+                )
         return [*carry, *stacked]
 
-    def select_branches(self, eqn: Any, inputs: list[Operand], where: str, source: str | None) -> list[Operand]:
+    def select_branches(
+        self, eqn: Any, inputs: list[Operand], where: str, source: str | None
+    ) -> list[Operand]:
         """Run every branch and select.
 
         Each differentiable input enters a branch through a selection that passes cotangents only where the branch is
-        taken, so that an infinite derivative in a branch not taken stays there.
+        taken, so that an infinite derivative in a branch not taken stays there. Expressions of parameters alone enter as
+        they are: they keep their own traces.
         """
         index, *operands = inputs
         branches = [_closed(b) for b in eqn.params["branches"]]
@@ -276,7 +313,9 @@ class _Builder:
                 return jnp.where(i == k, v, lax.stop_gradient(v))
 
             entered = [
-                v if isinstance(v, Constant) or not self.aval(v).differentiable else self.call(gate, [index, v], where)[0]
+                v
+                if isinstance(v, Constant) or v in self.parameter_only or not self.aval(v).differentiable
+                else self.call(gate, [index, v], where)[0]
                 for v in operands
             ]
             results.append(self.inline(branch, entered, source))
@@ -319,7 +358,11 @@ def _unrolled_size(eqn: Any) -> int:
     def count(closed: Any) -> int:
         total = 0
         for inner in closed.jaxpr.eqns:
-            sub = inner_jaxpr(inner.params) if inner.primitive.name in _INLINED or inner.primitive.name == "scan" else None
+            sub = (
+                inner_jaxpr(inner.params)
+                if inner.primitive.name in _INLINED or inner.primitive.name == "scan"
+                else None
+            )
             times = inner.params["length"] if inner.primitive.name == "scan" else 1
             total += 1 if sub is None else times * count(sub)
         return total
@@ -332,12 +375,15 @@ def run_jaxpr(closed: Any, *args: Any) -> list[Any]:
     return list(jex_core.jaxpr_as_fun(closed)(*args))
 
 
-def flatten_jaxpr(closed: Any) -> Graph:
-    """Flatten a closed jaxpr into a :class:`Graph`; operations that nothing needs are dropped."""
+def flatten_jaxpr(closed: Any, n_params: int = 0) -> Graph:
+    """Flatten a closed jaxpr, whose first ``n_params`` inputs are parameters; operations that nothing needs are dropped."""
     builder = _Builder()
     inputs = tuple(builder.variable(Aval(tuple(v.aval.shape), v.aval.dtype)) for v in closed.jaxpr.invars)
+    builder.parameter_only.update(inputs[:n_params])
     outputs = builder.inline(closed, inputs)
-    return _without_dead(_folded(Graph(tuple(builder.avals), inputs, tuple(builder.operations), tuple(outputs))))
+    return _without_dead(
+        _folded(Graph(tuple(builder.avals), inputs, tuple(builder.operations), tuple(outputs)))
+    )
 
 
 def _folded(graph: Graph) -> Graph:
@@ -351,8 +397,12 @@ def _folded(graph: Graph) -> Graph:
     with jax.ensure_compile_time_eval():
         for operation in graph.operations:
             inputs = tuple(get(i) for i in operation.inputs)
-            foldable = all(isinstance(i, Constant) for i in inputs) and operation.outputs and not has_effects(operation)
-            if foldable and operation.name not in _KEPT:
+            foldable = (
+                all(isinstance(i, Constant) for i in inputs)
+                and operation.outputs
+                and not has_effects(operation)
+            )
+            if foldable and (operation.name not in _KEPT or _small_broadcast(graph, operation)):
                 values = bind(operation, [i.value for i in inputs if isinstance(i, Constant)])
                 known.update(zip(operation.outputs, map(Constant, values), strict=True))
             else:
@@ -360,8 +410,17 @@ def _folded(graph: Graph) -> Graph:
     return dataclasses.replace(graph, operations=tuple(kept), outputs=tuple(get(o) for o in graph.outputs))
 
 
+def _small_broadcast(graph: Graph, operation: Operation) -> bool:
+    """Broadcast indices are wanted as constants; large arrays of numbers are not."""
+    aval = graph.avals[operation.outputs[0]]
+    return operation.name == "broadcast_in_dim" and (not aval.differentiable or aval.size <= 256)
+
+
 def has_effects(operation: Operation) -> bool:
-    return bool(operation.params.get("effect") or operation.params.get("callback")) or not operation.outputs
+    """Whether an operation does something beside its results (prints, checks a value)."""
+    if operation.params.get("effect") or operation.params.get("callback") or not operation.outputs:
+        return True
+    return any(_closed(b).effects for b in operation.params.get("branches", ()))
 
 
 def _without_dead(graph: Graph) -> Graph:
@@ -390,14 +449,21 @@ def with_copies(graph: Graph, positions: Sequence[int]) -> Graph:
             (operand,) = builder.emit(_copy_p(), {}, [operand], [builder.aval(operand)], "?")
         seen.add(operand)
         outputs[k] = operand
-    return dataclasses.replace(graph, avals=tuple(builder.avals), operations=tuple(builder.operations), outputs=tuple(outputs))
+    return dataclasses.replace(
+        graph, avals=tuple(builder.avals), operations=tuple(builder.operations), outputs=tuple(outputs)
+    )
 
 
 def _copy_p() -> Any:
     return jex_core.primitives.copy_p
 
 
-def splice(graph: Graph, before: Callable[..., Sequence[Any]], inputs: Sequence[Aval], after: Callable[..., Sequence[Any]]) -> Graph:
+def splice(
+    graph: Graph,
+    before: Callable[..., Sequence[Any]],
+    inputs: Sequence[Aval],
+    after: Callable[..., Sequence[Any]],
+) -> Graph:
     """The graph of ``after(*graph(*before(*inputs)))``, where ``before`` and ``after`` are ordinary jax functions."""
     builder = _Builder()
     new_inputs = [builder.variable(a) for a in inputs]
@@ -437,7 +503,9 @@ def jvp_graph(operation: Operation, avals: Sequence[Aval], wrt: Sequence[int]) -
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in itertools.chain(avals, (avals[k] for k in wrt))]
     try:
         return flatten_jaxpr(jax.make_jaxpr(tangent)(*shapes))
-    except Exception:  # no JVP rule, or one that fails on these types: the caller treats the operation as opaque
+    except (
+        Exception
+    ):  # no JVP rule, or one that fails on these types: the caller treats the operation as opaque
         return None
 
 

@@ -99,8 +99,12 @@ def trace_module(model: Any, inputs: tuple[Any, ...]) -> tuple[TracedStep, Modul
     leaves, tree = jax.tree.flatten(example)
     ordered = jax.make_jaxpr(flat)(*leaves)
     owners = {p: type(s).__name__ for p, s in states.items()}
-    traced = TracedStep(name, ordered, example_params, example_states, example[2], jax.tree.map(_shape, out_shape), owners)
-    return traced, ModuleStates({p: params[p] for p in sorted(params)}, {p: states[p] for p in sorted(states)})
+    traced = TracedStep(
+        name, ordered, example_params, example_states, example[2], jax.tree.map(_shape, out_shape), owners
+    )
+    return traced, ModuleStates(
+        {p: params[p] for p in sorted(params)}, {p: states[p] for p in sorted(states)}
+    )
 
 
 def _example(value: Any) -> Any:
@@ -108,7 +112,9 @@ def _example(value: Any) -> Any:
 
 
 def _shape(value: Any) -> Any:
-    return jax.ShapeDtypeStruct(jnp.shape(value), jnp.result_type(value) if not hasattr(value, "dtype") else value.dtype)
+    return jax.ShapeDtypeStruct(
+        jnp.shape(value), jnp.result_type(value) if not hasattr(value, "dtype") else value.dtype
+    )
 
 
 def _outside_path(state: Any, k: int) -> str:
@@ -141,7 +147,11 @@ def _forget(model: Any, path: str, old: Any) -> None:
     owner = model
     try:
         for part in parents:
-            owner = owner[int(part)] if part.isdigit() else (owner[part] if isinstance(owner, dict) else getattr(owner, part))
+            owner = (
+                owner[int(part)]
+                if part.isdigit()
+                else (owner[part] if isinstance(owner, dict) else getattr(owner, part))
+            )
         if old is None:
             delattr(owner, last)
         else:
@@ -167,15 +177,28 @@ def _written_at(closed: Any, found: Any, state: Any) -> str | None:
 
 def _explained(model: Any, name: str, inputs: tuple[Any, ...], error: Exception) -> EtcompileError:
     where = _user_frame(error)
-    shapes = ", ".join(str(jax.tree.map(lambda v: f"{jnp.result_type(v)}{list(jnp.shape(v))}", x)) for x in inputs) or "none"
+    shapes = (
+        ", ".join(str(jax.tree.map(lambda v: f"{jnp.result_type(v)}{list(jnp.shape(v))}", x)) for x in inputs)
+        or "none"
+    )
     kind = InputError if isinstance(error, (TypeError, ValueError)) else ModelError
     hint = "check feature size, rank and dtype of the inputs and the batch size of the states; call the model once by itself."
     if not inputs:
         hint = "pass one example of every input of update() to compile(): etcompile.compile(model, x0)."
     states = model.states()
-    if isinstance(error, AttributeError) and not any(not isinstance(s, brainstate.ParamState) for s in states.values()):
-        kind, hint = ModelError, "initialise the states first: brainstate.nn.init_all_states(model, batch_size=...), or pass batch_size to compile()."
-    return kind(f"one step of {name} fails on these inputs.", where=where, got=f"inputs {shapes}; {type(error).__name__}: {error}", hint=hint)
+    if isinstance(error, AttributeError) and not any(
+        not isinstance(s, brainstate.ParamState) for s in states.values()
+    ):
+        kind, hint = (
+            ModelError,
+            "initialise the states first: brainstate.nn.init_all_states(model, batch_size=...), or pass batch_size to compile().",
+        )
+    return kind(
+        f"one step of {name} fails on these inputs.",
+        where=where,
+        got=f"inputs {shapes}; {type(error).__name__}: {error}",
+        hint=hint,
+    )
 
 
 def _user_frame(error: Exception) -> str | None:
@@ -184,6 +207,10 @@ def _user_frame(error: Exception) -> str | None:
 
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if "site-packages" not in frame.filename and not frame.filename.startswith(here) and f"{os.sep}lib{os.sep}python" not in frame.filename:
+        if (
+            "site-packages" not in frame.filename
+            and not frame.filename.startswith(here)
+            and f"{os.sep}lib{os.sep}python" not in frame.filename
+        ):
             return f"{os.path.basename(frame.filename)}:{frame.lineno}"
     return None

@@ -82,13 +82,21 @@ class StepModel:
     def flatten_params(self, params: Any) -> list[Any]:
         leaves, tree = jax.tree.flatten(params)
         if tree != self.param_tree:
-            raise InputError("the parameters do not have the structure of the model's.", got=str(tree), expected=str(self.param_tree))
+            raise InputError(
+                "the parameters do not have the structure of the model's.",
+                got=str(tree),
+                expected=str(self.param_tree),
+            )
         return leaves
 
     def flatten_states(self, states: Any) -> list[Any]:
         leaves, tree = jax.tree.flatten(states)
         if tree != self.state_tree:
-            raise InputError("the states do not have the structure of the model's.", got=str(tree), expected=str(self.state_tree))
+            raise InputError(
+                "the states do not have the structure of the model's.",
+                got=str(tree),
+                expected=str(self.state_tree),
+            )
         return split_complex(leaves, self.complex_states)
 
     def unflatten_states(self, leaves: Sequence[Any]) -> Any:
@@ -163,7 +171,7 @@ def step_model(traced: TracedStep) -> StepModel:
     states, state_tree = jax.tree.flatten(traced.states)
     inputs, input_tree = jax.tree.flatten(traced.inputs)
     outputs, output_tree = jax.tree.flatten(traced.outputs)
-    graph = flatten_jaxpr(traced.jaxpr)
+    graph = flatten_jaxpr(traced.jaxpr, len(params))
     state_names = leaf_names(traced.states)
     for k, (name, operand) in enumerate(zip(state_names, graph.outputs[len(outputs) :], strict=True)):
         old, new = graph.avals[graph.inputs[len(params) + k]], graph.aval(operand)
@@ -175,7 +183,10 @@ def step_model(traced: TracedStep) -> StepModel:
                 expected=f"{old}, as it came in",
                 hint="initialise the state with the shape (batch axis included) and dtype that update() gives it.",
             )
-    flags = tuple(bool(jnp.issubdtype(graph.avals[graph.inputs[len(params) + k]].dtype, jnp.complexfloating)) for k in range(len(states)))
+    flags = tuple(
+        bool(jnp.issubdtype(graph.avals[graph.inputs[len(params) + k]].dtype, jnp.complexfloating))
+        for k in range(len(states))
+    )
     if any(flags):
         graph, state_names = _with_real_states(graph, len(params), len(outputs), flags, state_names)
     graph = with_copies(graph, range(len(outputs), len(graph.outputs)))
@@ -185,9 +196,16 @@ def step_model(traced: TracedStep) -> StepModel:
         name=traced.name,
         graph=graph,
         params=tuple(Leaf(p, a) for p, a in zip(leaf_names(traced.params), avals[:n], strict=True)),
-        states=tuple(Leaf(p, a, _owner(traced.owners, p)) for p, a in zip(state_names, avals[n : n + s], strict=True)),
-        inputs=tuple(Leaf(p, a) for p, a in zip(leaf_names(_named_inputs(traced.inputs)), avals[n + s :], strict=True)),
-        outputs=tuple(Leaf(p, graph.aval(v)) for p, v in zip(leaf_names(traced.outputs, "out"), graph.outputs, strict=False)),
+        states=tuple(
+            Leaf(p, a, _owner(traced.owners, p)) for p, a in zip(state_names, avals[n : n + s], strict=True)
+        ),
+        inputs=tuple(
+            Leaf(p, a) for p, a in zip(leaf_names(_named_inputs(traced.inputs)), avals[n + s :], strict=True)
+        ),
+        outputs=tuple(
+            Leaf(p, graph.aval(v))
+            for p, v in zip(leaf_names(traced.outputs, "out"), graph.outputs, strict=False)
+        ),
         param_tree=param_tree,
         state_tree=state_tree,
         input_tree=input_tree,

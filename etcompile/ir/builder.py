@@ -24,7 +24,9 @@ class Value:
     def prev(self) -> Value:
         """The value one step before; zero at the start."""
         if self.ref.delay:
-            raise ProgramError(f"{self.ref} already lies one step back.", hint="carry it one step more with p.recur.")
+            raise ProgramError(
+                f"{self.ref} already lies one step back.", hint="carry it one step more with p.recur."
+            )
         return Value(self._builder, Ref(self.ref.name, -1), self.type)
 
     def __add__(self, other: Value) -> Value:
@@ -125,7 +127,7 @@ class ProgramBuilder:
     # -- equations ----------------------------------------------------------------------------------------------
 
     def outer(self, relation: Relation | Value, x: Value | None = None) -> Value:
-        """f (x) x, what this step adds to a trace; of a relation, or of a Jacobian and a presynaptic value."""
+        """F (x) x, what this step adds to a trace; of a relation, or of a Jacobian and a presynaptic value."""
         if isinstance(relation, Value):
             if x is None:
                 raise ProgramError("outer of a Jacobian needs the presynaptic value as its second argument.")
@@ -133,7 +135,7 @@ class ProgramBuilder:
         return self.op("outer", self.immediate(relation), x or self.presynaptic(relation))
 
     def recur(self, decay: Value | float, inject: Value, name: str | None = None) -> Value:
-        """v with v_t = decay v_{t-1} + inject, zero at the start.
+        """V with v_t = decay v_{t-1} + inject, zero at the start.
 
         ``decay`` is a transition (a matrix per position), a number, or a value of the same type as ``inject``.
         """
@@ -189,7 +191,8 @@ class ProgramBuilder:
         """
         if (value.type.kind, value.type.of) != ("gradient", relation.site):
             raise ProgramError(
-                f"the gradient of relation {relation.name} must be a gradient of its site {relation.site}.", got=str(value.type)
+                f"the gradient of relation {relation.name} must be a gradient of its site {relation.site}.",
+                got=str(value.type),
             )
         if within not in ("auto", "one_step", "rest", "outside", "none"):
             raise ProgramError("within must be auto, one_step, rest, outside or none.", got=repr(within))
@@ -197,7 +200,9 @@ class ProgramBuilder:
             within = "rest" if self._uses_op(value.ref.name, "signal") else "outside"
         earlier = self._within.setdefault(relation.site, within)
         if earlier != within:
-            raise ProgramError(f"two relations of site {relation.site} ask for different credit within the step: {earlier} and {within}.")
+            raise ProgramError(
+                f"two relations of site {relation.site} ask for different credit within the step: {earlier} and {within}."
+            )
         self._gradients.append(Gradient(relation.site, value.ref))
 
     def finish(self, exact: bool) -> TraceProgram:

@@ -46,7 +46,9 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def register_op(name: str, rule: Rule, *, linear: tuple[int, ...] = (), needs_loss: bool = False, doc: str) -> None:
+def register_op(
+    name: str, rule: Rule, *, linear: tuple[int, ...] = (), needs_loss: bool = False, doc: str
+) -> None:
     """Add a row to the table."""
     if name in OPS:
         raise ProgramError(f"op {name!r} is defined twice.")
@@ -73,7 +75,9 @@ def _of_symbol(kind: str) -> Rule:
 
 
 def _kinds(args: tuple[Arg, ...]) -> tuple[str, ...]:
-    return tuple(a.kind if isinstance(a, Type) else "number" if isinstance(a, (int, float)) else "symbol" for a in args)
+    return tuple(
+        a.kind if isinstance(a, Type) else "number" if isinstance(a, (int, float)) else "symbol" for a in args
+    )
 
 
 def _outer(header: Header, args: tuple[Arg, ...]) -> Type:
@@ -88,8 +92,13 @@ def _outer(header: Header, args: tuple[Arg, ...]) -> Type:
 
 def _matmul(header: Header, args: tuple[Arg, ...]) -> Type:
     kinds = _kinds(args)
-    if kinds not in {("transition", k) for k in ("trace", "immediate", "transition")} | {("state", "transition")}:
-        raise ProgramError("@ takes a transition and a trace, immediate Jacobian or transition; or a signal and a transition.", got=_show(args))
+    if kinds not in {("transition", k) for k in ("trace", "immediate", "transition")} | {
+        ("state", "transition")
+    }:
+        raise ProgramError(
+            "@ takes a transition and a trace, immediate Jacobian or transition; or a signal and a transition.",
+            got=_show(args),
+        )
     a, b = args
     assert isinstance(a, Type) and isinstance(b, Type)
     group = header.relation(b.of).group if b.kind in ("trace", "immediate") else b.of
@@ -164,19 +173,47 @@ def _show(args: tuple[Arg, ...]) -> str:
 
 register_op("transition", _of_symbol("transition"), doc="D_t = dh_t/dh_{t-1} of a group, block by position")
 register_op("immediate", _of_symbol("immediate"), doc="f_t = dh_t/dy_t of a relation")
-register_op("presynaptic", _of_symbol("presynaptic"), doc="x_t: what the operation at a site reads beside the weight")
-register_op("signal", _of_symbol("state"), needs_loss=True, doc="L_t = dloss_t/dh_t, the group's new states taken as independent")
-register_op("bypass", _of_symbol("state"), needs_loss=True, doc="dloss_t/dh_{t-1} along paths that avoid the group's new states")
-register_op("one_step", _of_symbol("credit"), needs_loss=True, doc="dloss_t/dy_t by ordinary autodiff, h_{t-1} held constant")
+register_op(
+    "presynaptic", _of_symbol("presynaptic"), doc="x_t: what the operation at a site reads beside the weight"
+)
+register_op(
+    "signal",
+    _of_symbol("state"),
+    needs_loss=True,
+    doc="L_t = dloss_t/dh_t, the group's new states taken as independent",
+)
+register_op(
+    "bypass",
+    _of_symbol("state"),
+    needs_loss=True,
+    doc="dloss_t/dh_{t-1} along paths that avoid the group's new states",
+)
+register_op(
+    "one_step",
+    _of_symbol("credit"),
+    needs_loss=True,
+    doc="dloss_t/dy_t by ordinary autodiff, h_{t-1} held constant",
+)
 register_op("outer", _outer, linear=(0, 1), doc="f (x) x, the part of a trace that this step adds")
-register_op("matmul", _matmul, linear=(0, 1), doc="matrix product over the group's states, position by position")
+register_op(
+    "matmul", _matmul, linear=(0, 1), doc="matrix product over the group's states, position by position"
+)
 register_op("add", _add, linear=(), doc="sum")
 register_op("sub", _add, linear=(), doc="difference")
 register_op("mul", _mul, linear=(0, 1), doc="product with a number, or element by element")
-register_op("contract", _contract, linear=(0, 1), doc="sum over states and positions of signal times trace: a weight gradient")
-register_op("back", _back, linear=(0, 1), doc="sum over states of signal times immediate Jacobian: a credit of y")
+register_op(
+    "contract",
+    _contract,
+    linear=(0, 1),
+    doc="sum over states and positions of signal times trace: a weight gradient",
+)
+register_op(
+    "back", _back, linear=(0, 1), doc="sum over states of signal times immediate Jacobian: a credit of y"
+)
 register_op("outside", _outside, linear=(0,), doc="the credit of those elements of y that no trace covers")
-register_op("pullback", _pullback, linear=(0, 1), doc="the weight gradient of a credit: the operation transposed")
+register_op(
+    "pullback", _pullback, linear=(0, 1), doc="the weight gradient of a credit: the operation transposed"
+)
 register_op("map", _map, doc="a jax function applied to each row")
 
 assert NUMBER.kind == "number"

@@ -21,7 +21,9 @@ _SITE = re.compile(
     r"(?P<name>\S+) (?P<kind>\S+) (?P<params>\S+) (?P<dtype>[a-z0-9]+)\[(?P<weight>[\d,]*)\], (?P<reads>-|[\[\]\d, ]*?)"
     r" -> \[(?P<y>[\d,]*)\] contracted=(?P<contracted>none|\[[\d,]*\])(?P<hoisted> hoisted)?  # (?P<primitive>\S+) (?P<source>.*)$"
 )
-_RELATION = re.compile(r"(?P<name>\S+) (?P<site>\S+) -> (?P<group>\S+) window=\[(?P<window>[\d:,]*)\] rows=(?P<rows>[01]+)$")
+_RELATION = re.compile(
+    r"(?P<name>\S+) (?P<site>\S+) -> (?P<group>\S+) window=\[(?P<window>[\d:,]*)\] rows=(?P<rows>[01]+)$"
+)
 _CUT = re.compile(
     r"(?P<name>\S+) in (?P<group>\S+): (?P<origins>.*?) through (?P<primitive>\S+), part=(?P<part>[^:]*): (?P<meaning>.*)  # (?P<source>.*)$"
 )
@@ -64,7 +66,9 @@ def parse_program(text: str) -> TraceProgram:
             else:
                 equations.append(_equation(stripped))
         except (ProgramError, ValueError, SyntaxError) as error:
-            raise ProgramError(f"line {number} of the program does not parse: {error}", got=stripped) from error
+            raise ProgramError(
+                f"line {number} of the program does not parse: {error}", got=stripped
+            ) from error
     if head is None:
         raise ProgramError("the program is empty.", expected="a line 'program NAME  model=...  exact=...'")
     header = Header(head["model"], tuple(groups), tuple(sites), tuple(relations), tuple(cuts))
@@ -76,7 +80,11 @@ def parse_program(text: str) -> TraceProgram:
                 raise ProgramError(f"{equation.name} uses {ref.name}, which is not defined.")
         found = infer_type(header, equation.op, equation.args, types)
         if found != equation.type:
-            raise ProgramError(f"{equation.name} has another type than its line says.", got=str(equation.type), expected=str(found))
+            raise ProgramError(
+                f"{equation.name} has another type than its line says.",
+                got=str(equation.type),
+                expected=str(found),
+            )
     return program
 
 
@@ -118,7 +126,15 @@ def _relation(m: re.Match[str]) -> Relation:
 
 def _cut(m: re.Match[str]) -> Cut:
     group = "" if m["group"] == "-" else m["group"]
-    return Cut(m["name"], group, m["primitive"], m["source"], tuple(m["origins"].split(", ")), m["meaning"], m["part"])
+    return Cut(
+        m["name"],
+        group,
+        m["primitive"],
+        m["source"],
+        tuple(m["origins"].split(", ")),
+        m["meaning"],
+        m["part"],
+    )
 
 
 _BINARY = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.MatMult: "matmul"}

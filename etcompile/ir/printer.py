@@ -47,7 +47,9 @@ def _dims(shape: tuple[int, ...]) -> str:
 
 def _group(g: Group) -> str:
     states = ", ".join(f"{path}:{dtype}" for path, dtype in g.states)
-    text = f"{g.name} ({states}) {g.dtype}{_dims(g.shape)} pattern={'/'.join(_bits(row) for row in g.pattern)}"
+    text = (
+        f"{g.name} ({states}) {g.dtype}{_dims(g.shape)} pattern={'/'.join(_bits(row) for row in g.pattern)}"
+    )
     return text + (f" bypass={_bits(g.bypass)}" if any(g.bypass) else "")
 
 

@@ -84,7 +84,9 @@ def _matmul(a: Support, b: Support, e: Equation) -> Support:
     if e.type.kind == "state":
         return tuple(any(s and b[k][j] for k, s in enumerate(a)) for j in range(len(b[0])))
     if e.type.kind == "transition":
-        return tuple(tuple(any(x and b[k][j] for k, x in enumerate(row)) for j in range(len(b[0]))) for row in a)
+        return tuple(
+            tuple(any(x and b[k][j] for k, x in enumerate(row)) for j in range(len(b[0]))) for row in a
+        )
     return tuple(any(x and b[k] for k, x in enumerate(row)) for row in a)
 
 
@@ -100,7 +102,11 @@ def _read_entries(program: TraceProgram, can: dict[str, Support]) -> dict[str, S
             if e.op == "matmul" and place == 1 and isinstance(other, Ref) and e.type.kind != "state":
                 table = can[other.name]
                 columns = tuple(any(row[j] for row in table) for j in range(len(table[0])))
-                wanted = columns if not isinstance(wanted[0], tuple) else tuple((c,) * len(wanted) for c in columns)
+                wanted = (
+                    columns
+                    if not isinstance(wanted[0], tuple)
+                    else tuple((c,) * len(wanted) for c in columns)
+                )
             elif e.op == "contract" and place == 1 and isinstance(other, Ref):
                 wanted = can[other.name]
             read[ref.name] = _either(read[ref.name], wanted)

@@ -38,7 +38,9 @@ class Type:
 
     def __str__(self) -> str:
         dims = ",".join(map(str, self.shape))
-        return f"{self.kind} {self.of} {self.dtype}[{dims}]" if self.of else f"{self.kind} {self.dtype}[{dims}]"
+        return (
+            f"{self.kind} {self.of} {self.dtype}[{dims}]" if self.of else f"{self.kind} {self.dtype}[{dims}]"
+        )
 
 
 NUMBER = Type("number", "", "f32", ())

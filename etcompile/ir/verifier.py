@@ -34,7 +34,11 @@ def verify(program: TraceProgram) -> None:
             _fail(program, equation.name, str(error))
         else:
             if found != equation.type:
-                _fail(program, equation.name, f"{equation.name} has type {equation.type}, but its op gives {found}")
+                _fail(
+                    program,
+                    equation.name,
+                    f"{equation.name} has type {equation.type}, but its op gives {found}",
+                )
         defined.add(equation.name)
     for gradient in program.gradients:
         _check(program, gradient.value.name, gradient.value, types, defined)
@@ -44,7 +48,11 @@ def verify(program: TraceProgram) -> None:
     loss = depends_on_loss(program)
     for name in program.carried:
         if name in loss:
-            _fail(program, name, f"{name} is carried and depends on the loss: it would advance only where a gradient is taken")
+            _fail(
+                program,
+                name,
+                f"{name} is carried and depends on the loss: it would advance only where a gradient is taken",
+            )
     missing = [s.name for s in program.header.sites if not any(g.site == s.name for g in program.gradients)]
     if missing:
         site = program.header.site(missing[0])
@@ -80,5 +88,7 @@ def _fail(program: TraceProgram, name: str, message: str) -> None:
     """Raise, with the equations around the fault."""
     lines = [(e.name, f"{format_equation(e)} : {e.type}") for e in program.equations]
     at = next((k for k, (n, _) in enumerate(lines) if n == name), 0)
-    near = [f"{'  -> ' if k == at else '     '}{text}" for k, (_, text) in enumerate(lines) if abs(k - at) <= 5]
+    near = [
+        f"{'  -> ' if k == at else '     '}{text}" for k, (_, text) in enumerate(lines) if abs(k - at) <= 5
+    ]
     raise ProgramError(message + ".", got="\n" + "\n".join(near))

@@ -33,7 +33,9 @@ class CausalProgram:
         Functions of ``map`` ops that are not importable by name.
     """
 
-    def __init__(self, program: TraceProgram, analysis: Analysis, functions: Mapping[str, Callable] | None = None) -> None:
+    def __init__(
+        self, program: TraceProgram, analysis: Analysis, functions: Mapping[str, Callable] | None = None
+    ) -> None:
         self.program = program
         self.model = LoweredModel(analysis)
         self.functions = functions or {}
@@ -50,7 +52,9 @@ class CausalProgram:
         """Shapes and dtypes of :meth:`init_traces`, without allocating anything."""
         return jax.eval_shape(self.init_traces)
 
-    def forward(self, weights: list[Array], states: list[Array], traces: Traces, inputs: list[Array]) -> tuple[StepDerivatives, Traces, dict]:
+    def forward(
+        self, weights: list[Array], states: list[Array], traces: Traces, inputs: list[Array]
+    ) -> tuple[StepDerivatives, Traces, dict]:
         """Run one step of the model and advance the traces.
 
         Returns the step with its derivatives, the new traces, and all values that do not need the loss.
@@ -58,11 +62,19 @@ class CausalProgram:
         step = self.model.step(weights, states, inputs)
         context = Context(self.program, self.model, step, None, self.functions)
         values = evaluate(context, self._early, {}, traces)
-        new = {name: self._kept(self.program.equation(name), rows, values[name]) for name, rows in self._rows.items()}
+        new = {
+            name: self._kept(self.program.equation(name), rows, values[name])
+            for name, rows in self._rows.items()
+        }
         return step, new, values
 
     def gradients(
-        self, step: StepDerivatives, traces: Traces, values: dict, outputs: list[Array | None], new_states: list[Array | None]
+        self,
+        step: StepDerivatives,
+        traces: Traces,
+        values: dict,
+        outputs: list[Array | None],
+        new_states: list[Array | None],
     ) -> tuple[dict[str, Array], Any]:
         """Site gradients of a loss given by its cotangents of the outputs and new states."""
         loss = step.with_loss(outputs, new_states)
@@ -107,7 +119,9 @@ class CausalProgram:
         analysis = self.model.analysis
         if kind in ("trace", "immediate"):
             geometry = self.model.traces[of]
-            dtype = jnp.result_type(geometry.dtype, group_dtype(analysis, analysis.group(geometry.relation.group)))
+            dtype = jnp.result_type(
+                geometry.dtype, group_dtype(analysis, analysis.group(geometry.relation.group))
+            )
             return (geometry.shape if kind == "trace" else geometry.relation.shape), dtype
         if kind in ("state", "transition"):
             group = analysis.group(of)
@@ -115,7 +129,11 @@ class CausalProgram:
         site = self.model.sites[of]
         if kind == "presynaptic":
             body = analysis.split.body
-            operands = [] if site.operation is None else [v for k, v in enumerate(site.operation.inputs) if k != site.site.operand]
+            operands = (
+                []
+                if site.operation is None
+                else [v for k, v in enumerate(site.operation.inputs) if k != site.site.operand]
+            )
             avals = [body.aval(v) for v in operands]
             return [a.shape for a in avals], [a.dtype for a in avals]
         return (site.y_shape, site.y_dtype) if kind == "credit" else (site.weight_shape, site.weight_dtype)

@@ -20,7 +20,7 @@ from etcompile.frontend.jaxpr import Constant
 from etcompile.lowering.geometry import SiteGeometry, TraceGeometry, site_geometry, trace_geometry
 from etcompile.lowering.tape import Tape
 
-__all__ = ["LoweredModel", "LossDerivatives", "StepDerivatives"]
+__all__ = ["LossDerivatives", "LoweredModel", "StepDerivatives"]
 
 Array = Any
 Row = tuple[Array | None, ...]
@@ -73,7 +73,9 @@ class LoweredModel:
         return result
 
     def step(self, weights: list[Array], states: list[Array], inputs: list[Array]) -> StepDerivatives:
-        return StepDerivatives(self, Tape(self.analysis.split.body, [*weights, *states, *inputs], self.frozen))
+        return StepDerivatives(
+            self, Tape(self.analysis.split.body, [*weights, *states, *inputs], self.frozen)
+        )
 
 
 class StepDerivatives:
@@ -105,13 +107,15 @@ class StepDerivatives:
             row: list[Array | None] = []
             for j, old in enumerate(group.states):
                 cotangent = found.get(analysis.model.state_vars[old]) if group.pattern[k][j] else None
-                row.append(None if cotangent is None else _at_positions(group, j, cotangent, group.masks.get((k, j))))
+                row.append(
+                    None if cotangent is None else _at_positions(group, j, cotangent, group.masks.get((k, j)))
+                )
             rows.append(tuple(row))
             del state
         return tuple(rows)
 
     def immediate(self, name: str) -> Row:
-        """f of a relation: per state of its group an array over the window of y, or None."""
+        """F of a relation: per state of its group an array over the window of y, or None."""
         geometry = self.model.traces[name]
         relation = geometry.relation
         group = self.model.analysis.group(relation.group)
@@ -133,7 +137,9 @@ class StepDerivatives:
         state = group.states[k]
         if state not in self._rows:
             new = analysis.model.new_state_vars[state]
-            targets = {analysis.model.state_vars[old] for j, old in enumerate(group.states) if group.pattern[k][j]}
+            targets = {
+                analysis.model.state_vars[old] for j, old in enumerate(group.states) if group.pattern[k][j]
+            }
             for relation in analysis.relations:
                 if relation.group == group.name and relation.rows[k]:
                     targets.add(analysis.site(relation.site).y)
@@ -145,8 +151,14 @@ class StepDerivatives:
         """Add the loss: its cotangents with respect to the step's outputs and new states."""
         model = self.model.analysis.model
         seeds: dict[int, Array] = {}
-        for operand, cotangent in zip((*model.output_vars, *model.new_state_vars), (*outputs, *new_states), strict=True):
-            if cotangent is None or isinstance(operand, Constant) or not self.tape.graph.avals[operand].differentiable:
+        for operand, cotangent in zip(
+            (*model.output_vars, *model.new_state_vars), (*outputs, *new_states), strict=True
+        ):
+            if (
+                cotangent is None
+                or isinstance(operand, Constant)
+                or not self.tape.graph.avals[operand].differentiable
+            ):
                 continue
             seeds[operand] = cotangent if operand not in seeds else seeds[operand] + cotangent
         return LossDerivatives(self, seeds)
@@ -166,7 +178,9 @@ class LossDerivatives:
         group = analysis.group(name)
         found = self._signal(group)
         return tuple(
-            None if (c := found.get(analysis.model.new_state_vars[s])) is None else _at_positions(group, k, c, None)
+            None
+            if (c := found.get(analysis.model.new_state_vars[s])) is None
+            else _at_positions(group, k, c, None)
             for k, s in enumerate(group.states)
         )
 
@@ -176,7 +190,9 @@ class LossDerivatives:
         group = analysis.group(name)
         found = self._signal(group)
         return tuple(
-            None if (c := found.get(analysis.model.state_vars[s])) is None else _at_positions(group, k, c, None)
+            None
+            if (c := found.get(analysis.model.state_vars[s])) is None
+            else _at_positions(group, k, c, None)
             for k, s in enumerate(group.states)
         )
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from etcompile.errors import ProgramError
 from etcompile.ir.program import Argument, Equation, Ref, Symbol, TraceProgram
-from etcompile.lowering.derivatives import LoweredModel, LossDerivatives, StepDerivatives
+from etcompile.lowering.derivatives import LossDerivatives, LoweredModel, StepDerivatives
 
 __all__ = ["EVALUATE", "Context", "evaluate", "resolve_function"]
 
@@ -40,7 +40,9 @@ class Context:
 Rule = Callable[[Context, Equation, Sequence[Value]], Value]
 
 
-def evaluate(context: Context, equations: Sequence[Equation], known: dict[str, Value], previous: Mapping[str, Value]) -> dict[str, Value]:
+def evaluate(
+    context: Context, equations: Sequence[Equation], known: dict[str, Value], previous: Mapping[str, Value]
+) -> dict[str, Value]:
     """Compute ``equations`` in order, given values known already and those carried from the step before."""
     values = dict(known)
 
@@ -103,7 +105,10 @@ def _outer(context: Context, equation: Equation, args: Sequence[Value]) -> Value
     geometry = context.model.traces[equation.type.of]
     spread = geometry.presynaptic(x)
     return tuple(
-        None if row is None else jnp.broadcast_to(geometry.spread(row) * spread.astype(_common(row, spread)), geometry.shape) for row in f
+        None
+        if row is None
+        else jnp.broadcast_to(geometry.spread(row) * spread.astype(_common(row, spread)), geometry.shape)
+        for row in f
     )
 
 
@@ -131,7 +136,9 @@ def _matmul(context: Context, equation: Equation, args: Sequence[Value]) -> Valu
         placed = geometry.from_positions(d)
         return geometry.spread(placed) if kind == "trace" else placed
 
-    return tuple(_dot([to_row(d) if v is not None else None for d, v in zip(line, b, strict=True)], b) for line in a)
+    return tuple(
+        _dot([to_row(d) if v is not None else None for d, v in zip(line, b, strict=True)], b) for line in a
+    )
 
 
 def _dot(a: Sequence[Value], b: Sequence[Value]) -> Value:
@@ -146,7 +153,11 @@ def _contract(context: Context, equation: Equation, args: Sequence[Value]) -> Va
     ref = equation.args[1]
     assert isinstance(ref, Ref)
     geometry = context.model.traces[context.program.equation(ref.name).type.of]
-    pairs = [(geometry.from_positions(s), e) for s, e in zip(signal, trace, strict=True) if s is not None and e is not None]
+    pairs = [
+        (geometry.from_positions(s), e)
+        for s, e in zip(signal, trace, strict=True)
+        if s is not None and e is not None
+    ]
     return geometry.contract(pairs) if pairs else None
 
 
@@ -155,7 +166,13 @@ def _back(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
     ref = equation.args[1]
     assert isinstance(ref, Ref)
     geometry = context.model.traces[context.program.equation(ref.name).type.of]
-    total = _dot([None if s is None or v is None else geometry.from_positions(s) for s, v in zip(signal, f, strict=True)], f)
+    total = _dot(
+        [
+            None if s is None or v is None else geometry.from_positions(s)
+            for s, v in zip(signal, f, strict=True)
+        ],
+        f,
+    )
     return None if total is None else geometry.place(total)
 
 

@@ -47,7 +47,10 @@ class StepFunctions:
         """One time step: ``(params, carry, inputs) -> (carry, outputs)``."""
         model = self.model
         outputs, states, traces = self._apply(
-            model.flatten_params(params), model.flatten_states(carry.states), carry.traces, model.flatten_inputs(inputs)
+            model.flatten_params(params),
+            model.flatten_states(carry.states),
+            carry.traces,
+            model.flatten_inputs(inputs),
         )
         return Carry(model.unflatten_states(states), traces), jax.tree.unflatten(model.output_tree, outputs)
 
@@ -64,7 +67,9 @@ class StepFunctions:
         step, _, values = self.causal.forward(self.causal.model.hoist(params), states, traces, inputs)
         sites, loss = self.causal.gradients(step, traces, values, _live(outputs), _live(new_states))
         gradients = self.causal.model.unhoist(params, sites)
-        moved = [c if c is not None else _zero_cotangent(x) for c, x in zip(loss.inputs(), inputs, strict=True)]
+        moved = [
+            c if c is not None else _zero_cotangent(x) for c, x in zip(loss.inputs(), inputs, strict=True)
+        ]
         return (
             [g if jnp.issubdtype(g.dtype, jnp.inexact) else None for g in gradients],
             [_zero_cotangent(s) for s in states],
@@ -97,16 +102,25 @@ class StepFunctions:
         sites, _ = self.causal.gradients(step, traces, values, cotangents, [None] * len(states))
         return loss, sites, step.new_states, new_traces
 
-    def value_and_grad(self, loss_fn: Callable, params: Any, carry: Carry, inputs: tuple, targets: tuple) -> tuple[Array, Any, Carry]:
+    def value_and_grad(
+        self, loss_fn: Callable, params: Any, carry: Carry, inputs: tuple, targets: tuple
+    ) -> tuple[Array, Any, Carry]:
         """Loss and parameter gradients of one online step, and the new carry."""
         model = self.model
         leaves = model.flatten_params(params)
         loss, sites, states, traces = self.step_with_sites(
-            self.causal.model.hoist(leaves), model.flatten_states(carry.states), carry.traces, model.flatten_inputs(inputs), loss_fn, targets
+            self.causal.model.hoist(leaves),
+            model.flatten_states(carry.states),
+            carry.traces,
+            model.flatten_inputs(inputs),
+            loss_fn,
+            targets,
         )
         return loss, self._gradients(leaves, sites), Carry(model.unflatten_states(states), traces)
 
-    def scan_value_and_grad(self, loss_fn: Callable, params: Any, carry: Carry, xs: tuple, targets: tuple) -> tuple[Array, Any, Carry]:
+    def scan_value_and_grad(
+        self, loss_fn: Callable, params: Any, carry: Carry, xs: tuple, targets: tuple
+    ) -> tuple[Array, Any, Carry]:
         """Losses per step and summed gradients over a sequence, step by step with the weights fixed."""
         model = self.model
         leaves = model.flatten_params(params)
@@ -118,7 +132,9 @@ class StepFunctions:
             states, traces, total = loop
             x, target = item
             now = self.causal.model.hoist(leaves) if per_step else weights
-            loss, sites, states, traces = self.step_with_sites(now, states, traces, model.flatten_inputs(x), loss_fn, target)
+            loss, sites, states, traces = self.step_with_sites(
+                now, states, traces, model.flatten_inputs(x), loss_fn, target
+            )
             total = {k: v + sites[k] if k in sites else v for k, v in total.items()}
             return (states, traces, total), loss
 
@@ -144,13 +160,22 @@ def checked_loss(loss: Any) -> Array:
     try:
         value = jnp.asarray(loss)
     except TypeError as error:
-        raise InputError("the loss function must return one number.", got=type(loss).__name__, expected="a scalar array") from error
+        raise InputError(
+            "the loss function must return one number.", got=type(loss).__name__, expected="a scalar array"
+        ) from error
     if value.shape != ():
         raise InputError(
-            "the loss function must return one number per step.", got=f"shape {value.shape}", expected="shape ()", hint="take the mean or sum over the batch."
+            "the loss function must return one number per step.",
+            got=f"shape {value.shape}",
+            expected="shape ()",
+            hint="take the mean or sum over the batch.",
         )
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise InputError("the loss must be a real floating-point number.", got=str(value.dtype), expected="float32 or another float")
+        raise InputError(
+            "the loss must be a real floating-point number.",
+            got=str(value.dtype),
+            expected="float32 or another float",
+        )
     return value
 
 

@@ -51,7 +51,11 @@ def gather_positions(position: np.ndarray, shape: tuple[int, ...]) -> Any:
             if (columns == np.arange(start, start + columns.size)).all():
                 return lambda v: v[..., start : start + columns.size]
             return lambda v: jnp.take(v, columns, axis=-1)
-    if clipped.ndim == len(shape) + 1 and clipped.shape[1:] == shape and (clipped.reshape(clipped.shape[0], -1) == np.arange(size)).all():
+    if (
+        clipped.ndim == len(shape) + 1
+        and clipped.shape[1:] == shape
+        and (clipped.reshape(clipped.shape[0], -1) == np.arange(size)).all()
+    ):
         return lambda v: jnp.broadcast_to(v, clipped.shape)
     return lambda v: jnp.take(v.reshape(-1), clipped)
 
@@ -155,7 +159,9 @@ class TraceGeometry:
         full = self.site.y_shape
         if value.shape == full:
             return value
-        pads = [(start, size - stop, 0) for (start, stop), size in zip(self.relation.window, full, strict=True)]
+        pads = [
+            (start, size - stop, 0) for (start, stop), size in zip(self.relation.window, full, strict=True)
+        ]
         return lax.pad(value, jnp.zeros((), value.dtype), pads)
 
     def presynaptic(self, x: tuple[Array, ...]) -> Array:
@@ -205,7 +211,11 @@ class TraceGeometry:
         moved = jnp.transpose(x, [*batch[other], *free, *contract[other]])
         n_batch, n_free = len(batch[w]), len(free)
         n_weight = len(self.site.weight_shape) - n_batch - len(contract[w])
-        head, middle, tail = moved.shape[:n_batch], moved.shape[n_batch : n_batch + n_free], moved.shape[n_batch + n_free :]
+        head, middle, tail = (
+            moved.shape[:n_batch],
+            moved.shape[n_batch : n_batch + n_free],
+            moved.shape[n_batch + n_free :],
+        )
         ones = (1,) * n_weight
         shape = (*head, *middle, *ones, *tail) if other == 0 else (*head, *ones, *middle, *tail)
         return self._window_broadcast(moved.reshape(shape).astype(self.site.y_dtype))
@@ -240,7 +250,9 @@ class TraceGeometry:
             total = product if total is None else total + product
         assert total is not None
         in_memory = {axis: k for k, axis in enumerate(self.order)}
-        reduced = jnp.sum(total, axis=tuple(in_memory[a] for a in self.summed), dtype=_accumulator(total.dtype))
+        reduced = jnp.sum(
+            total, axis=tuple(in_memory[a] for a in self.summed), dtype=_accumulator(total.dtype)
+        )
         left = [a for a in self.order if a not in self.summed]
         n_y = len(self.relation.shape)
         logical = [*self.kept, *range(n_y, n_y + len(self.contracted))]

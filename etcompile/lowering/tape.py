@@ -34,7 +34,9 @@ class Tape:
         Values computed elsewhere; the operations that would compute them are skipped.
     """
 
-    def __init__(self, graph: Graph, inputs: Any, frozen: Set[Use], known: Mapping[int, Array] | None = None) -> None:
+    def __init__(
+        self, graph: Graph, inputs: Any, frozen: Set[Use], known: Mapping[int, Array] | None = None
+    ) -> None:
         self.graph = graph
         self.frozen = frozen
         self.values: dict[int, Array] = dict(zip(graph.inputs, inputs, strict=True))
@@ -114,7 +116,9 @@ class Tape:
             self._reach[targets] = reach
         return self._reach[targets]
 
-    def _pullback(self, number: int, moving: tuple[int, ...]) -> Callable[[list[Array | None]], tuple[Array, ...]]:
+    def _pullback(
+        self, number: int, moving: tuple[int, ...]
+    ) -> Callable[[list[Array | None]], tuple[Array, ...]]:
         key = (number, moving)
         if key not in self._pulls:
             operation = self.graph.operations[number]

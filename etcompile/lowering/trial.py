@@ -19,7 +19,9 @@ __all__ = ["trial_gradients"]
 _STEPS = 4
 
 
-def trial_gradients(program: TraceProgram, analysis: Analysis, functions: Mapping[str, Callable], seed: int = 0) -> dict[str, Any]:
+def trial_gradients(
+    program: TraceProgram, analysis: Analysis, functions: Mapping[str, Callable], seed: int = 0
+) -> dict[str, Any]:
     """Gradients by parameter path, summed over a few steps of a loss with random coefficients."""
     rng = np.random.default_rng(seed)
     model = analysis.model
@@ -27,7 +29,9 @@ def trial_gradients(program: TraceProgram, analysis: Analysis, functions: Mappin
     params = [_random(leaf.aval, rng) for leaf in model.params]
     states = [_random(leaf.aval, rng) for leaf in model.states]
     inputs = [[_random(leaf.aval, rng) for leaf in model.inputs] for _ in range(_STEPS)]
-    cotangents = [[_random(leaf.aval, rng) for leaf in (*model.outputs, *model.states)] for _ in range(_STEPS)]
+    cotangents = [
+        [_random(leaf.aval, rng) for leaf in (*model.outputs, *model.states)] for _ in range(_STEPS)
+    ]
 
     def run(params: list, states: list, inputs: list, cotangents: list) -> list:
         weights = causal.model.hoist(params)
@@ -37,7 +41,9 @@ def trial_gradients(program: TraceProgram, analysis: Analysis, functions: Mappin
             step, new_traces, values = causal.forward(weights, states, traces, x)
             of_states = c[len(model.outputs) :]
             found, _ = causal.gradients(step, traces, values, c[: len(model.outputs)], of_states)
-            total = {k: total.get(k, 0) + v for k, v in found.items()} | {k: v for k, v in total.items() if k not in found}
+            total = {k: total.get(k, 0) + v for k, v in found.items()} | {
+                k: v for k, v in total.items() if k not in found
+            }
             states, traces = step.new_states, new_traces
         return causal.model.unhoist(params, total)
 

@@ -26,6 +26,8 @@ class ModelAccess(Protocol):
     @property
     def param_states(self) -> dict[str, Any]: ...
 
+    def by_param_state(self, grads: Any) -> dict[str, Any]: ...
+
     def params(self) -> Any: ...
 
     def set_params(self, values: Any) -> None: ...
@@ -46,7 +48,9 @@ def access(model: Any) -> ModelAccess:
         return FunctionAccess(model)
     raise ModelError(
         "compile needs a model.",
-        got=repr(model) if not callable(model) else f"the {type(model).__name__} {getattr(model, '__name__', model)!r}",
+        got=repr(model)
+        if not callable(model)
+        else f"the {type(model).__name__} {getattr(model, '__name__', model)!r}",
         expected="a brainstate.nn.Module, or etcompile.from_function(fn, params, state)",
     )
 
@@ -71,6 +75,9 @@ class ModuleAccess:
     @property
     def param_states(self) -> dict[str, Any]:
         return dict(self._states.params)
+
+    def by_param_state(self, grads: Any) -> dict[str, Any]:
+        return grads
 
     def params(self) -> Any:
         return {p: s.value for p, s in self._states.params.items()}
@@ -112,11 +119,16 @@ class FunctionAccess:
             if isinstance(error, (ModelError, InputError)):
                 raise
             shapes = jax.tree.map(lambda v: f"{jnp.result_type(v)}{list(jnp.shape(v))}", inputs)
-            raise InputError(f"one step of {self.model.name} fails on these inputs.", got=f"inputs {shapes}; {error}") from error
+            raise InputError(
+                f"one step of {self.model.name} fails on these inputs.", got=f"inputs {shapes}; {error}"
+            ) from error
 
     @property
     def param_states(self) -> dict[str, Any]:
         return {"params": self.model.param_state}
+
+    def by_param_state(self, grads: Any) -> dict[str, Any]:
+        return {"params": grads}
 
     def params(self) -> Any:
         return self.model.params

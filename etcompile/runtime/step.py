@@ -47,7 +47,12 @@ class Step:
         What each pass did.
     """
 
-    def __init__(self, access: ModelAccess, build: Callable[[ModelAccess, tuple[Any, ...]], Compiled], inputs: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        access: ModelAccess,
+        build: Callable[[ModelAccess, tuple[Any, ...]], Compiled],
+        inputs: tuple[Any, ...],
+    ) -> None:
         self._access = access
         self._build = build
         self._install(build(access, inputs), inputs)
@@ -91,7 +96,9 @@ class Step:
 
     def report(self) -> Report:
         """What is trained how, what is cut, and how much memory the traces take."""
-        return make_report(self._compiled.analysis, self._compiled.program, self._compiled.causal.init_traces_shapes())
+        return make_report(
+            self._compiled.analysis, self._compiled.program, self._compiled.causal.init_traces_shapes()
+        )
 
     def __repr__(self) -> str:
         header = self.program.header
@@ -152,7 +159,11 @@ class Step:
             inputs = self._as_inputs(x)
             self._functions.model.flatten_inputs(inputs)
             carry = self._carry()
-            fn = self._jit(("value_and_grad", loss_fn), lambda p, s, t, i, y: self._functions.value_and_grad(loss_fn, p, Carry(s, t), i, y), donate=(2,))
+            fn = self._jit(
+                ("value_and_grad", loss_fn),
+                lambda p, s, t, i, y: self._functions.value_and_grad(loss_fn, p, Carry(s, t), i, y),
+                donate=(2,),
+            )
             loss, grads, carry = self._guarded(fn, carry, inputs, targets)
             self._set_carry(carry)
             return loss, grads
@@ -168,13 +179,19 @@ class Step:
         if chunk not in (None, 1):
             from etcompile.errors import UnsupportedError
 
-            raise UnsupportedError("chunked schedules are not there yet.", got=f"chunk={chunk!r}", expected="chunk=None or 1")
+            raise UnsupportedError(
+                "chunked schedules are not there yet.", got=f"chunk={chunk!r}", expected="chunk=None or 1"
+            )
 
         def run(xs: Any, *targets: Any) -> tuple[Any, Any]:
             inputs = self._as_inputs(xs)
             self._check_sequence(inputs, targets)
             carry = self._carry()
-            fn = self._jit(("scan", loss_fn), lambda p, s, t, i, y: self._functions.scan_value_and_grad(loss_fn, p, Carry(s, t), i, y), donate=(2,))
+            fn = self._jit(
+                ("scan", loss_fn),
+                lambda p, s, t, i, y: self._functions.scan_value_and_grad(loss_fn, p, Carry(s, t), i, y),
+                donate=(2,),
+            )
             losses, grads, carry = self._guarded(fn, carry, inputs, targets)
             self._set_carry(carry)
             return losses, grads
@@ -185,7 +202,9 @@ class Step:
         """Run a sequence forward (time is axis 0) and return all outputs; states and traces advance."""
         inputs = self._as_inputs(xs)
         self._check_sequence(inputs, ())
-        outputs, carry = self._jit("forward", self._functions.scan)(self._access.params(), self._carry(), inputs)
+        outputs, carry = self._jit("forward", self._functions.scan)(
+            self._access.params(), self._carry(), inputs
+        )
         self._set_carry(carry)
         return outputs
 
@@ -195,6 +214,19 @@ class Step:
 
         _check_callable(loss_fn)
         return Learner(self, loss_fn, optimizer, update_every)
+
+    def check_sequence(self, xs: Any, targets: tuple[Any, ...]) -> None:
+        """Raise :class:`InputError` unless inputs and targets fit this step and each other; time is axis 0."""
+        self._check_sequence(self._as_inputs(xs), targets)
+
+    def by_param_state(self, grads: Any) -> dict[str, Any]:
+        """Gradients keyed like :attr:`param_states`; for a plain function they are one tree, filed under its one state."""
+        return self._access.by_param_state(grads)
+
+    @property
+    def traces_state(self) -> Any:
+        """The brainstate state that holds the traces, for transformations that need it by name."""
+        return self._traces
 
     def reset(self, batch_size: int | None = None) -> None:
         """Model states and traces back to their initial values; with ``batch_size``, for another batch size.
@@ -209,7 +241,12 @@ class Step:
         old = jax.tree.leaves(self._inputs)
         size = old[0].shape[0] if old and old[0].shape else None
         resized = jax.tree.map(
-            lambda v: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) if v.shape and v.shape[0] == size else v, self._inputs
+            lambda v: (
+                jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype)
+                if v.shape and v.shape[0] == size
+                else v
+            ),
+            self._inputs,
         )
         self._install(self._build(self._access, resized), resized)
         self._access.remember()
@@ -222,7 +259,14 @@ class Step:
         leaves = jax.tree.leaves(states)
         shapes = [tuple(jnp.shape(v)) for v in leaves]
         if shapes != self._compiled.state_shapes:
-            path = next((p.path for p, a, b in zip(model.states, shapes, self._compiled.state_shapes, strict=False) if a != b), "?")
+            path = next(
+                (
+                    p.path
+                    for p, a, b in zip(model.states, shapes, self._compiled.state_shapes, strict=False)
+                    if a != b
+                ),
+                "?",
+            )
             raise CarryError(
                 f"state {path} of {model.name} has changed its shape since the model was compiled.",
                 got=str(dict(zip([s.path for s in model.states], shapes, strict=False)).get(path)),
@@ -251,7 +295,11 @@ class Step:
         if count == 1:
             return (x,)
         if not isinstance(x, tuple) or len(x) != count:
-            raise InputError(f"{self._functions.model.name} takes {count} inputs.", got=type(x).__name__, expected=f"a tuple of {count}")
+            raise InputError(
+                f"{self._functions.model.name} takes {count} inputs.",
+                got=type(x).__name__,
+                expected=f"a tuple of {count}",
+            )
         return x
 
     def _check_sequence(self, inputs: tuple, targets: tuple) -> None:
@@ -259,11 +307,20 @@ class Step:
         for name, tree in [("xs", inputs), *((f"target {k}", t) for k, t in enumerate(targets))]:
             for leaf in jax.tree.leaves(tree):
                 if not jnp.ndim(leaf):
-                    raise InputError(f"{name} has no time axis.", got="a scalar", expected="time as axis 0", hint="broadcast it over the steps.")
+                    raise InputError(
+                        f"{name} has no time axis.",
+                        got="a scalar",
+                        expected="time as axis 0",
+                        hint="broadcast it over the steps.",
+                    )
                 lengths.setdefault(jnp.shape(leaf)[0], name)
         if len(lengths) > 1:
             told = ", ".join(f"{name}: {n} steps" for n, name in lengths.items())
-            raise InputError("inputs and targets differ in length.", got=told, expected="the same number of steps on axis 0")
+            raise InputError(
+                "inputs and targets differ in length.",
+                got=told,
+                expected="the same number of steps on axis 0",
+            )
         if 0 in lengths:
             raise InputError("the sequence is empty.", got="T = 0", expected="at least one step")
         one = jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v)[1:], jnp.result_type(v)), inputs)
@@ -286,7 +343,9 @@ class Step:
 
 def _check_callable(loss_fn: Any) -> None:
     if not callable(loss_fn):
-        raise InputError("the loss must be a function.", got=repr(loss_fn), expected="loss_fn(out, *targets) -> scalar")
+        raise InputError(
+            "the loss must be a function.", got=repr(loss_fn), expected="loss_fn(out, *targets) -> scalar"
+        )
 
 
 def _check_batch(batch_size: Any) -> None:

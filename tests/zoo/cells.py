@@ -189,6 +189,4 @@ def mlp_encoder_gru(batch, dtype):
         new, h = run_cell("gru", "cell", params, state, x, cut, put)
         return {**state, **new}, linear(params["readout.weight"], h)
 
-    return from_module(
-        Encoded(), step, groups=(("cell.h",),), exact=False, batch=batch, dtype=dtype
-    )
+    return from_module(Encoded(), step, groups=(("cell.h",),), exact=False, batch=batch, dtype=dtype)

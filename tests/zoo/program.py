@@ -105,24 +105,31 @@ case("control", "not_smooth", name="cond")(elementwise(branches))
 case("control", "not_smooth", name="cond_recurrent")(elementwise(branches, recurrent=True))
 case("control", "not_smooth", name="switch")(elementwise(switch))
 case("control", name="brainstate_for_loop")(
-    elementwise(substeps, lambda h: brainstate.transform.scan(lambda v, _: (v + 0.2 * (jnp.sin(v) - v), None), h, jnp.arange(5))[0])
+    elementwise(
+        substeps,
+        lambda h: brainstate.transform.scan(
+            lambda v, _: (v + 0.2 * (jnp.sin(v) - v), None), h, jnp.arange(5)
+        )[0],
+    )
 )
-case("control", "not_smooth", name="relu_and_clip")(elementwise(lambda v: jnp.clip(jax.nn.relu(v), 0, 3) + 0.1 * v))
-case("control", name="gelu_and_softplus")(elementwise(lambda v: jnp.tanh(jax.nn.gelu(v) - 0.3 * jax.nn.softplus(v))))
+case("control", "not_smooth", name="relu_and_clip")(
+    elementwise(lambda v: jnp.clip(jax.nn.relu(v), 0, 3) + 0.1 * v)
+)
+case("control", name="gelu_and_softplus")(
+    elementwise(lambda v: jnp.tanh(jax.nn.gelu(v) - 0.3 * jax.nn.softplus(v)))
+)
 case("control", "not_smooth", name="where_both")(
     elementwise(lambda v: jnp.where(v > 0, jnp.tanh(v), 0.3 * jnp.sin(v)), recurrent=True)
 )
-case("control", name="weight_inside_jit")(
-    lambda batch, dtype: _weight_inside(jax.jit, batch, dtype)
-)
-case("control", name="weight_inside_remat")(
-    lambda batch, dtype: _weight_inside(jax.checkpoint, batch, dtype)
-)
+case("control", name="weight_inside_jit")(lambda batch, dtype: _weight_inside(jax.jit, batch, dtype))
+case("control", name="weight_inside_remat")(lambda batch, dtype: _weight_inside(jax.checkpoint, batch, dtype))
 
 
 def _weight_inside(wrap, batch, dtype):
     def body(p, s, x, *, cut, put):
-        h = put("h", wrap(lambda w, x, h: jnp.tanh(0.5 * h + x @ w["U"] + cut(h) @ w["W"] + w["b"]))(p, x, s["h"]))
+        h = put(
+            "h", wrap(lambda w, x, h: jnp.tanh(0.5 * h + x @ w["U"] + cut(h) @ w["W"] + w["b"]))(p, x, s["h"])
+        )
         return {"h": h}, h @ p["V"]
 
     return written(body, weights(**DENSE), {"h": (4,)}, exact=False, batch=batch, dtype=dtype)
@@ -297,7 +304,9 @@ def quantities(batch, dtype):
 
 case("function", name="function_indrnn")(elementwise(jnp.tanh, functional=True))
 case("function", name="function_recurrent")(elementwise(jnp.tanh, functional=True, recurrent=True))
-case("function", "no_batch", batch=None, name="function_no_batch")(elementwise(jnp.sin, functional=True, recurrent=True))
+case("function", "no_batch", batch=None, name="function_no_batch")(
+    elementwise(jnp.sin, functional=True, recurrent=True)
+)
 
 
 @case("function")
@@ -366,6 +375,4 @@ def noise_and_dropout(batch, dtype):
         y = linear(params["readout.weight"], jnp.where(kept, h / 0.7, 0.0))
         return {**state, "h": h, "rng": key}, y
 
-    return from_module(
-        Noisy(), step, groups=(("h",),), exact=True, batch=batch, dtype=dtype, rng_state=True
-    )
+    return from_module(Noisy(), step, groups=(("h",),), exact=True, batch=batch, dtype=dtype, rng_state=True)

@@ -64,7 +64,7 @@ def lif_exponential(batch, dtype):
         z = put("z", spike(v - 0.6))
         return {"i": i, "v": v, "z": z}, z @ p["V"]
 
-    return spiking(body, SYNAPSES, {n: (5,) for n in "ivz"}, exact=False, batch=batch, dtype=dtype)
+    return spiking(body, SYNAPSES, dict.fromkeys("ivz", (5,)), exact=False, batch=batch, dtype=dtype)
 
 
 @case("spiking")
@@ -82,7 +82,7 @@ def lif_conductance(batch, dtype):
 
     params = {"We": (8, 5), "Wi": (8, 5), "V": (5, 2)}
     return spiking(
-        body, params, {n: (5,) for n in ("ge", "gi", "v", "z")}, exact=False, batch=batch, dtype=dtype
+        body, params, dict.fromkeys(("ge", "gi", "v", "z"), (5,)), exact=False, batch=batch, dtype=dtype
     )
 
 
@@ -136,10 +136,8 @@ def alif(synapse):
             z = put("z", spike(v - 0.7 - p["beta"] * a))
             return {**new, "a": a, "v": v, "z": z}, z @ p["V"]
 
-        states = {n: (5,) for n in ("i" * (synapse == "exponential") + "avz")}
-        return spiking(
-            body, {**SYNAPSES, "beta": (5,)}, states, exact=False, batch=batch, dtype=dtype
-        )
+        states = dict.fromkeys("i" * (synapse == "exponential") + "avz", (5,))
+        return spiking(body, {**SYNAPSES, "beta": (5,)}, states, exact=False, batch=batch, dtype=dtype)
 
     return build
 
@@ -163,7 +161,7 @@ def gif(batch, dtype):
         return {"syn": syn, "i1": i1, "i2": i2, "th": th, "v": v, "z": z}, z @ p["V"]
 
     params = {**SYNAPSES, "k1": (5,), "k2": (5,)}
-    states = {n: (5,) for n in ("syn", "i1", "i2", "th", "v", "z")}
+    states = dict.fromkeys(("syn", "i1", "i2", "th", "v", "z"), (5,))
     return spiking(body, params, states, exact=False, batch=batch, dtype=dtype)
 
 
@@ -179,7 +177,7 @@ def learned_time_constants(batch, dtype):
         return {"i": i, "v": v, "z": z}, z @ p["V"]
 
     params = {"U": (3, 5), "tau_i": (5,), "tau_v": (5,), "self": (5,), "V": (5, 2)}
-    return spiking(body, params, {n: (5,) for n in "ivz"}, exact=True, batch=batch, dtype=dtype)
+    return spiking(body, params, dict.fromkeys("ivz", (5,)), exact=True, batch=batch, dtype=dtype)
 
 
 @case("spiking")
@@ -197,7 +195,7 @@ def two_spiking_layers_and_a_leaky_readout(batch, dtype):
     return written(
         body,
         weights(U=(3, 5), W1=(5, 5), W2=(9, 4), V=(4, 2)),
-        {**{n: (5,) for n in ("i1", "v1", "z1")}, **{n: (4,) for n in ("i2", "v2", "z2")}, "r": (2,)},
+        {**dict.fromkeys(("i1", "v1", "z1"), (5,)), **dict.fromkeys(("i2", "v2", "z2"), (4,)), "r": (2,)},
         groups=(("i1", "v1", "z1"), ("i2", "v2", "z2"), ("r",)),
         exact=False,
         batch=batch,

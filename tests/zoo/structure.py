@@ -19,7 +19,9 @@ FEEDFORWARD = {"U": (3, 4), "b": (4,), "V": (4, 2)}
 
 
 def layer_norm(y, cut):
-    return (y - cut(jnp.mean(y, -1, keepdims=True))) * jax.lax.rsqrt(cut(jnp.var(y, -1, keepdims=True)) + 1e-3)
+    return (y - cut(jnp.mean(y, -1, keepdims=True))) * jax.lax.rsqrt(
+        cut(jnp.var(y, -1, keepdims=True)) + 1e-3
+    )
 
 
 def rms_norm(y, cut):
@@ -80,12 +82,16 @@ def softmax_between(batch, dtype):
     def model(p, s, x, *, cut, put):
         return body(p, s, x, cut=cut, put=put, softmax=lambda y, cut: jax.nn.softmax(y))
 
-    return written(body, weights(**DENSE), {"h": (4,)}, exact=False, batch=batch, dtype=dtype, model_body=model)
+    return written(
+        body, weights(**DENSE), {"h": (4,)}, exact=False, batch=batch, dtype=dtype, model_body=model
+    )
 
 
 @case("norm")
 def log_softmax_between(batch, dtype):
-    def body(p, s, x, *, cut, put, log_softmax=lambda y, cut: y - cut(jax.nn.logsumexp(y, -1, keepdims=True))):
+    def body(
+        p, s, x, *, cut, put, log_softmax=lambda y, cut: y - cut(jax.nn.logsumexp(y, -1, keepdims=True))
+    ):
         h = put("h", 0.7 * s["h"] + 0.2 * log_softmax(x @ p["U"] + p["b"], cut))
         return {"h": h}, h @ p["V"]
 
@@ -125,7 +131,9 @@ def roll_of_the_state(batch, dtype):
         h = put("h", jnp.tanh(p["a"] * s["h"] + 0.5 * jnp.roll(cut(s["h"]), 1, -1) + x @ p["U"]))
         return {"h": h}, h @ p["V"]
 
-    return written(body, weights(U=(3, 4), V=(4, 2), a=(4,)), {"h": (4,)}, exact=False, batch=batch, dtype=dtype)
+    return written(
+        body, weights(U=(3, 4), V=(4, 2), a=(4,)), {"h": (4,)}, exact=False, batch=batch, dtype=dtype
+    )
 
 
 @case("inhibition")
@@ -190,7 +198,9 @@ def gates_of_the_input(batch, dtype):
         h = put("h", f * s["h"] + (1 - f) * jnp.tanh(u))
         return {"h": h}, h @ p["V"]
 
-    return written(body, weights(U=(3, 8), b=(8,), V=(4, 2)), {"h": (4,)}, exact=True, batch=batch, dtype=dtype)
+    return written(
+        body, weights(U=(3, 8), b=(8,), V=(4, 2)), {"h": (4,)}, exact=True, batch=batch, dtype=dtype
+    )
 
 
 @case("gates")
@@ -244,7 +254,7 @@ def chain_of_three_states(batch, dtype):
         return {"a": a, "b": b, "c": c}, c @ p["V"]
 
     params = weights(U=(3, 4), V=(4, 2), d=(4,))
-    return written(body, params, {n: (4,) for n in "abc"}, exact=True, batch=batch, dtype=dtype)
+    return written(body, params, dict.fromkeys("abc", (4,)), exact=True, batch=batch, dtype=dtype)
 
 
 @case("states")

@@ -38,7 +38,9 @@ case("weights", name="product_of_weights")(effective(lambda p: p["W1"] * p["W2"]
 case("weights", name="weight_norm")(
     effective(lambda p: p["g"] * p["W"] / jnp.linalg.norm(p["W"], axis=0, keepdims=True), W=(4, 4), g=(4,))
 )
-case("weights", name="low_rank_adapter")(effective(lambda p: p["W"] + p["B"] @ p["A"], W=(4, 4), B=(4, 2), A=(2, 4)))
+case("weights", name="low_rank_adapter")(
+    effective(lambda p: p["W"] + p["B"] @ p["A"], W=(4, 4), B=(4, 2), A=(2, 4))
+)
 case("weights", name="transposed_weight")(effective(lambda p: p["W"].T, W=(4, 4)))
 case("weights", name="antisymmetric_weight")(effective(lambda p: p["W"] - p["W"].T, W=(4, 4)))
 case("weights", name="softmax_weight")(effective(lambda p: jax.nn.softmax(p["W"], axis=0), W=(4, 4)))
@@ -103,9 +105,7 @@ def parameters_in_a_tree(batch, dtype):
         return {"h": h}, h @ p["V"]
 
     cell = {"decay": weights(d=(4,))["d"], "weights": list(weights(U=(3, 4), W=(4, 4)).values())}
-    return written(
-        body, weights(cell=cell, V=(4, 2)), {"h": (4,)}, exact=False, batch=batch, dtype=dtype
-    )
+    return written(body, weights(cell=cell, V=(4, 2)), {"h": (4,)}, exact=False, batch=batch, dtype=dtype)
 
 
 # --- Elementwise recurrent parameters: never cut ---------------------------------------------------------------------
@@ -133,7 +133,9 @@ def scalar_parameters(batch, dtype):
         h = put("h", jnp.tanh(p["gain"] * (x @ p["U"]) + p["decay"] * s["h"] + p["shift"]))
         return {"h": h}, h @ p["V"]
 
-    params = weights(U=(3, 4), V=(4, 2), **{n: jnp.asarray(v) for n, v in dict(gain=1.2, decay=0.6, shift=0.1).items()})
+    params = weights(
+        U=(3, 4), V=(4, 2), **{n: jnp.asarray(v) for n, v in dict(gain=1.2, decay=0.6, shift=0.1).items()}
+    )
     return written(body, params, {"h": (4,)}, exact=True, batch=batch, dtype=dtype)
 
 
@@ -212,7 +214,9 @@ def lru_complex_parameters(batch, dtype):
 
     w = weights(a=(4,), b=(4,), B=(3, 4), Bi=(3, 4), C=(4, 2), Ci=(4, 2))
     params = {"decay": 0.4 * w["a"] + 0.4j * w["b"], "B": w["B"] + 1j * w["Bi"], "C": w["C"] + 1j * w["Ci"]}
-    return written(body, params, {"h": complex_zeros(4)}, exact=True, batch=batch, dtype=dtype, param_noise=0.05)
+    return written(
+        body, params, {"h": complex_zeros(4)}, exact=True, batch=batch, dtype=dtype, param_noise=0.05
+    )
 
 
 @case("complex")
@@ -227,7 +231,9 @@ def lru_not_holomorphic(batch, dtype):
 
     w = weights(a=(4,), b=(4,), B=(3, 4), Bi=(3, 4), V=(8, 2))
     params = {"decay": 0.5 * w["a"] + 0.5j * w["b"], "B": w["B"] + 1j * w["Bi"], "V": w["V"]}
-    return written(body, params, {"h": complex_zeros(4)}, exact=True, batch=batch, dtype=dtype, param_noise=0.05)
+    return written(
+        body, params, {"h": complex_zeros(4)}, exact=True, batch=batch, dtype=dtype, param_noise=0.05
+    )
 
 
 @case("complex")
