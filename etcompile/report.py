@@ -155,6 +155,7 @@ def _parts(analysis: Analysis, relations: list) -> str:
 
 
 def make_report(analysis: Analysis, program: TraceProgram, traces: Mapping[str, Any]) -> Report:
+    """The report of one compiled program; ``traces`` holds arrays or their shapes, by name."""
     import jax
 
     sizes = {

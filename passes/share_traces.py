@@ -8,6 +8,7 @@ recurrences that refer to themselves are found equal as well.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from etcompile.pass_api import Equation, Ref, TraceProgram
 
@@ -24,14 +25,14 @@ class ShareTraces:
     def __call__(self, program: TraceProgram) -> TraceProgram:
         first = _representatives(program)
 
-        def renamed(argument: object) -> object:
+        def renamed(argument: Any) -> Any:
             return Ref(first[argument.name], argument.delay) if isinstance(argument, Ref) else argument
 
         equations = []
         for e in program.equations:
             if first[e.name] == e.name:
-                equations.append(dataclasses.replace(e, args=tuple(renamed(a) for a in e.args)))  # type: ignore[arg-type]
-        gradients = tuple(dataclasses.replace(g, value=renamed(g.value)) for g in program.gradients)  # type: ignore[arg-type]
+                equations.append(dataclasses.replace(e, args=tuple(renamed(a) for a in e.args)))
+        gradients = tuple(dataclasses.replace(g, value=renamed(g.value)) for g in program.gradients)
         return dataclasses.replace(program, equations=tuple(equations), gradients=gradients)
 
 

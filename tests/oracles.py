@@ -153,7 +153,6 @@ def dense_step(step, loss_fn, groups: Sequence[Sequence[str]], jacobian=jax.jacf
     ``J[g]`` is the influence d(states of group g)/d(params), (states, parameters), both flattened.
     """
     groups = [tuple(g) for g in groups]
-    hidden = [name for g in groups for name in g]
 
     def pick(state, names):
         return {name: state[name] for name in names}

@@ -12,6 +12,7 @@ matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
 from demo_data import CLASSES
 from demo_train import Curve
+from matplotlib.ticker import LogLocator, NullFormatter
 
 # Two colours of the Okabe-Ito palette, which colour-blind people can tell apart, and two line styles.
 STYLES = {
@@ -35,6 +36,10 @@ def learning_curves(results: Mapping[str, Mapping[str, Curve]], path: Path) -> N
         upper.set(title=model, ylim=(0, 101))
         upper.legend(loc="lower right")
         lower.set(xlabel="epoch", yscale="log")
+    lower = axes[1, 0].yaxis  # shared by the row
+    lower.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    lower.set_major_formatter("{x:g}")
+    lower.set_minor_formatter(NullFormatter())
     axes[0, 0].set_ylabel("test accuracy (%)")
     axes[1, 0].set_ylabel("training loss")
     for ax in axes.flat:

@@ -16,7 +16,7 @@ from etcompile.analysis.influence import Influence, Use, influence_on
 from etcompile.analysis.relations import Relation, relate
 from etcompile.analysis.sites import Site, SplitStep, split_step
 from etcompile.errors import ModelError
-from etcompile.frontend.jaxpr import Graph
+from etcompile.frontend.jaxpr import Constant, Graph
 from etcompile.frontend.step_model import StepModel
 from etcompile.graph import connected_components
 from etcompile.ir.header import Cut
@@ -226,7 +226,9 @@ def _cuts(
                 merged[use] = mask | merged.get(use, False)
         for (number, k), mask in sorted(merged.items(), key=lambda item: item[0]):
             operation = body.operations[number]
-            bits = dep.derivative[operation.inputs[k]]
+            cut_value = operation.inputs[k]
+            assert not isinstance(cut_value, Constant)
+            bits = dep.derivative[cut_value]
             states = [j for j in names if bits >> (n + j) & 1]
             params = [leaf.path for j, leaf in enumerate(model.params) if bits >> j & 1]
             share = float(mask.mean())
@@ -283,7 +285,8 @@ def _meaning(primitive: str, group: str, origin_groups: set[str], params: Sequen
             else f"{first}: its credit ends after one step"
         )
     if origin_groups:
-        return f"from {', '.join(sorted(origin_groups))} to {group} through {how}: credit within the step only, no memory in {group}"
+        origins = ", ".join(sorted(origin_groups))
+        return f"from {origins} to {group} through {how}: credit within the step only, no memory in {group}"
     return f"{', '.join(params)} reaches {group} through {how}: credit within the step only"
 
 

@@ -183,7 +183,7 @@ def source_line(source_info: Any) -> str:
     library = None
     for frame in traceback.frames:
         name = frame.file_name
-        if name.startswith(_PACKAGES) or name.startswith(_HERE) or name.startswith("<"):
+        if name.startswith((*_PACKAGES, _HERE, "<")):
             continue
         text = f"{os.path.basename(name)}:{frame.line_num}"
         if any(part in name for part in _LIBRARIES):
@@ -264,9 +264,11 @@ class _Builder:
         shapes = [self.aval(i).shape for i in inputs]
         shape = np.broadcast_shapes(*shapes)
         return [
-            i if s == shape or (isinstance(i, Constant) and s == ()) else self.call(lambda v: lax.broadcast_in_dim(v, shape, _trailing(v, shape)), [i], where)[0]
+            i
+            if s == shape or (isinstance(i, Constant) and s == ())
+            else self.call(lambda v: lax.broadcast_in_dim(v, shape, _trailing(v, shape)), [i], where)[0]
             for i, s in zip(inputs, shapes, strict=True)
-        ]  # fmt: skip
+        ]
 
     def unroll(self, eqn: Any, inputs: list[Operand], where: str, source: str | None) -> list[Operand]:
         length = eqn.params["length"]
@@ -475,8 +477,12 @@ def splice(
 
     for operation in graph.operations:
         outputs = builder.emit(
-            operation.primitive, operation.params, [get(i) for i in operation.inputs], [graph.avals[v] for v in operation.outputs], operation.source
-        )  # fmt: skip
+            operation.primitive,
+            operation.params,
+            [get(i) for i in operation.inputs],
+            [graph.avals[v] for v in operation.outputs],
+            operation.source,
+        )
         env.update(zip(operation.outputs, outputs, strict=True))
     results = builder.call(lambda *a: list(after(*a)), [get(o) for o in graph.outputs], "?")
     return Graph(tuple(builder.avals), tuple(new_inputs), tuple(builder.operations), tuple(results))

@@ -169,7 +169,7 @@ def step_model(traced: TracedStep) -> StepModel:
     """Flatten a traced step, split its complex states, and check that its states keep their type."""
     params, param_tree = jax.tree.flatten(traced.params)
     states, state_tree = jax.tree.flatten(traced.states)
-    inputs, input_tree = jax.tree.flatten(traced.inputs)
+    input_tree = jax.tree.structure(traced.inputs)
     outputs, output_tree = jax.tree.flatten(traced.outputs)
     graph = flatten_jaxpr(traced.jaxpr, len(params))
     state_names = leaf_names(traced.states)

@@ -155,9 +155,9 @@ class ProgramBuilder:
         """
         direct = self.op("contract", signal, trace)
         made_by = self._maker(signal)
-        if made_by is not None and made_by.op == "signal" and any(self.header.group(signal.type.of).bypass):
-            if trace.ref.delay == 0:
-                return direct + self.op("contract", self.bypass(signal.type.of), trace.prev)
+        true_signal = made_by is not None and made_by.op == "signal"
+        if true_signal and trace.ref.delay == 0 and any(self.header.group(signal.type.of).bypass):
+            return direct + self.op("contract", self.bypass(signal.type.of), trace.prev)
         return direct
 
     def back(self, signal: Value, jacobian: Value) -> Value:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 __all__ = ["Cut", "Group", "Header", "Relation", "Site"]
 
@@ -114,7 +116,7 @@ class Header:
         return tuple(r for r in self.relations if r.site == site)
 
 
-def _find(items, name):  # type: ignore[no-untyped-def]
+def _find(items: Iterable[Any], name: str) -> Any:
     for item in items:
         if item.name == name:
             return item

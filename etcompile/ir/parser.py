@@ -15,17 +15,22 @@ __all__ = ["parse_program"]
 
 _HEAD = re.compile(r"program (?P<name>\S+)  model=(?P<model>.+)  exact=(?P<exact>yes|no)$")
 _GROUP = re.compile(
-    r"(?P<name>\S+) \((?P<states>.*)\) (?P<dtype>[a-z0-9]+)\[(?P<shape>[\d,]*)\] pattern=(?P<pattern>[01/]+)(?: bypass=(?P<bypass>[01]+))?$"
+    r"(?P<name>\S+) \((?P<states>.*)\) (?P<dtype>[a-z0-9]+)\[(?P<shape>[\d,]*)\]"
+    r" pattern=(?P<pattern>[01/]+)(?: bypass=(?P<bypass>[01]+))?$"
 )
 _SITE = re.compile(
-    r"(?P<name>\S+) (?P<kind>\S+) (?P<params>\S+) (?P<dtype>[a-z0-9]+)\[(?P<weight>[\d,]*)\], (?P<reads>-|[\[\]\d, ]*?)"
-    r" -> \[(?P<y>[\d,]*)\] contracted=(?P<contracted>none|\[[\d,]*\])(?P<hoisted> hoisted)?  # (?P<primitive>\S+) (?P<source>.*)$"
+    r"(?P<name>\S+) (?P<kind>\S+) (?P<params>\S+)"
+    r" (?P<dtype>[a-z0-9]+)\[(?P<weight>[\d,]*)\],"
+    r" (?P<reads>-|[\[\]\d, ]*?)"
+    r" -> \[(?P<y>[\d,]*)\] contracted=(?P<contracted>none|\[[\d,]*\])(?P<hoisted> hoisted)?"
+    r"  # (?P<primitive>\S+) (?P<source>.*)$"
 )
 _RELATION = re.compile(
     r"(?P<name>\S+) (?P<site>\S+) -> (?P<group>\S+) window=\[(?P<window>[\d:,]*)\] rows=(?P<rows>[01]+)$"
 )
 _CUT = re.compile(
-    r"(?P<name>\S+) in (?P<group>\S+): (?P<origins>.*?) through (?P<primitive>\S+), part=(?P<part>[^:]*): (?P<meaning>.*)  # (?P<source>.*)$"
+    r"(?P<name>\S+) in (?P<group>\S+): (?P<origins>.*?) through (?P<primitive>\S+), part=(?P<part>[^:]*):"
+    r" (?P<meaning>.*)  # (?P<source>.*)$"
 )
 _TYPE = re.compile(r"(?P<kind>\w+)(?: (?P<of>\w+))? (?P<dtype>[a-z0-9]+)\[(?P<shape>[\d,]*)\]$")
 

@@ -126,7 +126,11 @@ class StepFunctions:
         leaves = model.flatten_params(params)
         per_step = not all(s.hoisted for s in self.causal.program.header.sites)
         weights = self.causal.model.hoist(leaves)
-        zeros = {s.name: jnp.zeros(g.weight_shape, g.weight_dtype) for s, g in zip(self.causal.model.analysis.sites, self.causal.model.sites.values(), strict=True)}  # fmt: skip
+        geometries = self.causal.model.sites.values()
+        zeros = {
+            s.name: jnp.zeros(g.weight_shape, g.weight_dtype)
+            for s, g in zip(self.causal.model.analysis.sites, geometries, strict=True)
+        }
 
         def body(loop: tuple, item: tuple) -> tuple[tuple, Array]:
             states, traces, total = loop

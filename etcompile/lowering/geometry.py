@@ -1,8 +1,10 @@
 """Arrays of one relation: how a trace is laid out, what one step adds to it, and how it becomes a weight gradient.
 
 A trace row has, logically, the axes of y's window followed by the contracted axes of the weight. Axes of y that are no axes of
-the weight (batch, time folded in, space) are *summed* when a trace becomes a gradient. In memory the summed axes come
-last: the update of a trace and its contraction then run in one pass over contiguous memory.
+the weight (batch, time folded in, space) are *summed* when a trace becomes a gradient. In memory the contracted axes
+come first, then the summed ones, then the axes that y shares with the weight: for a matrix ``[input, batch, output]``.
+The update of a trace and its contraction then run as one pass over contiguous rows, and the sum over the batch adds whole rows
+(measured against the other orders at batch 1 to 16: never slower, up to 12 times faster than batch first).
 """
 
 from __future__ import annotations
@@ -272,11 +274,11 @@ class TraceGeometry:
             contract, batch = site.operation.params["dimension_numbers"]
             w = site.site.operand
             free = [d for d in range(len(site.weight_shape)) if d not in contract[w] and d not in batch[w]]
-            value = jnp.transpose(value, np.argsort([*batch[w], *free, *contract[w]]))
+            value = jnp.transpose(value, np.argsort([*batch[w], *free, *contract[w]]).tolist())
         elif kind == "conv":
             assert site.operation is not None
             rhs = site.operation.params["dimension_numbers"].rhs_spec
-            value = jnp.transpose(value, np.argsort([rhs[0], rhs[1], *rhs[2:]]))
+            value = jnp.transpose(value, np.argsort([rhs[0], rhs[1], *rhs[2:]]).tolist())
         elif kind == "embedding":
             value = jnp.moveaxis(value, -1, 0)
         return value.astype(site.weight_dtype)
@@ -294,7 +296,7 @@ def trace_geometry(analysis: Analysis, relation: Relation) -> TraceGeometry:
     n_y, n_c = len(geometry.y_shape), len(contracted)
     kept = _kept_axes(analysis.split.body, site, n_y)
     summed = tuple(a for a in range(n_y) if a not in kept)
-    order = (*range(n_y, n_y + n_c), *kept, *summed)
+    order = (*range(n_y, n_y + n_c), *summed, *kept)
     group = analysis.group(relation.group)
     return TraceGeometry(relation, geometry, tuple(range(n_y)), contracted, kept, summed, order, group.shape)
 

@@ -86,8 +86,11 @@ class Tape:
             moving = tuple(
                 k
                 for k, v in enumerate(operation.inputs)
-                if not isinstance(v, Constant) and (reach[v] or v in wanted) and (number, k) not in self.frozen and self.graph.avals[v].differentiable
-            )  # fmt: skip
+                if not isinstance(v, Constant)
+                and (reach[v] or v in wanted)
+                and (number, k) not in self.frozen
+                and self.graph.avals[v].differentiable
+            )
             if not moving or operation.name == "stop_gradient":
                 continue
             for k, cotangent in zip(moving, self._pullback(number, moving)(found), strict=True):
@@ -108,8 +111,9 @@ class Tape:
             reach = [v in targets for v in range(len(self.graph.avals))]
             for number, operation in enumerate(self.graph.operations):
                 moved = any(
-                    not isinstance(v, Constant) and reach[v] and (number, k) not in self.frozen for k, v in enumerate(operation.inputs)
-                )  # fmt: skip
+                    not isinstance(v, Constant) and reach[v] and (number, k) not in self.frozen
+                    for k, v in enumerate(operation.inputs)
+                )
                 if moved:
                     for v in operation.outputs:
                         reach[v] = reach[v] or self.graph.avals[v].differentiable

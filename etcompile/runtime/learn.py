@@ -20,8 +20,8 @@ __all__ = ["Learner"]
 class Learner:
     """Runs sequences through a compiled step and updates its weights every ``update_every`` steps.
 
-    Made by :meth:`Step.learn`. Calling it with ``(xs, *targets)``, time on axis 0, returns the losses of all steps, taken with the
-    weights of each moment. Gradients are summed from update to update; a rest that does not fill ``update_every`` steps
+    Made by :meth:`Step.learn`. Calling it with ``(xs, *targets)``, time on axis 0, returns the losses of all steps, taken with
+    the weights of each moment. Gradients are summed from update to update; a rest that does not fill ``update_every`` steps
     waits for the next call. Model states and traces go on from call to call; ``step.reset()`` starts a new sequence.
 
     Parameters
@@ -42,6 +42,7 @@ class Learner:
     ...     def __init__(self):
     ...         super().__init__()
     ...         self.cell, self.readout = brainstate.nn.GRUCell(3, 5), brainstate.nn.Linear(5, 2)
+    ...
     ...     def update(self, x):
     ...         return self.readout(self.cell(x))
     >>> step = etcompile.compile(Net(), jnp.ones((4, 3)), batch_size=4)
@@ -52,7 +53,9 @@ class Learner:
 
     def __init__(self, step: Step, loss_fn: Callable, optimizer: Any, update_every: int) -> None:
         if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
-            raise OptionError("update_every must be a positive integer.", got=repr(update_every), expected="1, 2, ...")
+            raise OptionError(
+                "update_every must be a positive integer.", got=repr(update_every), expected="1, 2, ..."
+            )
         self._step = step
         self._loss_fn = loss_fn
         self._every = update_every
@@ -97,7 +100,9 @@ def _update_function(optimizer: Any, params: dict[str, Any]) -> Callable[[Any], 
             values = {path: s.value for path, s in params.items()}
             changes, state.value = optimizer.update(grads, state.value, values)
             for path, parameter in params.items():
-                parameter.value = jax.tree.map(lambda p, c: p + c.astype(p.dtype), values[path], changes[path])
+                parameter.value = jax.tree.map(
+                    lambda p, c: p + c.astype(p.dtype), values[path], changes[path]
+                )
 
         return update
     if hasattr(optimizer, "register_trainable_weights") and hasattr(optimizer, "update"):

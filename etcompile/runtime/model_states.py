@@ -42,6 +42,7 @@ class ModelAccess(Protocol):
 
 
 def access(model: Any) -> ModelAccess:
+    """The way to a model's states: a brainstate module's own, or those that a plain function was given."""
     if is_module(model):
         return ModuleAccess(model)
     if isinstance(model, FunctionModel):

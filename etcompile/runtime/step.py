@@ -102,7 +102,10 @@ class Step:
 
     def __repr__(self) -> str:
         header = self.program.header
-        return f"Step({header.model}, algo={self.program.name}, groups={len(header.groups)}, cuts={len(header.cuts)}, exact={self.exact})"
+        return (
+            f"Step({header.model}, algo={self.program.name}, groups={len(header.groups)}, "
+            f"cuts={len(header.cuts)}, exact={self.exact})"
+        )
 
     # -- pure functions -----------------------------------------------------------------------------------------
 

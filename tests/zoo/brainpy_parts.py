@@ -20,7 +20,7 @@ SURROGATE = braintools.surrogate.Sigmoid(alpha=2.0)
 
 
 def normal(scale, unit):
-    return braintools.init.Normal(0.0, scale, unit=unit)
+    return braintools.init.Normal(0.0 * unit, scale * unit)
 
 
 class Net(nn.Module):

@@ -171,7 +171,7 @@ def while_without_parameters(batch, dtype):
     """A loop that counts: no trained parameter and no state goes through it."""
 
     def body(p, s, x, *, cut, put):
-        n, scale = jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * 0.9), (0, 1.0))
+        _, scale = jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * 0.9), (0, 1.0))
         h = put("h", jnp.tanh(p["a"] * s["h"] * scale + x @ p["U"] + p["b"]))
         return {"h": h}, h @ p["V"]
 

@@ -1,0 +1,62 @@
+"""The documentation is true: its code runs, its table of ops is complete, its links lead somewhere."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import brainstate
+import jax
+import pytest
+
+import etcompile
+from etcompile.pass_api import OPS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def modules():
+    """Every module of the package, except those that are passes by another name or a program."""
+    found = pkgutil.walk_packages(etcompile.__path__, "etcompile.")
+    return ["etcompile", *(m.name for m in found)]
+
+
+@pytest.fixture(autouse=True)
+def _rules_of_this_test_only(monkeypatch):
+    monkeypatch.setattr(etcompile.registry, "_RULES", dict(etcompile.registry._RULES))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
+def test_snippets_run(page):
+    text = page.read_text(encoding="utf-8")
+    namespace: dict = {"__name__": "__main__"}
+    # As for a reader who has set nothing.
+    with jax.enable_x64(False), brainstate.environ.context(precision=32):
+        for match in FENCE.finditer(text):
+            # Blank lines in front: a traceback then shows the line of the page.
+            lines = "\n" * text[: match.start(1)].count("\n")
+            exec(compile(lines + match[1], str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_in_docstrings_run(name):
+    outcome = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert not outcome.failed
+
+
+def test_the_table_of_ops_is_complete():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} >= set(OPS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
