@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from etcompile.analysis.analysis import Analysis, analyse
 from etcompile.analysis.headers import program_header
 from etcompile.errors import InputError
-from etcompile.frontend.module import initialise, is_module
+from etcompile.frontend.module import initialise, is_module, restore, snapshot
 from etcompile.frontend.step_model import step_model
 from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram
 from etcompile.pass_manager import PassManager, PassRecord
 from etcompile.registry import pipeline
-from etcompile.runtime.model_states import ModelAccess, access
+from etcompile.runtime.model_states import ModelAccess, access, state_kinds
 from etcompile.runtime.step import Step
 
 __all__ = ["Compiled", "compile"]
@@ -32,7 +32,7 @@ class Compiled:
     program: TraceProgram
     records: tuple[PassRecord, ...]
     causal: CausalProgram
-    state_shapes: list[tuple[int, ...]]
+    state_kinds: tuple[str, tuple[tuple[str, str], ...]]
 
 
 def compile(
@@ -99,8 +99,6 @@ def compile(
             raise InputError(
                 "batch_size must be a positive integer.", got=repr(batch_size), expected="1, 2, ..."
             )
-        if is_module(model):
-            initialise(model, batch_size)
 
     def build(live: ModelAccess, inputs: tuple[Any, ...]) -> Compiled:
         traced = step_model(live.trace(inputs))
@@ -114,10 +112,17 @@ def compile(
 
         program, records = manager.run(empty, passes, gradients)
         causal = CausalProgram(program, analysis, algorithm.functions)
-        shapes = [tuple(jnp.shape(v)) for v in jax.tree.leaves(live.states())]
-        return Compiled(analysis, program, records, causal, shapes)
+        return Compiled(analysis, program, records, causal, state_kinds(live.states()))
 
-    return Step(live, build, inputs)
+    before = snapshot(model) if is_module(model) else {}
+    try:
+        if batch_size is not None and is_module(model):
+            initialise(model, batch_size)
+        return Step(live, build, inputs)
+    except Exception:
+        if is_module(model):
+            restore(model, before)
+        raise
 
 
 def _example(value: Any) -> Any:

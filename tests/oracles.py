@@ -274,7 +274,7 @@ def local_groups(step, params, state, x, hidden: Sequence[str]) -> tuple[tuple[s
 
         def put(name, v):
             before_put[name] = v
-            return jax.tree.map(jnp.add, v, from_vector(offset[name], v))
+            return jax.tree.map(jnp.add, v, from_vector(offset[name], v)) if name in offset else v
 
         full = {**state, **{n: from_vector(old[n], state[n]) for n in hidden}}
         step(params, full, x, cut=cut_tree, put=put)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import brainstate
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ import etcompile
 from etcompile import PassManager, parse_program
 from etcompile.errors import AlgorithmError, OptionError, PassError, ProgramError
 from etcompile.ir.verifier import verify
-from etcompile.pass_api import Equation, Gradient, Ref, Symbol, TraceProgram, algorithm
+from etcompile.pass_api import Equation, Gradient, Ref, TraceProgram, algorithm
 from etcompile.passes import DeadTraces, HoistParameters, ShareTraces
 
 TOLERANCE = 1e-10
@@ -30,6 +29,7 @@ def model_of(built):
 
 
 def compiled(name, **options):
+    brainstate.random.seed(0)  # stock layers draw their weights: the same ones at every call
     built = by_name(name)()
     return etcompile.compile(model_of(built), time_slice(built.xs, 0), **options), built
 
@@ -158,7 +158,7 @@ def test_cycle_without_a_step_between(lstm):
 
 
 def test_wrong_type(lstm):
-    e = recurrence(lstm)
+    e = first(lstm, "outer")
     wrong = dataclasses.replace(e.type, dtype="f16")
     assert f"-> {e.name}[t] = " in fails(with_equation(lstm, e.name, type=wrong), "f16", str(e.type))
     f, x = first(lstm, "immediate"), first(lstm, "presynaptic")
@@ -271,7 +271,7 @@ def test_failures_name_the_pass_and_its_predecessors():
     assert "nobody[t] is not defined" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["lstm", "layer_norm_recurrent", "masked_weight", "lru", "readout_of_the_old_state", "gif"])  # fmt: skip
+@pytest.mark.parametrize("name", ["lstm", "masked_weight", "learned_time_constants", "readout_of_the_old_state"])  # fmt: skip
 def test_the_shipped_optimisations_keep_what_they_declare(name):
     step, _ = compiled(name, manager=PassManager(check=True, tolerance=1e-9))
     assert [r.name for r in step.passes] == ["d_rtrl", "hoist_parameters", "share_traces", "dead_traces"]
@@ -369,9 +369,7 @@ def test_sharing_and_removing_are_idempotent(lstm):
 @pytest.mark.parametrize("name", ["masked_weight", "weight_norm", "low_rank_adapter", "sum_of_weights", "softmax_weight"])  # fmt: skip
 def test_hoisting_keeps_the_gradients(name):
     plain, built = compiled(name, algo="d_rtrl", optimise=False)
-    hoisted = etcompile.compile(
-        model_of(by_name(name)()), built.xs[0], algo=["d_rtrl", HoistParameters()], optimise=False
-    )
+    hoisted, _ = compiled(name, algo=["d_rtrl", HoistParameters()], optimise=False)
     assert not any(s.hoisted for s in plain.program.header.sites)
     assert all(s.hoisted for s in hoisted.program.header.sites)
     data = (built.xs[:4], *(t[:4] for t in built.targets))
@@ -420,8 +418,8 @@ def test_e_prop_filters_the_trace():
     assert not step.exact
     model = small()
     w, a, v, h = (np.asarray(s.value) for s in (model.w, model.a, model.v, model.h))
-    e, ebar, wanted, readout = (np.zeros((2, 3, 4)) for _ in range(3)), None, None, np.zeros((4, 2))
-    e, ebar, wanted = np.zeros((2, 3, 4)), np.zeros((2, 3, 4)), np.zeros((3, 4))
+    e, ebar = np.zeros((2, 3, 4)), np.zeros((2, 3, 4))
+    wanted, readout = np.zeros((3, 4)), np.zeros((4, 2))
     for x in np.asarray(XS):
         h = np.tanh(a * h + x @ w)
         slope = 1 - h**2
@@ -557,5 +555,3 @@ def test_exactness_is_a_claim_of_the_rule():
     assert not learn_small(algo="test_e_prop")[0].exact
     assert learn_small()[0].exact
     assert not compiled("gru")[0].exact
-    assert Symbol("g0") == Symbol("g0")
-    assert jax.tree.leaves(XS)

@@ -203,14 +203,14 @@ def test_jax_grad_of_apply_under_jit_and_scan():
 
 def test_gradient_of_the_inputs_is_that_of_one_step():
     step, _ = fresh()
-    plain, _ = Net(), None
-    brainstate.nn.init_all_states(plain, batch_size=B)
+    params = values(step)
 
     def one(x):
-        plain.h.value = jnp.full((B, 4), 0.3)
-        return squared(plain(x), YS[0])
+        h = jnp.full((B, 4), 0.3)
+        h = jnp.tanh(params["a"] * h + x @ params["w"]["u"] + h @ params["w"]["w"])
+        return squared(h @ params["v"], YS[0])
 
-    got = jax.grad(lambda x: squared(step.apply(values(step), step.init_carry(), x)[1], YS[0]))(XS[0])
+    got = jax.grad(lambda x: squared(step.apply(params, step.init_carry(), x)[1], YS[0]))(XS[0])
     assert relative_error(got, jax.grad(one)(XS[0])) < TOLERANCE
 
 
@@ -537,7 +537,7 @@ def test_learn_lowers_the_loss_of_a_function_model():
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["gru", "lstm", "lif_exponential", "layer_norm_recurrent", "alif_delta"])
+@pytest.mark.parametrize("name", ["gru", "lstm", "lif_exponential", "layer_norm_recurrent"])
 def test_dtypes(name, dtype):
     built = by_name(name).build(2, jnp.dtype(dtype))
     step = compiled(built)

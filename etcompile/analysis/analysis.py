@@ -14,7 +14,7 @@ from etcompile.analysis.hidden import StateRole, require_hidden, state_roles
 from etcompile.analysis.index_rules import NONE
 from etcompile.analysis.influence import Influence, Use, influence_on
 from etcompile.analysis.relations import Relation, relate
-from etcompile.analysis.sites import Site, SplitStep, split_step
+from etcompile.analysis.sites import Site, SplitStep, refuse_parameters_in_while, split_step
 from etcompile.errors import ModelError
 from etcompile.frontend.jaxpr import Constant, Graph
 from etcompile.frontend.step_model import StepModel
@@ -76,6 +76,7 @@ class Analysis:
 def analyse(model: StepModel, exclude: Sequence[str] = ()) -> Analysis:
     """Find hidden states, groups, sites, relations and cuts of a step."""
     dep = dependence(model.graph)
+    refuse_parameters_in_while(model, dep)
     roles = state_roles(model, dep, exclude)
     require_trained(model, dep)
     require_hidden(model, roles)

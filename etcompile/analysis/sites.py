@@ -17,7 +17,7 @@ from etcompile.errors import ModelError
 from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operand, Operation
 from etcompile.frontend.step_model import StepModel
 
-__all__ = ["Site", "SplitStep", "split_step"]
+__all__ = ["Site", "SplitStep", "refuse_parameters_in_while", "split_step"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,7 +84,6 @@ def split_step(model: StepModel, dep: Dependence) -> SplitStep:
             hoisted.append(operation)
         if constant or not all(parameter_only(v) for v in operation.outputs):
             body.append(operation)  # what depends on constants alone is computed wherever it is needed
-    _refuse_while(model, body, dep, params_mask)
     used = [v for operation in body for v in operation.inputs] + list(graph.outputs)
     weights = tuple(dict.fromkeys(v for v in used if not isinstance(v, Constant) and parameter_only(v)))
     hoisted_graph = Graph(graph.avals, model.param_vars, tuple(hoisted), weights)
@@ -94,8 +93,10 @@ def split_step(model: StepModel, dep: Dependence) -> SplitStep:
     return SplitStep(hoisted_graph, body_graph, weights, _find_sites(model, body_graph, weights, dep))
 
 
-def _refuse_while(model: StepModel, body: list[Operation], dep: Dependence, params_mask: int) -> None:
-    for operation in body:
+def refuse_parameters_in_while(model: StepModel, dep: Dependence) -> None:
+    """A while loop has no reverse derivative, so a trained parameter in it could only get a wrong gradient."""
+    params_mask = (1 << len(model.params)) - 1
+    for operation in model.graph.operations:
         if operation.name == "while" and any(dep.on(v, params_mask) for v in operation.inputs):
             names = [
                 leaf.path

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from etcompile.errors import EtcompileError, InputError, ModelError
 from etcompile.frontend.jaxpr import run_jaxpr, source_line
 from etcompile.frontend.step_model import TracedStep
+from etcompile.frontend.user_code import user_frame
 
 __all__ = ["ModuleStates", "is_module", "trace_module"]
 
@@ -27,8 +28,12 @@ class ModuleStates:
     params: dict[str, Any]
     states: dict[str, Any]
 
-    def values(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        return {p: s.value for p, s in self.params.items()}, {p: s.value for p, s in self.states.items()}
+    def refreshed(self, model: Any) -> ModuleStates:
+        """The same paths with the ``State`` objects that the model holds now."""
+        now = {".".join(map(str, path)): state for path, state in model.states().items()}
+        return ModuleStates(
+            {p: now.get(p, s) for p, s in self.params.items()}, {p: now.get(p, s) for p, s in self.states.items()}
+        )
 
 
 def initialise(model: Any, batch_size: int) -> None:
@@ -41,6 +46,22 @@ def initialise(model: Any, batch_size: int) -> None:
             got=f"{type(error).__name__}: {error}",
             expected="init_state(batch_size=None) methods that create every state",
         ) from error
+
+
+def snapshot(model: Any) -> dict[str, tuple[Any, Any]]:
+    """The model's ``State`` objects and their values by path."""
+    return {".".join(map(str, path)): (state, state.value) for path, state in model.states().items()}
+
+
+def restore(model: Any, before: dict[str, tuple[Any, Any]]) -> None:
+    """Undo a failed initialisation: every path has its old ``State`` object with its old value again."""
+    for path, state in snapshot(model).items():
+        if path not in before:
+            _forget(model, path, None)
+        elif before[path][0] is not state[0]:
+            _forget(model, path, before[path][0])
+    for state, value in before.values():
+        state.value = value
 
 
 def short_lived(state: Any) -> bool:
@@ -176,7 +197,7 @@ def _written_at(closed: Any, found: Any, state: Any) -> str | None:
 
 
 def _explained(model: Any, name: str, inputs: tuple[Any, ...], error: Exception) -> EtcompileError:
-    where = _user_frame(error)
+    where = user_frame(error)
     shapes = (
         ", ".join(str(jax.tree.map(lambda v: f"{jnp.result_type(v)}{list(jnp.shape(v))}", x)) for x in inputs)
         or "none"
@@ -199,18 +220,3 @@ def _explained(model: Any, name: str, inputs: tuple[Any, ...], error: Exception)
         got=f"inputs {shapes}; {type(error).__name__}: {error}",
         hint=hint,
     )
-
-
-def _user_frame(error: Exception) -> str | None:
-    import os
-    import traceback
-
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if (
-            "site-packages" not in frame.filename
-            and not frame.filename.startswith(here)
-            and f"{os.sep}lib{os.sep}python" not in frame.filename
-        ):
-            return f"{os.path.basename(frame.filename)}:{frame.lineno}"
-    return None

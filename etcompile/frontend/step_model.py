@@ -87,6 +87,13 @@ class StepModel:
                 got=str(tree),
                 expected=str(self.param_tree),
             )
+        for leaf, value in zip(self.params, leaves, strict=True):
+            if tuple(jnp.shape(value)) != leaf.aval.shape or jnp.result_type(value) != leaf.aval.dtype:
+                raise InputError(
+                    f"parameter {leaf.path} does not fit {self.name}.",
+                    got=f"{jnp.result_type(value)}{list(jnp.shape(value))}",
+                    expected=f"{leaf.aval.dtype}{list(leaf.aval.shape)}, as when the model was compiled",
+                )
         return leaves
 
     def flatten_states(self, states: Any) -> list[Any]:
@@ -146,6 +153,8 @@ def leaf_names(tree: Any, prefix: str = "") -> list[str]:
     for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]:
         parts = [prefix] if prefix else []
         for key in path:
+            if isinstance(key, jax.tree_util.FlattenedIndexKey):
+                continue  # a container without names, such as a quantity with a unit
             part = getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))
             if part is not None and part != "mantissa":
                 parts.append(str(part))

@@ -62,14 +62,16 @@ def infer_type(header: Header, op: str, args: tuple[Argument, ...], types: dict[
     return OPS[op].rule(header, tuple(types[a.name] if isinstance(a, Ref) else a for a in args))
 
 
-def _of_symbol(kind: str) -> Rule:
+def _of_symbol(kind: str, op: str = "") -> Rule:
+    op = op or kind
+
     def rule(header: Header, args: tuple[Arg, ...]) -> Type:
         if len(args) != 1 or not isinstance(args[0], Symbol):
-            raise ProgramError(f"{kind} takes the name of a group, relation or site.", got=f"{args}")
+            raise ProgramError(f"{op} takes the name of a group, relation or site.", got=f"{args}")
         try:
             return type_of(header, kind, args[0].name)
         except KeyError:
-            raise ProgramError(f"{kind}: there is no {args[0].name!r} in this program.") from None
+            raise ProgramError(f"{op}: there is no {args[0].name!r} in this program.") from None
 
     return rule
 
@@ -178,19 +180,19 @@ register_op(
 )
 register_op(
     "signal",
-    _of_symbol("state"),
+    _of_symbol("state", "signal"),
     needs_loss=True,
     doc="L_t = dloss_t/dh_t, the group's new states taken as independent",
 )
 register_op(
     "bypass",
-    _of_symbol("state"),
+    _of_symbol("state", "bypass"),
     needs_loss=True,
     doc="dloss_t/dh_{t-1} along paths that avoid the group's new states",
 )
 register_op(
     "one_step",
-    _of_symbol("credit"),
+    _of_symbol("credit", "one_step"),
     needs_loss=True,
     doc="dloss_t/dy_t by ordinary autodiff, h_{t-1} held constant",
 )

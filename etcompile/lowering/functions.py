@@ -163,7 +163,7 @@ def checked_loss(loss: Any) -> Array:
     """A loss must be one real number."""
     try:
         value = jnp.asarray(loss)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(
             "the loss function must return one number.", got=type(loss).__name__, expected="a scalar array"
         ) from error

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from etcompile.errors import CarryError, InputError, ModelError
+from etcompile.errors import CarryError, EtcompileError, InputError, ModelError
 from etcompile.frontend.function import FunctionModel, trace_function
 from etcompile.frontend.module import ModuleStates, initialise, is_module, short_lived, trace_module
-from etcompile.frontend.step_model import TracedStep
+from etcompile.frontend.step_model import TracedStep, leaf_names
+from etcompile.frontend.user_code import user_frame
 
 __all__ = ["ModelAccess", "access"]
 
@@ -70,8 +71,9 @@ class ModuleAccess:
 
     @property
     def _states(self) -> ModuleStates:
+        """The states by path, looked up anew: init_state() makes new objects."""
         assert self.found is not None
-        return self.found
+        return self.found.refreshed(self.module)
 
     @property
     def param_states(self) -> dict[str, Any]:
@@ -116,12 +118,15 @@ class FunctionAccess:
     def trace(self, inputs: tuple[Any, ...]) -> TracedStep:
         try:
             return trace_function(self.model, inputs)
-        except (TypeError, ValueError) as error:
-            if isinstance(error, (ModelError, InputError)):
-                raise
+        except EtcompileError:
+            raise
+        except Exception as error:
             shapes = jax.tree.map(lambda v: f"{jnp.result_type(v)}{list(jnp.shape(v))}", inputs)
             raise InputError(
-                f"one step of {self.model.name} fails on these inputs.", got=f"inputs {shapes}; {error}"
+                f"one step of {self.model.name} fails on these inputs.",
+                where=user_frame(error),
+                got=f"inputs {shapes}; {type(error).__name__}: {error}",
+                hint="check feature size, rank and dtype of the inputs, and call the function once by itself.",
             ) from error
 
     @property
@@ -170,3 +175,10 @@ def _resized(value: Any, batch_size: int) -> Any:
 def trace_state(traces: Any) -> Any:
     """Traces as a brainstate state, so that brainstate's transformations carry them."""
     return brainstate.ShortTermState(traces)
+
+
+def state_kinds(states: Any) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Structure, and shape and dtype of every leaf by path."""
+    leaves, tree = jax.tree.flatten(states)
+    kinds = (f"{v.dtype} {tuple(v.shape)}" if hasattr(v, "dtype") else type(v).__name__ for v in leaves)
+    return str(tree), tuple(zip(leaf_names(states), kinds, strict=True))

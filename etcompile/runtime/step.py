@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from etcompile.errors import CarryError, InputError
 from etcompile.lowering.functions import Carry, StepFunctions
 from etcompile.report import Report, make_report
-from etcompile.runtime.model_states import ModelAccess, trace_state
+from etcompile.runtime.model_states import ModelAccess, state_kinds, trace_state
 
 if TYPE_CHECKING:
     import networkx
@@ -258,23 +258,16 @@ class Step:
 
     def _carry(self) -> Carry:
         states = self._access.states()
-        model = self._functions.model
-        leaves = jax.tree.leaves(states)
-        shapes = [tuple(jnp.shape(v)) for v in leaves]
-        if shapes != self._compiled.state_shapes:
-            path = next(
-                (
-                    p.path
-                    for p, a, b in zip(model.states, shapes, self._compiled.state_shapes, strict=False)
-                    if a != b
-                ),
-                "?",
-            )
+        kinds = state_kinds(states)
+        if kinds != self._compiled.state_kinds:
+            name = self._functions.model.name
+            now, then = dict(kinds[1]), dict(self._compiled.state_kinds[1])
+            path = next((p for p in then if now.get(p) != then[p]), "")
             raise CarryError(
-                f"state {path} of {model.name} has changed its shape since the model was compiled.",
-                got=str(dict(zip([s.path for s in model.states], shapes, strict=False)).get(path)),
-                expected="the shape it had",
-                hint="call step.reset(batch_size=...) to change the batch size.",
+                f"state {path} of {name} is not what it was when the model was compiled.",
+                got=str(now.get(path, kinds[0])),
+                expected=str(then.get(path, self._compiled.state_kinds[0])),
+                hint="call step.reset(batch_size=...) to change the batch size; compile again for another dtype.",
             )
         return Carry(states, self._traces.value)
 

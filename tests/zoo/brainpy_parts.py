@@ -26,14 +26,16 @@ def normal(scale, unit):
 class Net(nn.Module):
     """The input and, if `recurrent`, the last spikes project on one population; a linear readout of its spikes."""
 
-    def __init__(self, neuron, project, recurrent):
+    def __init__(self, neuron, project, recurrent, positive=False):
         super().__init__()
-        self.neuron, self.recurrent = neuron, recurrent
+        self.neuron, self.recurrent, self.positive = neuron, recurrent, positive
         self.project = project(neuron, 3 + 5 * recurrent)
         self.readout = nn.Linear(5, 2)
 
     def update(self, x):
         with brainstate.environ.context(dt=DT):
+            if self.positive:
+                x = jnp.abs(x)
             if self.recurrent:
                 x = jnp.concatenate([x, self.neuron.get_spike()], axis=-1)
             self.project(x)
@@ -71,11 +73,11 @@ def delta(scale):
     return project
 
 
-def exponential(scale, unit, out, syn=bp.Expon.desc):
+def exponential(w_init, unit, out):
     def project(post, n_in):
         return bp.AlignPostProj(
-            comm=nn.Linear(n_in, 5, w_init=normal(scale, unit), b_init=None),
-            syn=syn(5, tau=4.0 * u.ms, g_initializer=braintools.init.Constant(0.0 * unit)),
+            comm=nn.Linear(n_in, 5, w_init=w_init, b_init=None),
+            syn=bp.Expon.desc(5, tau=4.0 * u.ms, g_initializer=braintools.init.Constant(0.0 * unit)),
             out=out(),
             post=post,
         )
@@ -83,19 +85,19 @@ def exponential(scale, unit, out, syn=bp.Expon.desc):
     return project
 
 
-def network(make_neuron, project, *, recurrent=True):
+def network(make_neuron, project, *, recurrent=True, positive=False):
     def build(batch, dtype):
         brainstate.random.seed(5)
         return from_module(
-            Net(make_neuron(), project, recurrent),
+            Net(make_neuron(), project, recurrent, positive),
             None,
             groups=None,
             exact=not recurrent,
             batch=batch,
             dtype=dtype,
             x_scale=2.0,
-            param_noise=0.05,
-            state_noise=0.3,
+            param_noise=0.01,
+            state_noise=0.1 if positive else 0.3,
         )
 
     return build
@@ -113,17 +115,17 @@ def add(name, *arguments, **kwargs):
     case("brainpy", "spiking", "no_step", name=name)(network(*arguments, **kwargs))
 
 
-CURRENT = exponential(2.0, u.mA, current_based)
-CONDUCTANCE = exponential(0.8, u.msiemens, conductance_based)
+CURRENT = exponential(normal(2.0, u.mA), u.mA, current_based)
+CONDUCTANCE = exponential(braintools.init.Uniform(0.02 * u.msiemens, 0.2 * u.msiemens), u.msiemens, conductance_based)
 
 add("brainpy_lif_delta", lif(bp.LIF), delta(0.8))
 add("brainpy_lif_exponential", lif(bp.LIF), CURRENT)
 add("brainpy_lif_exponential_feedforward", lif(bp.LIF), CURRENT, recurrent=False)
-add("brainpy_lif_conductance", lif(bp.LIF, R=1.0 * u.kohm), CONDUCTANCE)
+add("brainpy_lif_conductance", lif(bp.LIF, R=1.0 * u.kohm), CONDUCTANCE, positive=True)
 add("brainpy_lif_hard_reset", lif(bp.LIF, spk_reset="hard"), CURRENT)
 add("brainpy_alif_delta", lif(bp.ALIF, tau_a=20 * u.ms), delta(0.8))
 add("brainpy_alif_exponential", lif(bp.ALIF, tau_a=20 * u.ms), CURRENT)
-add("brainpy_alif_conductance", lif(bp.ALIF, tau_a=20 * u.ms, R=1.0 * u.kohm), CONDUCTANCE)
+add("brainpy_alif_conductance", lif(bp.ALIF, tau_a=20 * u.ms, R=1.0 * u.kohm), CONDUCTANCE, positive=True)
 add("brainpy_gif_exponential", gif, CURRENT)
 
 
