@@ -1,406 +1,365 @@
-"""Random recurrent models as instrumented steps, with their groups and exactness known from their own graph.
+"""Random recurrent models with their instrumented steps, for hypothesis.
 
-A model is drawn as a list of nodes. Every node of a layer has the layer's shape (batch, units), and element (b, i)
-of it can influence position (b, i) only, unless it goes through a mixing operation; there the use is cut. So where
-credit stops is a matter of construction, and groups and exactness follow from paths in the graph alone.
+A :class:`Recipe` is plain data, so that hypothesis can print and shrink it. :func:`body` reads it as a step in the
+convention of `oracles`: every place where credit ends in the local version wears `cut`, put there by the rule that a
+value which spreads over several units is cut at the use closest to the new state.
+
+A model has one or two layers of one to three states. A new state is
+
+    h' = phi(decay(h) + sum of couplings + sum of drives), or a gated mixture of that with h
+
+where couplings are elementwise in other states of the layer (old, or new ones computed before), and a drive is a weight
+on the input, on an encoded input, on states or on the layer below, moved about and normalised on its way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-import networkx as nx
 import numpy as np
 from hypothesis import strategies as st
-from zoo.base import Function
 
-LENGTH = 5
-BATCH = 2
-N_IN = 2
-N_OUT = 2
+UNITS = (3, 2)
+INPUTS, OUTPUTS = 2, 2
 
-
-@dataclass(frozen=True)
-class RandomModel:
-    """`step` is instrumented; `model` is the same step without marks, for `etcompile.from_function`."""
-
-    seed: int
-    step: Callable
-    params: dict
-    state: dict
-    xs: jax.Array
-    targets: tuple
-    loss_fn: Callable
-    groups: tuple[tuple[str, ...], ...]
-    exact: bool
-    listing: str
-
-    @property
-    def model(self) -> Function:
-        def fn(params, state, x):
-            return self.step(params, state, x, cut=lambda v: v, put=lambda name, v: v)
-
-        return Function(fn, self.params, self.state)
-
-    def __repr__(self):
-        return f"random_models.make({self.seed})  groups={self.groups} exact={self.exact}\n{self.listing}"
+ACTIVATIONS = {
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "sin": jnp.sin,
+    "identity": lambda v: v,
+    "softsign": lambda v: v / (1.0 + jnp.sqrt(1.0 + v * v)),
+    "swish": lambda v: v * jax.nn.sigmoid(v),
+    "bump": lambda v: jnp.exp(-v * v),
+}
+#: Effective weights: functions of raw parameters alone.
+WEIGHTS = ("plain", "tanh", "masked", "sum", "scaled", "low_rank", "normed", "transposed")
+#: Where the elements of a drive go before they reach the state; none of these spreads.
+MOVES = ("none", "roll", "reverse", "permute", "slice", "stride", "concatenate", "gate", "transposed")
+#: What happens to a drive with one value per unit; the last four spread credit, and cut it.
+TAILS = ("none", "gain", "square", "centred", "rms", "softmax", "smoothed")
+SOURCES = ("input", "encoded", "old", "new", "below", "mean", "neighbour")
+DECAYS = ("constant", "vector", "scalar", "forget", "state", "quadratic")
+MIXES = ("sum", "gated", "product")
 
 
-@dataclass(frozen=True)
-class Node:
-    """One value: ``value = evaluate(params, argument values, cut)``.
+@dataclasses.dataclass(frozen=True)
+class Drive:
+    """A weight on `source`; `which` picks the state where the source is one."""
 
-    `arguments` that the operation spreads are listed in `spread`; `parameters` are the trained ones it reads. With
-    `slope` False no derivative passes (comparisons, say).
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    spread: tuple[str, ...]
-    parameters: tuple[str, ...]
-    evaluate: Callable
-    width: int
-    text: str
+    source: str
+    which: int = 0
+    weight: str = "plain"
+    move: str = "none"
+    tail: str = "none"
+    bias: bool = False
+    activation: str = "identity"
 
 
-class Draft:
-    """The model while it is being drawn."""
+@dataclasses.dataclass(frozen=True)
+class Coupling:
+    """Elementwise influence of another state of the layer, old or new."""
 
-    def __init__(self, rng: np.random.Generator):
-        self.rng = rng
-        self.nodes: list[Node] = [Node("x", (), (), (), None, N_IN, "input")]
-        self.params: dict = {}
-        self.old: dict[str, int] = {}
-        self.new: dict[str, str] = {}
-        self.counter = 0
-
-    def chance(self, p: float) -> bool:
-        return bool(self.rng.random() < p)
-
-    def pick(self, options):
-        return options[int(self.rng.integers(len(options)))]
-
-    def width(self, name: str) -> int:
-        return next(n.width for n in self.nodes if n.name == name)
-
-    def parameter(self, *shape: int, scale: float | None = None) -> str:
-        name = f"p{len(self.params)}"
-        scale = scale or (1.0 / np.sqrt(shape[0]) if len(shape) > 1 else 0.7)
-        self.params[name] = jnp.asarray(self.rng.normal(size=shape) * scale)
-        return name
-
-    def add(self, text, evaluate, width, arguments=(), spread=(), parameters=()) -> str:
-        name = f"v{self.counter}"
-        self.counter += 1
-        self.nodes.append(Node(name, tuple(arguments), tuple(spread), tuple(parameters), evaluate, width, text))
-        return name
-
-    def state(self, width: int) -> str:
-        name = f"h{len(self.old)}"
-        self.old[name] = width
-        self.nodes.append(Node(f"{name}.old", (), (), (), None, width, "old state"))
-        return name
-
-    def write(self, state: str, value: str):
-        node = Node(state, (value,), (), (), lambda p, v, cut: v, self.old[state], "new state")
-        self.nodes.append(node)
-        self.new[state] = value
-
-    # --- Weights -----------------------------------------------------------------------------------------------------
-
-    def weight(self, rows: int, columns: int) -> tuple[tuple[str, ...], Callable, str]:
-        """Names of parameters, and the effective matrix that they make."""
-        kind = self.pick(["plain", "plain", "plain", "tied", "abs", "mask", "sum", "tanh", "gain", "lora"])
-        matching = [n for n, v in self.params.items() if v.shape == (rows, columns)]
-        if kind == "tied" and matching:
-            w = self.pick(matching)
-            return (w,), lambda p: p[w], f"{w} tied"
-        w = self.parameter(rows, columns)
-        if kind == "abs":
-            return (w,), lambda p: jnp.abs(p[w]), f"|{w}|"
-        if kind == "tanh":
-            return (w,), lambda p: jnp.tanh(p[w]), f"tanh {w}"
-        if kind == "mask":
-            mask = (self.rng.random((rows, columns)) < 0.7).astype(float)
-            return (w,), lambda p: p[w] * mask, f"{w}*mask"
-        if kind == "sum":
-            other = self.parameter(rows, columns)
-            return (w, other), lambda p: p[w] + p[other], f"({w}+{other})"
-        if kind == "gain":
-            gain = self.parameter(columns)
-            return (w, gain), lambda p: p[w] * p[gain], f"{w}*{gain}"
-        if kind == "lora":
-            a, b = self.parameter(rows, 1), self.parameter(1, columns)
-            return (w, a, b), lambda p: p[w] + p[a] @ p[b], f"({w}+{a}@{b})"
-        return (w,), lambda p: p[w], w
-
-    # --- Operations --------------------------------------------------------------------------------------------------
-
-    def dense(self, sources: list[str], width: int) -> str:
-        """A trained matrix over the concatenation of any values; all their uses are spread."""
-        rows = sum(self.width(s) for s in sources)
-        names, matrix, text = self.weight(rows, width)
-        bias = self.parameter(width, scale=0.3) if self.chance(0.6) else None
-
-        def evaluate(p, *values_and_cut):
-            *values, cut = values_and_cut
-            y = jnp.concatenate([cut(v) for v in values], axis=-1) @ matrix(p)
-            return y if bias is None else y + p[bias]
-
-        parameters = names if bias is None else (*names, bias)
-        return self.add(f"[{', '.join(sources)}] @ {text}", evaluate, width, sources, sources, parameters)
-
-    def constant_mix(self, source: str, width: int) -> str:
-        kind = self.pick(["matrix", "mean", "sum"]) if self.width(source) == width else "matrix"
-        if kind == "matrix":
-            matrix = self.rng.normal(size=(self.width(source), width)) / np.sqrt(width)
-            return self.add(
-                f"{source} @ constant", lambda p, v, cut: cut(v) @ matrix, width, [source], [source]
-            )
-        if kind == "mean":
-
-            def mean(p, v, cut):
-                return jnp.broadcast_to(jnp.mean(cut(v), -1, keepdims=True), v.shape)
-
-            return self.add(f"mean {source}", mean, width, [source], [source])
-        return self.add(
-            f"cumsum {source}", lambda p, v, cut: 0.5 * jnp.cumsum(cut(v), -1), width, [source], [source]
-        )
-
-    def normalise(self, source: str) -> str:
-        """Layer-norm-like, off centre so that no derivative vanishes by symmetry: the direct path stays."""
-
-        def evaluate(p, v, cut):
-            centre = 0.8 * jnp.mean(v, -1, keepdims=True)
-            scale = jnp.mean((v - centre) ** 2, -1, keepdims=True)
-            return (v - cut(centre)) / jnp.sqrt(cut(scale) + 0.2)
-
-        # The direct path is an edge of its own; `spread` marks the other one.
-        return self.add(f"norm {source}", evaluate, self.width(source), [source], [f"~{source}"])
-
-    def elementwise(self, sources: list[str]) -> str:
-        """One to three values of a layer, joined position by position."""
-        a = self.pick(sources)
-        b = self.pick(sources)
-        width = self.width(a)
-        kind = self.pick(
-            ["tanh", "sigmoid", "mul", "add", "leak", "where", "gain", "bias", "learned", "sin", "gate", "const"]
-        )
-        one = {
-            "tanh": jnp.tanh,
-            "sigmoid": jax.nn.sigmoid,
-            "sin": jnp.sin,
-            "const": lambda v: 0.3 - 0.8 * v,
-        }
-        if kind in one:
-            f = one[kind]
-            return self.add(f"{kind} {a}", lambda p, v, cut: f(v), width, [a])
-        if kind == "gain":
-            g = self.parameter(*([width] if self.chance(0.7) else []))
-            return self.add(f"{a} * {g}", lambda p, v, cut: v * p[g], width, [a], (), [g])
-        if kind == "bias":
-            g = self.parameter(width)
-            return self.add(f"{a} + {g}", lambda p, v, cut: v + p[g], width, [a], (), [g])
-        if kind == "learned":
-            g = self.parameter(width)
-
-            def decay(p, v, w, cut):
-                d = jax.nn.sigmoid(p[g])
-                return d * v + (1 - d) * w
-
-            return self.add(f"decay {g} {a} {b}", decay, width, [a, b], (), [g])
-        two = {
-            "mul": lambda v, w: v * w,
-            "add": lambda v, w: v + w,
-            "leak": lambda v, w: 0.7 * v + 0.4 * w,
-            "where": lambda v, w: jnp.where(mask, v, 0.5 * w),
-            "gate": lambda v, w: jax.nn.sigmoid(v) * jnp.tanh(w),
-        }
-        mask = np.arange(width) % 2 == 0
-        f = two[kind]
-        return self.add(f"{kind} {a} {b}", lambda p, v, w, cut: f(v, w), width, [a, b])
-
-    def gates(self, sources: list[str], width: int, count: int) -> list[str]:
-        """A fused dense operation, taken apart by split or slices."""
-        fused = self.dense(sources, count * width)
-        how = self.pick(["split", "slice", "stride", "reshape"])
-
-        def take(i):
-            if how == "split":
-                return lambda p, v, cut: jnp.split(v, count, axis=-1)[i]
-            if how == "slice":
-                return lambda p, v, cut: v[..., i * width : (i + 1) * width]
-            if how == "stride":
-                return lambda p, v, cut: v[..., i::count]
-            return lambda p, v, cut: v.reshape(*v.shape[:-1], count, width)[..., i, :]
-
-        return [self.add(f"{how} {i} of {fused}", take(i), width, [fused]) for i in range(count)]
+    which: int
+    new: bool
+    parameter: bool
+    activation: str = "identity"
 
 
-def draw_layer(d: Draft, inputs: list[str]) -> list[str]:
-    """One layer of one to three states of the same width; returns what later layers may read."""
-    width = int(d.rng.integers(2, 5))
-    states = [d.state(width) for _ in range(int(d.rng.choice([1, 1, 2, 2, 3])))]
-    old = [f"{s}.old" for s in states]
-    recurrent = d.chance(0.55)
-
-    sources = [d.pick(inputs)] + ([d.pick(old)] if recurrent else [])
-    if d.chance(0.5):
-        pool = d.gates(sources, width, int(d.rng.integers(2, 4)))
-    else:
-        pool = [d.dense(sources, width)]
-    if d.chance(0.4):
-        pool = [d.add(f"tanh {v}", lambda p, v, cut: jnp.tanh(v), width, [v]) for v in pool]
-    if d.chance(0.2):
-        shift = int(d.rng.integers(1, width))
-        # Rolled before anything of the state's own positions joins it.
-        pool[0] = d.add(
-            f"roll {pool[0]}", lambda p, v, cut, k=shift: jnp.roll(v, k, -1), width, [pool[0]]
-        )
-    if d.chance(0.25):
-        pool.append(d.normalise(d.pick(pool)))
-    if d.chance(0.2):
-        pool.append(d.constant_mix(d.pick(pool + old), width))
-    if d.chance(0.15):
-        pool.append(d.dense([d.pick(pool)], width))
-    values = pool + old
-    for _ in range(int(d.rng.integers(0, 5))):
-        values.append(d.elementwise(values[-3:] + old + pool[:1]))
-
-    written = []
-    for s in states:
-        drive = d.pick(pool + values[len(pool) + len(old) :] + written)
-        rest = d.pick(values + written)
-        kind = d.pick(["tanh", "leak", "gate", "learned"])
-        own = f"{s}.old"
-        if kind == "tanh":
-            new = d.add(
-                f"tanh(.6 {own} + {drive} + .3 {rest})",
-                lambda p, v, w, r, cut: jnp.tanh(0.6 * v + w + 0.3 * r),
-                width,
-                [own, drive, rest],
-            )
-        elif kind == "leak":
-            new = d.add(
-                f".8 {own} + tanh({drive}) * cos({rest})",
-                lambda p, v, w, r, cut: 0.8 * v + jnp.tanh(w) * jnp.cos(r),
-                width,
-                [own, drive, rest],
-            )
-        elif kind == "gate":
-            new = d.add(
-                f"gate {rest} between {own} and {drive}",
-                lambda p, v, w, r, cut: jax.nn.sigmoid(r) * v + (1 - jax.nn.sigmoid(r)) * jnp.tanh(w),
-                width,
-                [own, drive, rest],
-            )
-        else:
-            g = d.parameter(width)
-            new = d.add(
-                f"tanh({g} {own} + {drive})",
-                lambda p, v, w, cut, g=g: jnp.tanh(p[g] * v + w),
-                width,
-                [own, drive],
-                (),
-                [g],
-            )
-        d.write(s, new)
-        written.append(s)
-    return written + (old[:1] if d.chance(0.3) else [])
+@dataclasses.dataclass(frozen=True)
+class StateRecipe:
+    decay: str
+    activation: str
+    mix: str
+    drives: tuple[Drive, ...]
+    couplings: tuple[Coupling, ...] = ()
 
 
-def structure(d: Draft):
-    """Hidden states, groups and exactness from the graph of nodes alone."""
-    full, local = nx.DiGraph(), nx.DiGraph()
-    for node in d.nodes:
-        full.add_node(node.name)
-        local.add_node(node.name)
-        for a in node.arguments:
-            full.add_edge(a, node.name)
-            if a not in node.spread:
-                local.add_edge(a, node.name)
-        for p in node.parameters:
-            full.add_edge(p, node.name)
-            local.add_edge(p, node.name)
-    over_time = full.copy()
-    over_time.add_edges_from((s, f"{s}.old") for s in d.old)
-    reached = {n for p in d.params for n in nx.descendants(over_time, p)}
-    hidden = [s for s in d.old if s in reached]
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A model; `readout_old` lets the result read an old state too, past the new ones."""
 
-    components = nx.Graph()
-    components.add_nodes_from(hidden)
-    for s in hidden:
-        for source in (s, f"{s}.old"):
-            components.add_edges_from((s, r) for r in hidden if r in nx.descendants(local, source))
-    order = {s: i for i, s in enumerate(hidden)}
-    groups = sorted(tuple(sorted(c, key=order.get)) for c in nx.connected_components(components))
-
-    origins = set(d.params) | {f"{s}.old" for s in hidden} | set(hidden)
-    exact = True
-    for node in d.nodes:
-        for a in node.spread:
-            a = a.removeprefix("~")
-            depends = a in origins or bool(nx.ancestors(full, a) & origins)
-            reaches = node.name in hidden or bool(nx.descendants(full, node.name) & set(hidden))
-            exact = exact and not (depends and reaches)
-    return groups, exact
+    layers: tuple[tuple[StateRecipe, ...], ...]
+    batch: int | None
+    readout: str = "tanh"
+    readout_old: bool = False
+    tied: bool = False
+    state_in_output: bool = False
+    seed: int = 0
 
 
-def make(seed: int) -> RandomModel:
-    """The random model of that seed."""
-    rng = np.random.default_rng(seed)
-    d = Draft(rng)
-    available = ["x"]
-    if d.chance(0.2):
-        y = d.dense(["x"], 3)
-        available = [d.add(f"tanh {y}", lambda p, v, cut: jnp.tanh(v), 3, [y])]
-    readable: list[str] = []
-    for _ in range(int(rng.choice([1, 1, 1, 2, 2, 3]))):
-        outputs = draw_layer(d, available)
-        readable += outputs
-        # Mostly deeper, sometimes beside the layer before.
-        available = outputs if d.chance(0.7) else [*available, *outputs]
-    count = min(len(readable), int(rng.integers(1, 4)))
-    read = [readable[i] for i in sorted(rng.choice(len(readable), count, replace=False))]
-    if not any(r in d.new for r in read):
-        read.append(next(iter(d.new)))
-    out = d.dense(read, N_OUT)
+# --- drawing --------------------------------------------------------------------------------------------------------------
 
-    groups, exact = structure(d)
-    nodes = tuple(d.nodes)
 
-    def step(params, state, x, *, cut, put):
-        values = {"x": x, **{f"{s}.old": state[s] for s in state}}
-        new = {}
-        for node in nodes:
-            if node.evaluate is None:
-                continue
-            value = node.evaluate(params, *(values[a] for a in node.arguments), cut)
-            if node.name in state:
-                value = new[node.name] = put(node.name, value)
-            values[node.name] = value
-        return new, values[out]
-
-    state = {s: jnp.asarray(rng.normal(size=(BATCH, w)) * 0.5) for s, w in d.old.items()}
-    xs = jnp.asarray(rng.normal(size=(LENGTH, BATCH, N_IN)))
-    targets = (jnp.asarray(rng.normal(size=(LENGTH, BATCH, N_OUT))),)
-    return RandomModel(
-        seed,
-        step,
-        d.params,
-        state,
-        xs,
-        targets,
-        lambda o, target: 0.5 * jnp.sum((o - target) ** 2),
-        tuple(groups),
-        exact,
-        "\n".join(f"  {n.name} = {n.text}" for n in nodes),
+@st.composite
+def drives(draw, layer: int, first: bool) -> Drive:
+    sources = [s for s in SOURCES if s != "below" or layer]
+    source = ("below" if layer else "input") if first else draw(st.sampled_from(sources))
+    return Drive(
+        source,
+        draw(st.integers(0, 2)),
+        draw(st.sampled_from(WEIGHTS)),
+        draw(st.sampled_from(MOVES)),
+        draw(st.sampled_from(TAILS)),
+        draw(st.booleans()),
+        draw(st.sampled_from(sorted(ACTIVATIONS))),
     )
 
 
-def random_models() -> st.SearchStrategy[RandomModel]:
-    """Random models, by seed: a failing one is named by a number that makes it again."""
-    return st.integers(0, 2**31 - 1).map(make)
+@st.composite
+def states(draw, layer: int, number: int, count: int) -> StateRecipe:
+    amount = draw(st.integers(0 if number else 1, 2))
+    couplings = []
+    if count > 1:
+        for _ in range(draw(st.integers(0, 2))):
+            which = draw(st.integers(0, count - 1))
+            couplings.append(
+                Coupling(which, draw(st.booleans()) and which < number, draw(st.booleans()), draw(st.sampled_from(sorted(ACTIVATIONS))))
+            )  # fmt: skip
+    return StateRecipe(
+        draw(st.sampled_from(DECAYS)),
+        draw(st.sampled_from(sorted(ACTIVATIONS))),
+        draw(st.sampled_from(MIXES)),
+        tuple(draw(drives(layer, first=k == 0)) for k in range(amount)),
+        tuple(couplings),
+    )
+
+
+@st.composite
+def recipes(draw) -> Recipe:
+    layers = []
+    for layer in range(draw(st.integers(1, 2))):
+        count = draw(st.integers(1, 3 if not layer else 2))
+        layers.append(tuple(draw(states(layer, k, count)) for k in range(count)))
+    return Recipe(
+        tuple(layers),
+        draw(st.sampled_from([None, 2])),
+        draw(st.sampled_from(sorted(ACTIVATIONS))),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.integers(0, 9)),
+    )
+
+
+# --- running --------------------------------------------------------------------------------------------------------------
+
+
+class Parameters:
+    """Hands out parameters by name: draws them on the first run of the body, then reads them from a dict."""
+
+    def __init__(self, given: dict | None, seed: int = 0):
+        self.given, self.drawn = given, {}
+        self.rng = np.random.default_rng(seed)
+
+    def __call__(self, name: str, *shape: int):
+        if self.given is not None:
+            return self.given[name]
+        if name not in self.drawn:
+            scale = 0.8 / np.sqrt(shape[0]) if len(shape) > 1 else 0.6
+            self.drawn[name] = jnp.asarray(self.rng.normal(size=shape) * scale)
+        return self.drawn[name]
+
+
+def effective(p: Parameters, kind: str, name: str, rows: int, columns: int):
+    w = p(f"{name}.w", *((columns, rows) if kind == "transposed" else (rows, columns)))
+    if kind == "tanh":
+        return jnp.tanh(w)
+    if kind == "masked":
+        return w * (np.add.outer(np.arange(rows), np.arange(columns)) % 3 != 1)
+    if kind == "sum":
+        return w + p(f"{name}.w2", rows, columns)
+    if kind == "scaled":
+        return w * p(f"{name}.scale", columns)
+    if kind == "low_rank":
+        return w + p(f"{name}.a", rows, 1) @ p(f"{name}.b", 1, columns)
+    if kind == "normed":
+        return w / jnp.sqrt(jnp.sum(w * w, 0) + 0.1)
+    if kind == "transposed":
+        return w.T
+    return w
+
+
+def moved(p: Parameters, kind: str, z, weight: str, name: str, units: int):
+    """`z` times a weight, and its elements brought to the units."""
+    rows = z.shape[-1]
+    wide = {"slice": units + 2, "stride": 2 * units, "gate": 3 * units, "transposed": 2 * units}.get(
+        kind, units
+    )
+    if kind == "concatenate":
+        one = z @ effective(p, weight, name, rows, 1)
+        return jnp.concatenate([one, z @ effective(p, weight, f"{name}.rest", rows, units - 1)], -1)
+    y = z @ effective(p, weight, name, rows, wide)
+    if kind == "roll":
+        return jnp.roll(y, 1, -1)
+    if kind == "reverse":
+        return y[..., ::-1]
+    if kind == "permute":
+        return y[..., np.random.default_rng(units).permutation(units)]
+    if kind == "slice":
+        return y[..., 1 : units + 1]
+    if kind == "stride":
+        return y[..., ::2]
+    if kind == "gate":
+        a, b, c = jnp.split(y, 3, -1)
+        return jax.nn.sigmoid(a) * jnp.tanh(b) - 0.5 * c
+    if kind == "transposed":
+        pairs = jnp.swapaxes(y.reshape(*y.shape[:-1], units, 2), -1, -2)
+        return pairs[..., 0, :] * jnp.tanh(pairs[..., 1, :])
+    return y
+
+
+def tailed(p: Parameters, kind: str, y, name: str, cut):
+    if kind == "gain":
+        return y * p(f"{name}.gain", y.shape[-1])
+    if kind == "square":
+        return y + 0.3 * y * y
+    if kind == "centred":
+        return y - cut(jnp.mean(y, -1, keepdims=True))
+    if kind == "rms":
+        return y / jnp.sqrt(cut(jnp.mean(y * y, -1, keepdims=True)) + 0.5)
+    if kind == "softmax":
+        e = jnp.exp(y)
+        return e / (cut(jnp.sum(e, -1, keepdims=True)) + 0.5)
+    if kind == "smoothed":
+        return y + 0.3 * jnp.roll(cut(y), 1, -1)
+    return y
+
+
+def body(recipe: Recipe, p: Parameters, old: dict, x, cut, put):
+    """The step of `recipe`; returns (new states, result)."""
+    new: dict = {}
+    below = x
+    for layer, cells in enumerate(recipe.layers):
+        units = UNITS[layer]
+        names = [f"h{layer}{k}" for k in range(len(cells))]
+        for number, cell in enumerate(cells):
+            own = names[number]
+            h = old[own]
+
+            def source(drive: Drive, name: str, number=number, names=names, below=below, layer=layer):
+                which = names[drive.which % len(names)]
+                if drive.source == "input":
+                    return x
+                if drive.source == "encoded":
+                    return cut(jnp.tanh(x @ p(f"{name}.encoder", INPUTS, 2)))
+                if drive.source == "below":
+                    return cut(below) if layer else below
+                if drive.source == "new" and drive.which % len(names) < number:
+                    return cut(jnp.tanh(new[which]))
+                if drive.source == "mean":
+                    return cut(jnp.mean(old[which], -1, keepdims=True))
+                if drive.source == "neighbour":
+                    return cut(jnp.roll(old[which], 1, -1))
+                return cut(old[which])
+
+            terms = []
+            for k, drive in enumerate(cell.drives):
+                name = f"{own}.d{k}"
+                weight_name = "tied" if recipe.tied and (drive.source, drive.weight, drive.move, layer) == ("input", "plain", "none", 0) else name  # fmt: skip
+                z = source(drive, name)
+                if drive.source in ("mean", "neighbour"):  # elementwise weights on what the neighbours do
+                    y = z * p(f"{name}.w", units)
+                else:
+                    y = moved(p, drive.move, z, drive.weight, weight_name, units)
+                if drive.bias:
+                    y = y + p(f"{name}.bias", units)
+                terms.append(ACTIVATIONS[drive.activation](tailed(p, drive.tail, y, name, cut)))
+            for k, coupling in enumerate(cell.couplings):
+                other = names[coupling.which]
+                v = ACTIVATIONS[coupling.activation](new[other] if coupling.new else old[other])
+                terms.append(v * (p(f"{own}.c{k}", units) if coupling.parameter else 0.4))
+            drive_sum = sum(terms[1:], start=terms[0]) if terms else p(f"{own}.bias", units)
+
+            if cell.decay == "vector":
+                kept = p(f"{own}.decay", units) * h
+            elif cell.decay == "scalar":
+                kept = jnp.tanh(p(f"{own}.decay")) * h
+            elif cell.decay == "forget":
+                kept = (
+                    jax.nn.sigmoid(x @ p(f"{own}.f", INPUTS, units) + cut(h) @ p(f"{own}.g", units, units))
+                    * h
+                )
+            elif cell.decay == "state":
+                kept = 0.5 * h * jax.nn.sigmoid(h)
+            elif cell.decay == "quadratic":
+                kept = 0.6 * h - 0.2 * h * h * p(f"{own}.q", units)
+            else:
+                kept = 0.7 * h
+            phi = ACTIVATIONS[cell.activation]
+            if cell.mix == "gated":
+                z = jax.nn.sigmoid(x @ p(f"{own}.z", INPUTS, units))
+                value = (1.0 - z) * kept + z * phi(drive_sum)
+            elif cell.mix == "product":
+                value = jnp.tanh(kept + phi(drive_sum) * (0.5 + 0.3 * h))
+            else:
+                value = phi(kept + drive_sum) + 0.2 * h
+            new[own] = put(own, value)
+        below = new[names[-1]]
+    read = jnp.concatenate([new[n] for n in sorted(new)], -1)
+    y = ACTIVATIONS[recipe.readout](read) @ p("readout", read.shape[-1], OUTPUTS)
+    if recipe.readout_old:
+        y = y + jnp.sin(old["h00"]) @ p("readout_old", UNITS[0], OUTPUTS)
+    if recipe.state_in_output:
+        return new, {"y": y, "h": below}
+    return new, y
+
+
+def loss_fn(out, target):
+    if isinstance(out, dict):
+        return jnp.sum((out["y"] - target) ** 2) + 0.1 * jnp.sum(out["h"] ** 3)
+    return jnp.sum((out - target) ** 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomModel:
+    """A recipe with numbers: see `zoo.Built`, which it resembles."""
+
+    recipe: Recipe
+    params: dict
+    state: dict
+    groups: tuple[tuple[str, ...], ...]
+    exact: bool
+    xs: jax.Array
+    targets: jax.Array
+
+    def step(self, params, state, x, *, cut, put):
+        return body(self.recipe, Parameters(params), state, x, cut, put)
+
+    def plain(self, params, state, x):
+        return body(self.recipe, Parameters(params), state, x, lambda v: v, lambda name, v: v)
+
+
+def build(recipe: Recipe, length: int = 4) -> RandomModel:
+    rng = np.random.default_rng(recipe.seed + 100)
+    head = () if recipe.batch is None else (recipe.batch,)
+    state = {
+        f"h{layer}{k}": jnp.asarray(0.6 * rng.normal(size=(*head, UNITS[layer])))
+        for layer, cells in enumerate(recipe.layers)
+        for k in range(len(cells))
+    }
+    xs = jnp.asarray(rng.normal(size=(length, *head, INPUTS)))
+    targets = jnp.asarray(rng.normal(size=(length, *head, OUTPUTS)))
+    draws, cuts = Parameters(None, recipe.seed), []
+
+    def counted(value):
+        cuts.append(value)
+        return value
+
+    body(recipe, draws, state, xs[0], counted, lambda name, v: v)
+    return RandomModel(recipe, draws.drawn, state, groups_of(recipe), not cuts, xs, targets)
+
+
+def groups_of(recipe: Recipe) -> tuple[tuple[str, ...], ...]:
+    """States of one layer that feed each other elementwise."""
+    groups = []
+    for layer, cells in enumerate(recipe.layers):
+        owner = list(range(len(cells)))
+        for number, cell in enumerate(cells):
+            for coupling in cell.couplings:
+                a, b = owner[number], owner[coupling.which]
+                owner = [a if o == b else o for o in owner]
+        for o in dict.fromkeys(owner):
+            groups.append(tuple(f"h{layer}{k}" for k in range(len(cells)) if owner[k] == o))
+    return tuple(groups)

@@ -41,8 +41,8 @@ class Analysis:
     cuts : tuple of Cut
     uses_cut : mapping of int to mapping of Use to array
         Per hidden state, the operand uses where its local derivative stops.
-    bypass : tuple of str
-        Groups whose old states reach a result by a path that avoids their new states.
+    dependence : Dependence
+        Which parameters and states every variable depends on.
     """
 
     model: StepModel
@@ -271,24 +271,33 @@ def _cuts(
 
 
 def _meaning(primitive: str, group: str, origin_groups: set[str], params: Sequence[str]) -> str:
+    """What a cut loses, in words: for the group's own states, for those of other groups, and for parameters."""
+    weights = primitive in _WEIGHTS
     how = (
         "weights"
-        if primitive in _WEIGHTS
+        if weights
         else "a value shared by several units"
         if primitive in _SHARED
         else "an operation over several units"
     )
+    losses = []
     if group in origin_groups:
-        first = "recurrent weights" if primitive in _WEIGHTS else f"recurrence through {how}"
-        return (
-            f"{first}: credit through them ends after one step"
-            if primitive in _WEIGHTS
-            else f"{first}: its credit ends after one step"
+        own = "recurrent weights" if weights else f"recurrence through {how}"
+        losses.append(
+            f"{own}: credit through them ends after one step"
+            if weights
+            else f"{own}: its credit ends after one step"
         )
-    if origin_groups:
-        origins = ", ".join(sorted(origin_groups))
-        return f"from {origins} to {group} through {how}: credit within the step only, no memory in {group}"
-    return f"{', '.join(params)} reaches {group} through {how}: credit within the step only"
+    others = sorted(origin_groups - {group})
+    if others:
+        losses.append(
+            f"{', '.join(others)} reaches {group} through {how}: within the step only, no memory of it in {group}"
+        )
+    if params:
+        losses.append(
+            f"{', '.join(params)} reaches {group} through {how}: this part of its credit counts within the step only"
+        )
+    return "; ".join(losses)
 
 
 def _computed_at(body: Graph, variable: Any) -> str:

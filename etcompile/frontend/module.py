@@ -32,7 +32,8 @@ class ModuleStates:
         """The same paths with the ``State`` objects that the model holds now."""
         now = {".".join(map(str, path)): state for path, state in model.states().items()}
         return ModuleStates(
-            {p: now.get(p, s) for p, s in self.params.items()}, {p: now.get(p, s) for p, s in self.states.items()}
+            {p: now.get(p, s) for p, s in self.params.items()},
+            {p: now.get(p, s) for p, s in self.states.items()},
         )
 
 

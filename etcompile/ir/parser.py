@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from urllib.parse import unquote
 
 from etcompile.errors import ProgramError
 from etcompile.ir.header import Cut, Group, Header, Relation, Site
@@ -109,7 +110,7 @@ def _flags(text: str) -> tuple[bool, ...]:
 
 
 def _group(m: re.Match[str]) -> Group:
-    states = tuple((s.rsplit(":", 1)[0], s.rsplit(":", 1)[1]) for s in m["states"].split(", ") if s)
+    states = tuple((unquote(s.rsplit(":", 1)[0]), s.rsplit(":", 1)[1]) for s in m["states"].split(", ") if s)
     pattern = tuple(_flags(row) for row in m["pattern"].split("/"))
     bypass = _flags(m["bypass"]) if m["bypass"] else (False,) * len(states)
     return Group(m["name"], states, _shape(m["shape"]), m["dtype"], pattern, bypass)
@@ -118,8 +119,9 @@ def _group(m: re.Match[str]) -> Group:
 def _site(m: re.Match[str]) -> Site:
     reads = tuple(_shape(x) for x in m["reads"].split(" ")) if m["reads"] != "-" else ()
     contracted = None if m["contracted"] == "none" else _shape(m["contracted"])
+    params = tuple(map(unquote, m["params"].split("+")))
     return Site(
-        m["name"], m["kind"], tuple(m["params"].split("+")), m["primitive"], m["source"], _shape(m["weight"]), _shape(m["y"]),
+        m["name"], m["kind"], params, m["primitive"], m["source"], _shape(m["weight"]), _shape(m["y"]),
         m["dtype"], contracted, reads, bool(m["hoisted"]),
     )  # fmt: skip
 
@@ -136,7 +138,7 @@ def _cut(m: re.Match[str]) -> Cut:
         group,
         m["primitive"],
         m["source"],
-        tuple(m["origins"].split(", ")),
+        tuple(map(unquote, m["origins"].split(", "))),
         m["meaning"],
         m["part"],
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 from etcompile.ir.header import Cut, Group, Relation, Site
 from etcompile.ir.program import Argument, Equation, TraceProgram
 
@@ -46,11 +48,16 @@ def _dims(shape: tuple[int, ...]) -> str:
 
 
 def _group(g: Group) -> str:
-    states = ", ".join(f"{path}:{dtype}" for path, dtype in g.states)
+    states = ", ".join(f"{_path(path)}:{dtype}" for path, dtype in g.states)
     text = (
         f"{g.name} ({states}) {g.dtype}{_dims(g.shape)} pattern={'/'.join(_bits(row) for row in g.pattern)}"
     )
     return text + (f" bypass={_bits(g.bypass)}" if any(g.bypass) else "")
+
+
+def _path(path: str) -> str:
+    """A path in which the separators of the text form are escaped; ordinary dotted names stay as they are."""
+    return quote(path, safe="._-<>{}'=*/")
 
 
 def _bits(flags: tuple[bool, ...]) -> str:
@@ -62,7 +69,7 @@ def _site(s: Site) -> str:
     contracted = "none" if s.contracted is None else _dims(s.contracted)
     hoisted = " hoisted" if s.hoisted else ""
     return (
-        f"{s.name} {s.kind} {'+'.join(s.params)} {s.dtype}{_dims(s.weight)}, {reads or '-'} -> {_dims(s.y)}"
+        f"{s.name} {s.kind} {'+'.join(map(_path, s.params))} {s.dtype}{_dims(s.weight)}, {reads or '-'} -> {_dims(s.y)}"
         f" contracted={contracted}{hoisted}  # {s.primitive} {s.source}"
     )
 
@@ -73,4 +80,5 @@ def _relation(r: Relation) -> str:
 
 
 def _cut(c: Cut) -> str:
-    return f"{c.name} in {c.group or '-'}: {', '.join(c.origins)} through {c.primitive}, part={c.part}: {c.meaning}  # {c.source}"
+    origins = ", ".join(map(_path, c.origins))
+    return f"{c.name} in {c.group or '-'}: {origins} through {c.primitive}, part={c.part}: {c.meaning}  # {c.source}"

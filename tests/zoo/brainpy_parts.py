@@ -116,7 +116,9 @@ def add(name, *arguments, **kwargs):
 
 
 CURRENT = exponential(normal(2.0, u.mA), u.mA, current_based)
-CONDUCTANCE = exponential(braintools.init.Uniform(0.02 * u.msiemens, 0.2 * u.msiemens), u.msiemens, conductance_based)
+CONDUCTANCE = exponential(
+    braintools.init.Uniform(0.02 * u.msiemens, 0.2 * u.msiemens), u.msiemens, conductance_based
+)
 
 add("brainpy_lif_delta", lif(bp.LIF), delta(0.8))
 add("brainpy_lif_exponential", lif(bp.LIF), CURRENT)

@@ -82,7 +82,7 @@ def brainevent_binary_events(batch, dtype):
     return written(
         body,
         weights(w=(9,), U=(3, 4), V=(4, 2)),
-        {n: (4,) for n in "ivz"},
+        dict.fromkeys("ivz", (4,)),
         exact=False,
         batch=batch,
         dtype=dtype,
