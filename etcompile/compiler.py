@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from etcompile.analysis.analysis import Analysis, analyse
 from etcompile.analysis.headers import program_header
-from etcompile.errors import InputError
+from etcompile.errors import InputError, OptionError
 from etcompile.frontend.module import initialise, is_module, restore, snapshot
 from etcompile.frontend.step_model import step_model
 from etcompile.ir.program import TraceProgram
@@ -40,6 +40,7 @@ def compile(
     *example_inputs: Any,
     algo: Any = "d_rtrl",
     batch_size: int | None = None,
+    schedule: str | None = None,
     exclude: str | Sequence[str] = (),
     manager: PassManager | None = None,
     optimise: bool = True,
@@ -57,6 +58,8 @@ def compile(
         The learning rule, by name or as an object; in a list, passes to run after it.
     batch_size : int, optional
         Initialise the model's states for this batch size first.
+    schedule : {None, "causal"}
+        How the rule's equations are computed. ``"causal"``, the default: step by step, each step from the past alone.
     exclude : str or list of str
         Paths or patterns of states that shall keep no trace.
     manager : PassManager, optional
@@ -89,6 +92,10 @@ def compile(
     >>> step(jnp.ones((4, 3))).shape
     (4, 2)
     """
+    if schedule not in (None, "causal"):
+        raise OptionError(
+            "there is no such schedule.", got=f"schedule={schedule!r}", expected="None or 'causal'"
+        )
     algorithm, passes = pipeline(algo, options, optimise)
     manager = manager or PassManager()
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
