@@ -37,7 +37,8 @@ class StateLine:
 class ParameterLine:
     """How the gradient of one parameter is made.
 
-    ``how`` is ``"trace of g0 and one step"``, ``"within the step only"``, ``"not used"`` or ``"not trained"``.
+    ``how`` begins with ``"trace of g0"`` (and one step), ``"within the step only"``, ``"not used"`` or ``"not trained"``;
+    ``part`` tells which part of a weight has no trace. A trace of an expression of several parameters counts for each.
     """
 
     path: str
@@ -45,6 +46,7 @@ class ParameterLine:
     how: str
     groups: tuple[str, ...]
     part: str
+    trace_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +95,9 @@ class Report:
         lines += [f"    {s.path}: {'hidden' if s.hidden else 'not hidden'} ({s.reason})" for s in self.states]
         lines.append("  parameters")
         width = max((len(p.path) for p in self.parameters), default=0)
-        lines += [
-            f"    {p.path.ljust(width)}  {p.how}{f' ({p.part})' if p.part else ''}" for p in self.parameters
-        ]
+        for p in self.parameters:
+            size = f", {_bytes(p.trace_bytes)}" if p.trace_bytes else ""
+            lines.append(f"    {p.path.ljust(width)}  {p.how}{size}{f' ({p.part})' if p.part else ''}")
         if self.traces:
             lines.append("  traces")
             lines += [f"    {name}  {_bytes(size)}" for name, size in self.traces.items()]
@@ -115,8 +117,14 @@ def _bytes(size: int) -> str:
     return f"{size} B"
 
 
-def parameter_lines(analysis: Analysis, program: TraceProgram) -> tuple[ParameterLine, ...]:
-    """How each parameter's gradient is made under ``program``."""
+def parameter_lines(
+    analysis: Analysis, program: TraceProgram, sizes: Mapping[str, int] | None = None
+) -> tuple[ParameterLine, ...]:
+    """How each parameter's gradient is made under ``program``; ``sizes`` are bytes of the carried values by name."""
+    by_relation: dict[str, int] = {}
+    for name, size in (sizes or {}).items():
+        owner = program.equation(name).type.of
+        by_relation[owner] = by_relation.get(owner, 0) + size
     traced = {e.type.of for e in program.equations if e.op in ("immediate", "outer", "contract")}
     lines = []
     for leaf in analysis.model.params:
@@ -137,7 +145,10 @@ def parameter_lines(analysis: Analysis, program: TraceProgram) -> tuple[Paramete
         else:
             how = f"trace of {', '.join(groups)}, and one step"
             part = _parts(analysis, relations)
-        lines.append(ParameterLine(leaf.path, leaf.aval.shape, how, groups, part))
+        carried = sum(
+            by_relation.get(owner, 0) for owner in {r.name for r in relations} | {s.name for s in sites}
+        )
+        lines.append(ParameterLine(leaf.path, leaf.aval.shape, how, groups, part, carried))
     return tuple(lines)
 
 
@@ -173,7 +184,7 @@ def make_report(analysis: Analysis, program: TraceProgram, traces: Mapping[str, 
             for g in analysis.groups
         ),
         states=tuple(StateLine(r.path, r.hidden, r.reason) for r in analysis.roles),
-        parameters=parameter_lines(analysis, program),
+        parameters=parameter_lines(analysis, program, sizes),
         cuts=analysis.cuts,
         traces=sizes,
     )

@@ -108,7 +108,7 @@ def current_based():
 
 
 def conductance_based():
-    return bp.COBA.desc(E=4.0 * u.mV)
+    return bp.COBA.desc(E=3.0 * u.mV)
 
 
 def add(name, *arguments, **kwargs):
@@ -117,7 +117,7 @@ def add(name, *arguments, **kwargs):
 
 CURRENT = exponential(normal(2.0, u.mA), u.mA, current_based)
 CONDUCTANCE = exponential(
-    braintools.init.Uniform(0.02 * u.msiemens, 0.2 * u.msiemens), u.msiemens, conductance_based
+    braintools.init.Uniform(0.01 * u.msiemens, 0.1 * u.msiemens), u.msiemens, conductance_based
 )
 
 add("brainpy_lif_delta", lif(bp.LIF), delta(0.8))
