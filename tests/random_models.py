@@ -238,7 +238,7 @@ def body(recipe: Recipe, p: Parameters, old: dict, x, cut, put):
             own = names[number]
             h = old[own]
 
-            def source(drive: Drive, name: str, number=number, names=names, below=below, layer=layer):
+            def source(drive: Drive, name: str, number=number, names=names, below=below, layer=layer, h=h):
                 which = names[drive.which % len(names)]
                 if drive.source == "input":
                     return x
@@ -251,7 +251,7 @@ def body(recipe: Recipe, p: Parameters, old: dict, x, cut, put):
                 if drive.source == "mean":
                     return cut(jnp.mean(old[which], -1, keepdims=True))
                 if drive.source == "neighbour":
-                    return cut(jnp.roll(old[which], 1, -1))
+                    return cut(jnp.roll(h, 1, -1))  # h reaches its own position too: that use is kept
                 return cut(old[which])
 
             terms = []

@@ -140,9 +140,8 @@ class WhileBesideTheState(Model):
 
     def update(self, x):
         out = super().update(x)
-        _, y = jax.lax.while_loop(
-            lambda c: c[0] < 3, lambda c: (c[0] + 1, 0.9 * c[1]), (0, x @ self.w.value)
-        )  # <- beside
+        start = (0, x @ self.w.value)
+        _, y = jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, 0.9 * c[1]), start)  # <- beside
         return out + y[:, :2]
 
 

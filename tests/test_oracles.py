@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
 from oracles import (
     bptt,
     cut_tree,
@@ -20,10 +21,21 @@ from oracles import (
     relative_error,
     time_slice,
 )
+from random_models import build, loss_fn, recipes
 from zoo import CASES
+from zoo.brainpy_parts import spikes_of
 
 INSTRUMENTED = [c for c in CASES if "no_step" not in c.tags]
 SMOOTH = [c for c in INSTRUMENTED if not c.tags & {"spiking", "low_precision", "not_smooth"}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Tiny programs that run once: compiling them well would take most of the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def ids(cases):
@@ -77,6 +89,9 @@ def test_model_is_alive(case):
     for name in built.spikes:
         rate = np.mean([s[name] != 0 for s in states])
         assert 0.02 < rate < 0.6, f"{name} spikes {rate:.0%} of the time"
+    if "brainpy" in case.tags:
+        rate = np.mean([spikes_of(built.model, s) for s in states])
+        assert 0.02 < rate < 0.6, f"the population spikes {rate:.0%} of the time"
     losses, grads = bptt(built.plain_step, built.params, built.state, built.xs, built.targets, built.loss_fn)
     assert np.all(np.isfinite(losses))
     for name, grad in grads.items():
@@ -149,3 +164,41 @@ def test_online_updates_change_the_parameters_of_the_next_step():
     assert relative_error(moving.grads_per_step[0], still.grads_per_step[0]) == 0
     assert relative_error(moving.grads_per_step[1], still.grads_per_step[1]) > 1e-6
     assert relative_error(moving.params, still.params) > 1e-6
+
+
+def test_random_models_differ_from_bptt_unless_they_are_exact():
+    """Dense equals backpropagation through time on every exact model, and differs on nearly all others.
+
+    Not on all: what is cut may be beside every path to the loss.
+    """
+    exact, differ, agree = 0, 0, 0
+
+    @settings(
+        max_examples=30,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate,),
+    )
+    @given(recipes())
+    def compare(recipe):
+        nonlocal exact, differ, agree
+        model = build(recipe)
+        arguments = (model.step, model.params, model.state, model.xs, (model.targets,), loss_fn)
+        online = dense_d_rtrl(*arguments, model.groups)
+        losses, through_time = bptt(*arguments)
+        assert relative_error(online.losses, losses) < 1e-12
+        error = relative_error(online.grads, through_time)
+        if model.exact:
+            assert error < 1e-10
+            exact += 1
+        elif error > 1e-8:
+            differ += 1
+        else:
+            agree += 1
+
+    compare()
+    print(f"{exact} exact, {differ} differ, {agree} agree though something is cut")
+    assert exact
+    assert agree <= 0.1 * (differ + agree)

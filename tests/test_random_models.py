@@ -64,7 +64,7 @@ def reference(model):
     (where everything marked is cut) and its new states by the local step: its derivative along that chain is
     (L D + bypass) J.
     """
-    step = functools.partial(model.step)
+    step = model.step
     keep = {"cut": lambda v: v, "put": lambda name, v: v}
 
     def pick(state, group):
@@ -125,18 +125,18 @@ def test_gradients(recipe):
     run = compiled(model).value_and_grad(loss_fn)
     found = [run(x, y) for x, y in zip(model.xs, model.targets, strict=True)]
 
-    @jax.jit
-    @jax.grad
-    def autodiff(params):
+    def first_loss(params):
         return loss_fn(model.plain(params, model.state, model.xs[0])[1], model.targets[0])
 
-    assert relative_error(found[0][1], autodiff(model.params)) < TOLERANCE
+    with jax.disable_jit():  # runs once: not worth compiling
+        autodiff = jax.grad(first_loss)(model.params)
+    assert relative_error(found[0][1], autodiff) < TOLERANCE
     losses, wanted = reference(model)
     assert relative_error(jnp.stack([loss for loss, _ in found]), losses) < TOLERANCE
     assert relative_error(jax.tree.map(lambda *g: sum(g), *[g for _, g in found]), wanted) < TOLERANCE
 
 
-@profile(max(EXAMPLES // 8, 1))
+@profile(max(EXAMPLES // 20, 1))
 @given(recipes())
 def test_passes_keep_their_declaration(recipe):
     compiled(build(recipe), manager=Checking(check=True, tolerance=1e-9))

@@ -42,6 +42,12 @@ class Net(nn.Module):
             return self.readout(self.neuron())
 
 
+def spikes_of(model: Net, state: dict):
+    """The spikes of the population at these states."""
+    names = [n for n in ("V", "a", "V_th") if f"neuron.{n}" in state]
+    return model.neuron.get_spike(**{n: state[f"neuron.{n}"] for n in names})
+
+
 def lif(kind, **kwargs):
     def make():
         return kind(5, tau=5.0 * u.ms, V_th=1.0 * u.mV, spk_fun=SURROGATE, **kwargs)
