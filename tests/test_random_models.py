@@ -136,7 +136,7 @@ def test_gradients(recipe):
     assert relative_error(jax.tree.map(lambda *g: sum(g), *[g for _, g in found]), wanted) < TOLERANCE
 
 
-@profile(max(EXAMPLES // 20, 1))
+@profile(max(EXAMPLES // 4, 1))
 @given(recipes())
 def test_passes_keep_their_declaration(recipe):
     compiled(build(recipe), manager=Checking(check=True, tolerance=1e-9))

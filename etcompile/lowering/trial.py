@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from etcompile.analysis.analysis import Analysis
 from etcompile.frontend.jaxpr import Aval
@@ -28,27 +29,32 @@ def trial_gradients(
     causal = CausalProgram(program, analysis, functions)
     params = [_random(leaf.aval, rng) for leaf in model.params]
     states = [_random(leaf.aval, rng) for leaf in model.states]
-    inputs = [[_random(leaf.aval, rng) for leaf in model.inputs] for _ in range(_STEPS)]
-    cotangents = [
-        [_random(leaf.aval, rng) for leaf in (*model.outputs, *model.states)] for _ in range(_STEPS)
-    ]
+    inputs = [_stacked(leaf.aval, rng) for leaf in model.inputs]
+    cotangents = [_stacked(leaf.aval, rng) for leaf in (*model.outputs, *model.states)]
 
     def run(params: list, states: list, inputs: list, cotangents: list) -> list:
         weights = causal.model.hoist(params)
-        traces = causal.init_traces()
-        total: dict[str, Any] = {}
-        for x, c in zip(inputs, cotangents, strict=True):
+        zeros = {name: jnp.zeros(g.weight_shape, g.weight_dtype) for name, g in causal.model.sites.items()}
+
+        def body(loop: tuple, item: tuple) -> tuple[tuple, None]:
+            states, traces, total = loop
+            x, cotangent = item
             step, new_traces, values = causal.forward(weights, states, traces, x)
-            of_states = c[len(model.outputs) :]
-            found, _ = causal.gradients(step, traces, values, c[: len(model.outputs)], of_states)
-            total = {k: total.get(k, 0) + v for k, v in found.items()} | {
-                k: v for k, v in total.items() if k not in found
-            }
-            states, traces = step.new_states, new_traces
+            of_outputs, of_states = cotangent[: len(model.outputs)], cotangent[len(model.outputs) :]
+            found, _ = causal.gradients(step, traces, values, of_outputs, of_states)
+            total = {name: v + found[name] if name in found else v for name, v in total.items()}
+            return (step.new_states, new_traces, total), None
+
+        (_, _, total), _ = lax.scan(body, (states, causal.init_traces(), zeros), (inputs, cotangents))
         return causal.model.unhoist(params, total)
 
     gradients = jax.jit(run)(params, states, inputs, cotangents)
     return {leaf.path: g for leaf, g in zip(model.params, gradients, strict=True)}
+
+
+def _stacked(aval: Aval, rng: np.random.Generator) -> Any:
+    """Random values of one kind for every step."""
+    return jnp.stack([_random(aval, rng) for _ in range(_STEPS)])
 
 
 def _random(aval: Aval, rng: np.random.Generator) -> Any:
