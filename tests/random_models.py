@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-UNITS = (3, 2)
+#: At least four: a weight of one column would not spread a value, and two parts of two columns must fit.
+UNITS = (4, 5)
 INPUTS, OUTPUTS = 2, 2
 
 ACTIVATIONS = {
@@ -188,8 +189,8 @@ def moved(p: Parameters, kind: str, z, weight: str, name: str, units: int):
         kind, units
     )
     if kind == "concatenate":
-        one = z @ effective(p, weight, name, rows, 1)
-        return jnp.concatenate([one, z @ effective(p, weight, f"{name}.rest", rows, units - 1)], -1)
+        two = z @ effective(p, weight, name, rows, 2)
+        return jnp.concatenate([two, z @ effective(p, weight, f"{name}.rest", rows, units - 2)], -1)
     y = z @ effective(p, weight, name, rows, wide)
     if kind == "roll":
         return jnp.roll(y, 1, -1)
