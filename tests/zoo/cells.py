@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import brainstate
 import jax
 import jax.numpy as jnp
@@ -190,3 +192,14 @@ def mlp_encoder_gru(batch, dtype):
         return {**state, **new}, linear(params["readout.weight"], h)
 
     return from_module(Encoded(), step, groups=(("cell.h",),), exact=False, batch=batch, dtype=dtype)
+
+
+@case("cell", "stock")
+def gru_of_one_unit(batch, dtype):
+    """With a single unit a matrix spreads nothing, so even the recurrent weights are learned exactly."""
+    built = build_one_cell("gru", batch, dtype, 3, 1, 2)
+
+    def uncut(params, state, x, *, cut, put):
+        return built.step(params, state, x, cut=lambda v: v, put=put)
+
+    return dataclasses.replace(built, step=uncut, exact=True)
