@@ -35,3 +35,12 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def _fresh_random_key():
     brainstate.random.seed(0)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Tiny programs that run once: compiling them well would take most of the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -29,13 +29,7 @@ INSTRUMENTED = [c for c in CASES if "no_step" not in c.tags]
 SMOOTH = [c for c in INSTRUMENTED if not c.tags & {"spiking", "low_precision", "not_smooth"}]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Tiny programs that run once: compiling them well would take most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def ids(cases):

@@ -20,13 +20,7 @@ EXAMPLES = int(os.environ.get("ETCOMPILE_RANDOM_MODELS", "200"))
 TOLERANCE = 1e-10
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Tiny programs that run once: compiling them well would take most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @dataclasses.dataclass(frozen=True)

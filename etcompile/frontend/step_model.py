@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -260,6 +260,3 @@ def _with_real_states(
 
     new = splice(graph, before, [*avals[:n_params], *real_avals, *avals[n_params + n :]], after)
     return new, real_names
-
-
-Tracer = Callable[..., TracedStep]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from etcompile.errors import ProgramError
 from etcompile.ir.header import Header
 from etcompile.ir.program import Argument, Ref, Symbol
-from etcompile.ir.types import NUMBER, Type, type_of
+from etcompile.ir.types import Type, type_of
 
 __all__ = ["OPS", "Op", "infer_type", "register_op"]
 
@@ -217,5 +217,3 @@ register_op(
     "pullback", _pullback, linear=(0, 1), doc="the weight gradient of a credit: the operation transposed"
 )
 register_op("map", _map, doc="a jax function applied to each row")
-
-assert NUMBER.kind == "number"

@@ -102,7 +102,7 @@ class StepDerivatives:
         analysis = self.model.analysis
         group = analysis.group(name)
         rows = []
-        for k, state in enumerate(group.states):
+        for k in range(len(group.states)):
             found = self._local(group, k) if any(group.pattern[k]) else {}
             row: list[Array | None] = []
             for j, old in enumerate(group.states):
@@ -111,7 +111,6 @@ class StepDerivatives:
                     None if cotangent is None else _at_positions(group, j, cotangent, group.masks.get((k, j)))
                 )
             rows.append(tuple(row))
-            del state
         return tuple(rows)
 
     def immediate(self, name: str) -> Row:

@@ -84,7 +84,6 @@ class StepFunctions:
     ) -> tuple[Array, dict[str, Array], list, Traces]:
         """Loss, gradients of the sites' weights, new states and traces of one step."""
         step, new_traces, values = self.causal.forward(weights, states, traces, inputs)
-        outputs = jax.tree.unflatten(self.model.output_tree, step.outputs)
         moving = [k for k, o in enumerate(step.outputs) if jnp.issubdtype(o.dtype, jnp.inexact)]
 
         def of_outputs(moved: list) -> Array:
@@ -94,7 +93,6 @@ class StepFunctions:
             return checked_loss(loss_fn(jax.tree.unflatten(self.model.output_tree, leaves), *targets))
 
         loss, pull = jax.vjp(of_outputs, [step.outputs[k] for k in moving])
-        del outputs
         cotangents: list[Array | None] = [None] * len(step.outputs)
         (pulled,) = pull(jnp.ones_like(loss))
         for k, c in zip(moving, pulled, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -347,6 +347,3 @@ def _check_callable(loss_fn: Any) -> None:
 def _check_batch(batch_size: Any) -> None:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError("batch_size must be a positive integer.", got=repr(batch_size), expected="1, 2, ...")
-
-
-Inputs = Sequence[Any]
