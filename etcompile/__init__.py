@@ -27,13 +27,14 @@ from etcompile.report import Report
 from etcompile.runtime.step import Step
 from etcompile.runtime.step_data import MultiStepData, SingleStepData
 from etcompile.runtime.synthetic import SyntheticGradient
+from etcompile.schedule import Schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AlgorithmError", "Carry", "CarryError", "EtcompileError", "FixedRandomFeedback", "FunctionModel", "GradExpon",
     "InputError", "KappaFilter", "LeakyRateReadout", "ModelError", "MultiStepData", "OptionError", "Pass", "PassError",
-    "PassManager", "PresynapticTrace", "ProgramError", "Report", "SingleStepData", "Step", "SyntheticGradient", "TraceProgram",
+    "PassManager", "PresynapticTrace", "ProgramError", "Report", "Schedule", "SingleStepData", "Step", "SyntheticGradient", "TraceProgram",
     "UnsupportedError", "algorithm", "algorithm_names", "compile", "feedback_matrix", "from_function", "nn",
     "parse_program",
 ]  # fmt: skip

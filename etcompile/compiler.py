@@ -20,6 +20,7 @@ from etcompile.pass_manager import PassManager, PassRecord
 from etcompile.registry import pipeline
 from etcompile.runtime.model_states import ModelAccess, access, state_kinds
 from etcompile.runtime.step import Step
+from etcompile.schedule import Schedule, as_schedule
 
 __all__ = ["Compiled", "compile"]
 
@@ -34,6 +35,7 @@ class Compiled:
     causal: CausalProgram
     state_kinds: tuple[str, tuple[tuple[str, str], ...]]
     leaves_out: str
+    schedule: Schedule
 
 
 def compile(
@@ -41,7 +43,7 @@ def compile(
     *example_inputs: Any,
     algo: Any = "d_rtrl",
     batch_size: int | None = None,
-    schedule: str | None = None,
+    schedule: Schedule | str | None = None,
     within: str = "rule",
     exclude: str | Sequence[str] = (),
     manager: PassManager | None = None,
@@ -60,8 +62,8 @@ def compile(
         The learning rule, by name or as an object; in a list, passes to run after it.
     batch_size : int, optional
         Initialise the model's states for this batch size first.
-    schedule : {None, "causal"}
-        How the rule's equations are computed. ``"causal"``, the default: step by step, each step from the past alone.
+    schedule : Schedule, optional
+        How the rule's equations are computed; the gradient is the same. ``"causal"``: always step by step.
     within : {"rule", "exact"}
         Credit inside of what one call of ``scan_value_and_grad(loss_fn, chunk=C)`` handles together. ``"rule"``: the rule's
         own at every step. ``"exact"``: backpropagation in windows of C steps, and the rule's trace for what came before.
@@ -97,10 +99,7 @@ def compile(
     >>> step(jnp.ones((4, 3))).shape
     (4, 2)
     """
-    if schedule not in (None, "causal"):
-        raise OptionError(
-            "there is no such schedule.", got=f"schedule={schedule!r}", expected="None or 'causal'"
-        )
+    how = as_schedule(schedule)
     if within not in ("rule", "exact"):
         raise OptionError("within must be 'rule' or 'exact'.", got=f"within={within!r}")
     algorithm, passes = pipeline(algo, options, optimise, windows=within == "exact")
@@ -126,7 +125,9 @@ def compile(
 
         program, records = manager.run(empty, passes, gradients)
         causal = CausalProgram(program, analysis, algorithm.functions)
-        return Compiled(analysis, program, records, causal, state_kinds(live.states()), algorithm.leaves_out)
+        return Compiled(
+            analysis, program, records, causal, state_kinds(live.states()), algorithm.leaves_out, how
+        )
 
     before = snapshot(model) if is_module(model) else {}
     try:

@@ -49,6 +49,9 @@ _KINDS = {
     "vector",
     "number",
 }
+#: Steps after which a longer chunk gains little.
+_ENOUGH = 128
+
 _PROBED = {"add", "sub", "mul", "div", "copy", "matmul", "outer", "contract", "pullback"}
 
 
@@ -72,6 +75,13 @@ class ChunkProgram:
         self.traces = [e for e in self.program.equations if e.type.kind == "trace"]
         self.gradients = [e for e in self.program.equations if e.type.kind == "gradient"]
         self.carried = set(self.program.carried)
+
+    def size(self, steps: int, memory: int) -> int:
+        """Steps to handle together: enough to make up for the work at a chunk's end, as far as memory allows."""
+        per_step = 2 * sum(a.size * a.dtype.itemsize for a in self.model.analysis.split.body.avals)
+        most = max(1, min(_ENOUGH, memory // max(1, per_step)))
+        parts = -(-steps // most)
+        return -(-steps // parts)
 
     # -- what can be chunked ------------------------------------------------------------------------------------
 

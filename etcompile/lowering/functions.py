@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from etcompile.errors import UnsupportedError
 from etcompile.frontend.step_model import StepModel
 from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.chunks import ChunkProgram
@@ -185,7 +187,7 @@ class StepFunctions:
         model = self.model
         leaves = model.flatten_params(params)
         weights = self.causal.model.hoist(leaves)
-        program = ChunkProgram(self.causal)
+        program = self._chunks
         moving, join = _moving(call)
 
         of_targets = self._step_loss(loss_fn)
@@ -207,6 +209,19 @@ class StepFunctions:
         state = (model.flatten_states(carry.states), carry.traces, self._zero_sites())
         (states, traces, total), losses = _in_parts(one, state, items, chunk)
         return losses, self._gradients(leaves, total), Carry(model.unflatten_states(states), traces)
+
+    @cached_property
+    def _chunks(self) -> ChunkProgram:
+        return ChunkProgram(self.causal)
+
+    def chunk_size(self, wanted: int | str, steps: int, memory: int) -> int:
+        """Steps to handle together; ``"auto"`` is one by one where the program cannot be chunked."""
+        if isinstance(wanted, int):
+            return min(wanted, steps)
+        try:
+            return self._chunks.size(steps, memory)
+        except UnsupportedError:
+            return 1
 
     def _step_loss(self, loss_fn: Callable) -> StepLoss:
         """The user's loss on output leaves: (leaves, targets) -> scalar."""

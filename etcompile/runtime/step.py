@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from etcompile.errors import CarryError, InputError, OptionError
+from etcompile.errors import CarryError, InputError
 from etcompile.lowering.functions import Call, Carry, StepFunctions
 from etcompile.lowering.windows import check_end
 from etcompile.report import Report, make_report
 from etcompile.runtime.model_states import ModelAccess, state_kinds, trace_state
 from etcompile.runtime.step_data import has_multi_step, split, unwrap
+from etcompile.schedule import check_chunk
 
 if TYPE_CHECKING:
     import networkx
@@ -215,31 +216,33 @@ class Step:
 
         return run
 
-    def scan_value_and_grad(self, loss_fn: Callable, chunk: int | None = None) -> Callable:
+    def scan_value_and_grad(self, loss_fn: Callable, chunk: int | str | None = None) -> Callable:
         """A function ``(xs, *targets, modulator=None) -> (losses, grads)`` over a sequence; time is axis 0.
 
         ``losses`` has one number per step; ``grads`` are summed over the steps. The weights stay fixed. A ``modulator`` has
         time on axis 0 as well; a number holds for every step.
 
-        With ``chunk`` so many steps are handled at once, which is faster and gives the same numbers; the last chunk may be
-        shorter. Without it, or with 1, steps are taken one by one. Rules whose traces cannot be chunked raise UnsupportedError.
+        ``chunk`` steps are handled at once, with the same result; the last chunk may be shorter. ``"auto"``, the schedule's default:
+        as many as pay off within its memory, and one by one where a rule's traces cannot be chunked. 1: one by one. A number given
+        for a rule that cannot be chunked raises UnsupportedError.
 
         For a program of windows (``compile(..., within="exact")``, ``algo="bptt"``) ``chunk`` is the number of steps in a window;
         by default that of the rule, or else the whole call.
         """
         _check_callable(loss_fn)
         check_end(self.program)
-        if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-            raise OptionError("chunk must be a positive integer, or None.", got=f"chunk={chunk!r}")
+        if chunk is not None:
+            check_chunk(chunk)
         window = self.program.window
         if window is not None:
-            return self._scan_windows(loss_fn, window if chunk is None else chunk)
-        size = chunk or 1
+            return self._scan_windows(loss_fn, chunk if isinstance(chunk, int) else window)
+        wanted = self._compiled.schedule.chunk if chunk is None else chunk
 
         def run(xs: Any, *targets: Any, modulator: Any = None) -> tuple[Any, Any]:
             inputs = self._as_inputs(xs)
             self._check_sequence(inputs, targets)
             carry = self._carry()
+            size = self._functions.chunk_size(wanted, _steps(inputs), self._compiled.schedule.memory)
             fn = self._jit(
                 ("scan", loss_fn, size),
                 lambda p, s, t, i, y, c: (
@@ -417,6 +420,10 @@ def _call(target: Any, modulator: Any) -> Call:
     """What a call gives beside its inputs, without what it does not give."""
     given = {"target": target, "modulator": modulator}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _steps(inputs: tuple[Any, ...]) -> int:
+    return jax.tree.leaves(inputs)[0].shape[0]
 
 
 def _check_callable(loss_fn: Any) -> None:
