@@ -33,8 +33,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlgorithmError", "Carry", "CarryError", "EtcompileError", "FixedRandomFeedback", "FunctionModel", "GradExpon",
-    "InputError", "KappaFilter", "LeakyRateReadout", "ModelError", "MultiStepData", "OptionError", "Pass", "PassError",
-    "PassManager", "PresynapticTrace", "ProgramError", "Report", "Schedule", "SingleStepData", "Step", "SyntheticGradient", "TraceProgram",
-    "UnsupportedError", "algorithm", "algorithm_names", "compile", "feedback_matrix", "from_function", "nn",
-    "parse_program",
+    "InputError", "KappaFilter", "LeakyRateReadout", "ModelError", "MultiStepData", "OptionError", "Pass",
+    "PassError", "PassManager", "PresynapticTrace", "ProgramError", "Report", "Schedule", "SingleStepData", "Step",
+    "SyntheticGradient", "TraceProgram", "UnsupportedError", "algorithm", "algorithm_names", "compile",
+    "feedback_matrix", "from_function", "nn", "parse_program",
 ]  # fmt: skip

@@ -222,9 +222,9 @@ class Step:
         ``losses`` has one number per step; ``grads`` are summed over the steps. The weights stay fixed. A ``modulator`` has
         time on axis 0 as well; a number holds for every step.
 
-        ``chunk`` steps are handled at once, with the same result; the last chunk may be shorter. ``"auto"``, the schedule's default:
-        as many as pay off within its memory, and one by one where a rule's traces cannot be chunked. 1: one by one. A number given
-        for a rule that cannot be chunked raises UnsupportedError.
+        ``chunk`` steps are handled at once, with the same result; the last chunk may be shorter. ``"auto"``, the default of
+        the schedule: as many as pay off within its memory, and one by one where a rule's traces cannot be chunked. 1: one by
+        one. A number given for a rule that cannot be chunked raises UnsupportedError.
 
         For a program of windows (``compile(..., within="exact")``, ``algo="bptt"``) ``chunk`` is the number of steps in a window;
         by default that of the rule, or else the whole call.
