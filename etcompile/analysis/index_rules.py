@@ -16,7 +16,7 @@ import numpy as np
 
 from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operation, bind
 
-__all__ = ["ELEMENTWISE", "MANY", "NONE", "collapse", "join", "operand_influence"]
+__all__ = ["CHEAP", "ELEMENTWISE", "MANY", "NONE", "collapse", "join", "operand_influence"]
 
 NONE = -1
 MANY = -2
@@ -30,6 +30,12 @@ ELEMENTWISE = frozenset(
     reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic
     shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta pcast sharding_constraint
     device_put layout_constraint""".split()  # noqa: SIM905
+)
+
+#: Operations that pass over their operands once: as quick to repeat as to read their result from memory.
+CHEAP = ELEMENTWISE | frozenset(
+    """reshape squeeze expand_dims transpose rev slice broadcast_in_dim concatenate split stack unstack tile pad iota
+    dynamic_slice reduce_sum reduce_max reduce_min reduce_prod""".split()  # noqa: SIM905
 )
 
 Array = Any

@@ -97,9 +97,16 @@ class LoweredModel:
             result[k] = v
         return result
 
-    def step(self, weights: list[Array], states: list[Array], inputs: list[Array]) -> StepDerivatives:
+    def step(
+        self,
+        weights: list[Array],
+        states: list[Array],
+        inputs: list[Array],
+        known: Mapping[int, Array] | None = None,
+    ) -> StepDerivatives:
+        """One step; ``known`` are variables of the body that were computed already."""
         return StepDerivatives(
-            self, Tape(self.analysis.split.body, [*weights, *states, *inputs], self.frozen)
+            self, Tape(self.analysis.split.body, [*weights, *states, *inputs], self.frozen, known)
         )
 
 

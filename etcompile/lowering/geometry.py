@@ -291,11 +291,6 @@ class TraceGeometry:
         logical = jnp.transpose(wide, [*y_order, *range(2, 3 + n_k)])
         return self._window_broadcast(logical.astype(self.site.y_dtype))
 
-    def probe(self, row: Array, v: Array) -> Array:
-        """A trace row contracted with a variation of the weight: an array over the window."""
-        shape = jax.ShapeDtypeStruct(self.relation.shape, row.dtype)
-        return jax.linear_transpose(lambda credit: self.contract([(credit, row)]), shape)(v)[0]
-
     def accumulate(self, credits: Array, x: tuple[Array, ...] | Array) -> Array:
         """The sum over time of credits over the window times presynaptic values, as a trace row in memory."""
         n_y, n_c = len(self.relation.shape), len(self.contracted)

@@ -1,0 +1,240 @@
+"""Traces of a chunk as recurrences of the size of the states, run backwards.
+
+A trace row's time course at one position does not depend on the weight that it is kept for: every trace equation multiplies by
+numbers and transitions, which belong to positions. So the relations of a group whose trace equations are alike form a
+class, and two questions are answered once for each class, on arrays over the group's positions:
+
+* what do the gradients of the chunk ask of an addition made at step t (the credit that comes back from later steps)?
+* how much of an addition made at step t, or of a trace from before the chunk, is left at its end?
+
+Both are the recurrence transposed: one loop backwards in time, without weights in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import add
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from etcompile.ir.program import Argument, Equation, Ref, TraceProgram
+from etcompile.lowering.evaluate import EVALUATE, Context
+
+__all__ = ["Recurrence", "TraceClass", "trace_classes", "value_key", "weighted"]
+
+Array = Any
+Value = Any
+Rows = tuple[Array | None, ...]
+
+
+def value_key(ref: Ref) -> str:
+    """The name under which a value, or the value of the step before, is kept for all steps of a chunk."""
+    return f"{ref.name}'" if ref.delay else ref.name
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceClass:
+    """Relations of one group with like trace equations; per relation the equations, in one order for all."""
+
+    group: str
+    traces: Mapping[str, tuple[Equation, ...]]
+    contracts: tuple[Equation, ...]
+
+    @property
+    def first(self) -> tuple[Equation, ...]:
+        return next(iter(self.traces.values()))
+
+
+def trace_classes(program: TraceProgram) -> tuple[TraceClass, ...]:
+    """Relations with traces, by class."""
+    found: dict[Any, dict[str, tuple[Equation, ...]]] = {}
+    contracts: dict[Any, tuple[Equation, ...]] = {}
+    kinds = {e.name: e.type.kind for e in program.equations}
+    scaled = _scaled(program)
+    for relation in program.header.relations:
+        traces = tuple(e for e in program.equations if e.type.kind == "trace" and e.type.of == relation.name)
+        if not traces:
+            continue
+        index = {e.name: k for k, e in enumerate(traces)}
+        asked = tuple(e for e in program.equations if e.op == "contract" and _trace_of(e) in index)
+
+        def seen(argument: Argument, index: dict[str, int] = index) -> Any:
+            if isinstance(argument, Ref) and kinds[argument.name] == "trace":
+                return index[argument.name], argument.delay
+            return str(argument)
+
+        key = (
+            relation.group,
+            tuple((e.op, e.options, () if e.op == "outer" else tuple(map(seen, e.args))) for e in traces),
+            tuple((*map(seen, e.args), e.name if e.name in scaled else "") for e in asked),
+        )
+        found.setdefault(key, {})[relation.name] = traces
+        contracts.setdefault(key, asked)
+    return tuple(TraceClass(key[0], traces, contracts[key]) for key, traces in found.items())
+
+
+def _trace_of(contract: Equation) -> str:
+    ref = contract.args[1]
+    assert isinstance(ref, Ref)
+    return ref.name
+
+
+def _scaled(program: TraceProgram) -> set[str]:
+    """Gradient values that do not go straight into a gradient."""
+    return {r.name for e in program.equations if e.type.kind == "gradient" for r in e.refs}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recurrence:
+    """One class of traces over one chunk.
+
+    Parameters
+    ----------
+    context : Context
+        Knows program and model, but no step.
+    traces : TraceClass
+    plain : mapping of str to value
+        What the equations read beside traces, for all steps, by :func:`value_key`.
+    added : mapping of str to tuple of arrays
+        Per ``outer`` equation of the class's first relation the shape and dtype of its rows, ``(C, *group shape)``.
+    start : mapping of str to tuple of arrays
+        Per carried trace of the first relation the shape and dtype of its rows, over the group's positions.
+    """
+
+    context: Context
+    traces: TraceClass
+    plain: Mapping[str, Value]
+    added: Mapping[str, Rows]
+    start: Mapping[str, Rows]
+
+    def asked(self, weight: Mapping[str, Any]) -> tuple[dict[str, Rows], dict[str, Rows]]:
+        """What the chunk's gradients ask of each step's additions, and of the traces at its start.
+
+        ``weight`` is what a contraction counts in its gradient: a number, or one per step.
+        """
+        signals = {
+            e.name: tuple(
+                None if s is None else weighted(s, weight[e.name])
+                for s in self.plain[value_key(_ref(e.args[0]))] or ()
+            )
+            for e in self.traces.contracts
+            if e.name in weight
+        }
+
+        dtype = _widest(self.added, self.start)
+
+        def total(added: dict[str, Rows], start: dict[str, Rows]) -> Array:
+            def contracted(found: dict[str, Rows], before: dict[str, Rows], signal: dict[str, Rows]) -> Array:
+                total = jnp.zeros((), dtype)
+                for e in self.traces.contracts:
+                    rows = _trace(e.args[1], found, before)
+                    product = _dot(signal[e.name], rows) if rows is not None and e.name in signal else None
+                    if product is not None:
+                        total = total + jnp.sum(product)
+                return total
+
+            _, per_step = self._run(added, start, signals, contracted)
+            return jnp.sum(per_step)
+
+        return jax.linear_transpose(total, dict(self.added), dict(self.start))(jnp.ones((), dtype))
+
+    def left(self) -> dict[str, list[tuple[dict[str, Rows], dict[str, Rows]] | None]]:
+        """Per carried trace and row: how much of each step's additions, and of the traces at the start, is in it at the end."""
+        seeds = [
+            (name, k) for name, rows in self.start.items() for k, row in enumerate(rows) if row is not None
+        ]
+        result: dict[str, list[Any]] = {name: [None] * len(rows) for name, rows in self.start.items()}
+        if not seeds:
+            return result
+        ends = jax.linear_transpose(
+            lambda added, start: self._run(added, start, None, None)[0], dict(self.added), dict(self.start)
+        )
+        stacked = {
+            name: tuple(
+                None
+                if row is None
+                else jnp.stack([jnp.full(row.shape, seed == (name, k), row.dtype) for seed in seeds])
+                for k, row in enumerate(rows)
+            )
+            for name, rows in self.start.items()
+        }
+        found = jax.vmap(ends)(stacked)
+        for j, (name, k) in enumerate(seeds):
+            result[name][k] = jax.tree.map(lambda v, j=j: v[j], found)
+        return result
+
+    def _run(
+        self, added: dict[str, Rows], start: dict[str, Rows], signals: Any, contracted: Callable | None
+    ) -> tuple[dict[str, Rows], Any]:
+        """The trace equations forward in time."""
+        plain = {
+            key: self.plain[key]
+            for e in self.traces.first
+            if e.op != "outer"
+            for key in map(value_key, e.refs)
+            if key in self.plain
+        }
+
+        def one(before: dict[str, Rows], now: Any) -> tuple[dict[str, Rows], Array | None]:
+            added, plain, signal = now
+            found: dict[str, Rows] = {}
+            for e in self.traces.first:
+                found[e.name] = added[e.name] if e.op == "outer" else self._value(e, plain, found, before)
+            kept = {name: _kept(rows, found[name]) for name, rows in before.items()}
+            return kept, contracted(found, before, signal) if contracted else None
+
+        return lax.scan(one, start, (added, plain, signals))
+
+    def _value(
+        self, e: Equation, plain: dict[str, Value], found: dict[str, Rows], before: dict[str, Rows]
+    ) -> Any:
+        args: list[Any] = [
+            a
+            if not isinstance(a, Ref)
+            else plain[value_key(a)]
+            if value_key(a) in plain
+            else _trace(a, found, before)
+            for a in e.args
+        ]
+        if e.op == "matmul":
+            transition, rows = args
+            return None if rows is None else tuple(_dot(line, rows) for line in transition)
+        return EVALUATE[e.op](self.context, e, args)
+
+
+def _trace(argument: Argument, found: dict[str, Rows], before: dict[str, Rows]) -> Rows | None:
+    ref = _ref(argument)
+    return before.get(ref.name) if ref.delay else found[ref.name]
+
+
+def _ref(argument: Argument) -> Ref:
+    assert isinstance(argument, Ref)
+    return argument
+
+
+def _kept(before: Rows, now: Rows | None) -> Rows:
+    return tuple(
+        None if b is None else jnp.zeros_like(b) if v is None else v.astype(b.dtype)
+        for b, v in zip(before, now or (None,) * len(before), strict=True)
+    )
+
+
+def _dot(line: Sequence[Array | None], rows: Rows) -> Array | None:
+    terms = [d * row for d, row in zip(line, rows, strict=True) if d is not None and row is not None]
+    return reduce(add, terms) if terms else None
+
+
+def weighted(values: Array, weight: Any) -> Array:
+    """Values of all steps times one number, or one per step."""
+    if isinstance(weight, (int, float)):
+        return values if weight == 1 else values * jnp.asarray(weight, values.dtype)
+    return values * weight.astype(values.dtype).reshape(-1, *(1,) * (values.ndim - 1))
+
+
+def _widest(*trees: Any) -> Any:
+    return jnp.result_type(jnp.float32, *[v.dtype for v in jax.tree.leaves(trees)])
