@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from etcompile.errors import AlgorithmError, OptionError, PassError, ProgramError, UnsupportedError
 from etcompile.ir.builder import ProgramBuilder, Value
-from etcompile.ir.header import Cut, Effect, Group, Header, Layer, Relation, Site
-from etcompile.ir.ops import OPS
+from etcompile.ir.header import Cut, Effect, Group, Header, Layer, Relation, Response, Site
+from etcompile.ir.ops import OPS, infer_type
 from etcompile.ir.program import Argument, Equation, Gradient, Ref, Symbol, TraceProgram
 from etcompile.ir.support import carried_rows, support
 from etcompile.ir.types import Type
@@ -14,6 +14,6 @@ from etcompile.registry import Algorithm, Rule, algorithm
 
 __all__ = [
     "OPS", "Algorithm", "AlgorithmError", "Argument", "Cut", "Effect", "Equation", "Gradient", "Group", "Header",
-    "Layer", "OptionError", "Pass", "PassError", "ProgramBuilder", "ProgramError", "Ref", "Relation", "Rule", "Site",
-    "Symbol", "TraceProgram", "Type", "UnsupportedError", "Value", "algorithm", "carried_rows", "support",
+    "Layer", "OptionError", "Pass", "PassError", "ProgramBuilder", "ProgramError", "Ref", "Relation", "Response", "Rule",
+    "Site", "Symbol", "TraceProgram", "Type", "UnsupportedError", "Value", "algorithm", "carried_rows", "infer_type", "support",
 ]  # fmt: skip

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from etcompile.analysis.analysis import Analysis
+from etcompile.frontend.jaxpr import full_dtype
 from etcompile.ir.header import Cut
 from etcompile.ir.program import TraceProgram
 
@@ -40,6 +41,8 @@ class ParameterLine:
     ``how`` begins with ``"trace of g0"`` (and one step), ``"influence on network"``, ``"within the step only"``,
     ``"backpropagation inside of windows"``, ``"not used"`` or ``"not trained"``;
     ``part`` tells which part of a weight has no trace. A trace of an expression of several parameters counts for each.
+    Where the trace is factorised, filtered presynaptic values are carried in its place: ``decays`` counts the different
+    decays (else 0), ``saved_bytes`` what that saves.
     """
 
     path: str
@@ -48,6 +51,8 @@ class ParameterLine:
     groups: tuple[str, ...]
     part: str
     trace_bytes: int = 0
+    decays: int = 0
+    saved_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +111,11 @@ class Report:
         for p in self.parameters:
             size = f", {_bytes(p.trace_bytes)}" if p.trace_bytes else ""
             lines.append(f"    {p.path.ljust(width)}  {p.how}{size}{f' ({p.part})' if p.part else ''}")
+            if p.decays:
+                count = "1 decay" if p.decays == 1 else f"{p.decays} decays"
+                lines.append(
+                    f"    {' ' * width}  its trace is factorised into filtered inputs, {count}: {_bytes(p.saved_bytes)} less"
+                )
         if self.traces:
             lines.append("  traces")
             lines += [f"    {name}  {_bytes(size)}" for name, size in self.traces.items()]
@@ -133,7 +143,7 @@ def parameter_lines(
     for name, size in (sizes or {}).items():
         owner = program.equation(name).type.of
         by_relation[owner] = by_relation.get(owner, 0) + size
-    traced = {e.type.of for e in program.equations if e.op in ("immediate", "outer", "contract")}
+    traced = {e.type.of for e in program.equations if e.op in ("immediate", "gain", "outer", "contract")}
     windowed = "backpropagation inside of windows"
     step = "one step" if program.window is None else windowed
     used = {e.type.of for e in program.equations} | {str(a) for e in program.equations for a in e.args}
@@ -165,8 +175,19 @@ def parameter_lines(
             by_relation.get(owner, 0)
             for owner in {r.name for r in relations} | {s.name for s in sites} | {e.name for e in effects}
         )
-        lines.append(ParameterLine(leaf.path, leaf.aval.shape, how, groups, part, carried))
+        decays, saved = _factorised(program, [s.name for s in sites], sizes or {})
+        lines.append(ParameterLine(leaf.path, leaf.aval.shape, how, groups, part, carried, decays, saved))
     return tuple(lines)
+
+
+def _factorised(program: TraceProgram, sites: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, int]:
+    """How many decays the factorised traces of these sites have, and the bytes that they save."""
+    relations = [r for name in sites for r in program.header.relations_of(name) if r.filtered]
+    instead = sum(r.filtered * full_dtype(program.header.site(r.site).dtype).itemsize for r in relations)
+    owners = {r.site for r in relations}
+    kinds = {name: program.equation(name).type for name in sizes}
+    filters = sum(sizes[name] for name, kind in kinds.items() if kind.kind == "factor" and kind.of in owners)
+    return max((r.decays for r in relations), default=0), instead - filters
 
 
 def _parts(analysis: Analysis, relations: list) -> str:

@@ -20,12 +20,20 @@ from etcompile.passes import (  # noqa: F401  (importing a rule registers it)
     three_factor,
     uoro,
 )
+from etcompile.passes.collapse_constant_decay import CollapseConstantDecay
 from etcompile.passes.dead_traces import DeadTraces
 from etcompile.passes.exact_within import ExactWithin
 from etcompile.passes.hoist_parameters import HoistParameters
 from etcompile.passes.share_traces import ShareTraces
 
-__all__ = ["OPTIMISATIONS", "DeadTraces", "ExactWithin", "HoistParameters", "ShareTraces"]
+__all__ = [
+    "OPTIMISATIONS",
+    "CollapseConstantDecay",
+    "DeadTraces",
+    "ExactWithin",
+    "HoistParameters",
+    "ShareTraces",
+]
 
 #: Run after every learning rule, in this order.
-OPTIMISATIONS = (HoistParameters, ShareTraces, DeadTraces)
+OPTIMISATIONS = (HoistParameters, CollapseConstantDecay, ShareTraces, DeadTraces)

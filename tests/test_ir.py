@@ -274,14 +274,27 @@ def test_failures_name_the_pass_and_its_predecessors():
 @pytest.mark.parametrize("name", ["lstm", "masked_weight", "learned_time_constants", "readout_of_the_old_state"])  # fmt: skip
 def test_the_shipped_optimisations_keep_what_they_declare(name):
     step, _ = compiled(name, manager=PassManager(check=True, tolerance=1e-9))
-    assert [r.name for r in step.passes] == ["d_rtrl", "hoist_parameters", "share_traces", "dead_traces"]
+    assert [r.name for r in step.passes] == [
+        "d_rtrl",
+        "hoist_parameters",
+        "collapse_constant_decay",
+        "share_traces",
+        "dead_traces",
+    ]
     assert relative_error(gradients(name), gradients(name, optimise=False)) < TOLERANCE
 
 
 def test_records():
     step, _ = compiled("lstm", algo=["d_rtrl", Liar("nothing")])
     records = {r.name: r for r in step.passes}
-    assert list(records) == ["d_rtrl", "liar", "hoist_parameters", "share_traces", "dead_traces"]
+    assert list(records) == [
+        "d_rtrl",
+        "liar",
+        "hoist_parameters",
+        "collapse_constant_decay",
+        "share_traces",
+        "dead_traces",
+    ]
     assert records["d_rtrl"].changed
     assert not records["liar"].changed
     assert records["liar"].before == records["liar"].after == records["d_rtrl"].after

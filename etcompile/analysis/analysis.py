@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from etcompile.analysis.constants import ConstantResponses, find_constant_responses
 from etcompile.analysis.dependence import Dependence, dependence
 from etcompile.analysis.groups import HiddenGroup, Link, align, consistent
 from etcompile.analysis.hidden import StateRole, require_hidden, state_roles
@@ -80,6 +81,11 @@ class Analysis:
     def effects(self) -> tuple[Effect, ...]:
         """Which sites reach which layers."""
         return find_effects(self, self.layers)
+
+    @cached_property
+    def constants(self) -> Mapping[str, ConstantResponses]:
+        """Relations whose response is constant in time."""
+        return find_constant_responses(self)
 
     def layer(self, name: str) -> Layer:
         return next(x for x in self.layers if x.name == name)

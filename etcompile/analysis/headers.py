@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.groups import HiddenGroup
 from etcompile.analysis.layers import Layer
+from etcompile.analysis.relations import Relation
 from etcompile.analysis.sites import Site
 from etcompile.frontend.jaxpr import Constant, short_dtype
 from etcompile.ir import header as ir
@@ -29,11 +30,17 @@ def program_header(analysis: Analysis, windows: bool = False) -> ir.Header:
         analysis.model.name,
         groups,
         tuple(_site(analysis, s) for s in analysis.sites),
-        tuple(ir.Relation(r.name, r.site, r.group, r.window, r.rows) for r in analysis.relations),
+        tuple(_relation(analysis, r) for r in analysis.relations),
         analysis.cuts,
         tuple(_layer(analysis, layer) for layer in analysis.layers),
         tuple(ir.Effect(e.name, e.site, e.layer) for e in analysis.effects),
     )
+
+
+def _relation(analysis: Analysis, relation: Relation) -> ir.Relation:
+    found = analysis.constants.get(relation.name)
+    constant = () if found is None else found.classes
+    return ir.Relation(relation.name, relation.site, relation.group, relation.window, relation.rows, constant)
 
 
 def _layer(analysis: Analysis, layer: Layer) -> ir.Layer:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["Cut", "Effect", "Group", "Header", "Layer", "Relation", "Site"]
+__all__ = ["Cut", "Effect", "Group", "Header", "Layer", "Relation", "Response", "Site"]
 
 Shape = tuple[int, ...]
 
@@ -49,14 +49,33 @@ class Site:
 
 
 @dataclasses.dataclass(frozen=True)
+class Response:
+    """How a group answers to some elements of y, the same at every step and for all values of states and parameters.
+
+    ``inject`` is f, up to a factor for each element; ``decay`` is D, or None where D is not constant.
+    """
+
+    inject: tuple[float, ...]
+    decay: tuple[tuple[float, ...], ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Relation:
-    """A site and a group that its result reaches, one position per element, inside ``window`` of y."""
+    """A site and a group that its result reaches, one position per element, inside ``window`` of y.
+
+    ``constant`` holds the different responses of its elements where f is constant in time, else nothing. ``filtered`` counts
+    the numbers of the trace in whose place filtered presynaptic values are carried, one for each of ``decays``; 0: the
+    trace is kept.
+    """
 
     name: str
     site: str
     group: str
     window: tuple[tuple[int, int], ...]
     rows: tuple[bool, ...]
+    constant: tuple[Response, ...] = ()
+    filtered: int = 0
+    decays: int = 0
 
     @property
     def shape(self) -> Shape:

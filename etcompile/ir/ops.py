@@ -34,6 +34,8 @@ class Op:
     needs_loss : bool
         Whether its value depends on the loss of this step, so that it exists only where a gradient is taken.
     doc : str
+    fixed : bool
+        Whether its value is the same at every step.
     """
 
     name: str
@@ -41,18 +43,25 @@ class Op:
     linear: tuple[int, ...]
     needs_loss: bool
     doc: str
+    fixed: bool = False
 
 
 OPS: dict[str, Op] = {}
 
 
 def register_op(
-    name: str, rule: Rule, *, linear: tuple[int, ...] = (), needs_loss: bool = False, doc: str
+    name: str,
+    rule: Rule,
+    *,
+    linear: tuple[int, ...] = (),
+    needs_loss: bool = False,
+    doc: str,
+    fixed: bool = False,
 ) -> None:
     """Add a row to the table."""
     if name in OPS:
         raise ProgramError(f"op {name!r} is defined twice.")
-    OPS[name] = Op(name, rule, linear, needs_loss, doc)
+    OPS[name] = Op(name, rule, linear, needs_loss, doc, fixed)
 
 
 def infer_type(header: Header, op: str, args: tuple[Argument, ...], types: dict[str, Type]) -> Type:
@@ -90,6 +99,20 @@ def _outer(header: Header, args: tuple[Arg, ...]) -> Type:
     if header.relation(f.of).site != x.of:
         raise ProgramError(f"outer: relation {f.of} is not at site {x.of}.")
     return type_of(header, "trace", f.of)
+
+
+def _gain(header: Header, args: tuple[Arg, ...]) -> Type:
+    if len(args) != 3 or not isinstance(args[0], Symbol) or not all(isinstance(a, int) for a in args[1:]):
+        raise ProgramError("gain takes a relation, one of its responses and a state.", got=_show(args))
+    try:
+        relation = header.relation(args[0].name)
+    except KeyError:
+        raise ProgramError(f"gain: there is no {args[0].name!r} in this program.") from None
+    if not 0 <= int(args[1]) < len(relation.constant) or not 0 <= int(args[2]) < len(relation.rows):  # pyright: ignore[reportArgumentType]
+        raise ProgramError(
+            f"gain: {relation.name} has no such constant response, or no such state.", got=_show(args)
+        )
+    return type_of(header, "immediate", relation.name)
 
 
 def _matmul(header: Header, args: tuple[Arg, ...]) -> Type:
@@ -316,6 +339,12 @@ def _show(args: tuple[Arg, ...]) -> str:
 register_op("transition", _of_symbol("transition"), doc="D_t = dh_t/dh_{t-1} of a group, block by position")
 register_op("immediate", _of_symbol("immediate"), doc="f_t = dh_t/dy_t of a relation")
 register_op(
+    "gain",
+    _gain,
+    doc="a constant f divided by what its class injects, in one state's row and at the class's elements only",
+    fixed=True,
+)
+register_op(
     "presynaptic", _of_symbol("presynaptic"), doc="x_t: what the operation at a site reads beside the weight"
 )
 register_op(
@@ -368,7 +397,7 @@ register_op(
     "pullback", _pullback, linear=(0, 1), doc="the weight gradient of a credit: the operation transposed"
 )
 register_op("div", _div, linear=(0,), doc="quotient by a number")
-register_op("number", _number, doc="a constant")
+register_op("number", _number, doc="a constant", fixed=True)
 register_op("error", _vector, needs_loss=True, doc="dloss_t/dout_t, all outputs of an example in one row")
 register_op("target", _vector, needs_loss=True, doc="the target of this step, in one row per example")
 register_op(

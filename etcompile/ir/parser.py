@@ -7,7 +7,7 @@ import re
 from urllib.parse import unquote
 
 from etcompile.errors import ProgramError
-from etcompile.ir.header import Cut, Effect, Group, Header, Layer, Relation, Site
+from etcompile.ir.header import Cut, Effect, Group, Header, Layer, Relation, Response, Site
 from etcompile.ir.ops import infer_type
 from etcompile.ir.program import Argument, Equation, Gradient, Ref, Symbol, TraceProgram
 from etcompile.ir.types import Type
@@ -30,7 +30,8 @@ _SITE = re.compile(
     r"  # (?P<primitive>\S+) (?P<source>.*)$"
 )
 _RELATION = re.compile(
-    r"(?P<name>\S+) (?P<site>\S+) -> (?P<group>\S+) window=\[(?P<window>[\d:,]*)\] rows=(?P<rows>[01]+)$"
+    r"(?P<name>\S+) (?P<site>\S+) -> (?P<group>\S+) window=\[(?P<window>[\d:,]*)\] rows=(?P<rows>[01]+)"
+    r"(?: constant=(?P<constant>\S+))?(?: filtered=(?P<filtered>\d+) decays=(?P<decays>\d+))?$"
 )
 _CUT = re.compile(
     r"(?P<name>\S+) in (?P<group>\S+): (?P<origins>.*?) through (?P<primitive>\S+), part=(?P<part>[^:]*):"
@@ -152,7 +153,19 @@ def _site(m: re.Match[str]) -> Site:
 
 def _relation(m: re.Match[str]) -> Relation:
     window = tuple((int(a), int(b)) for a, b in (part.split(":") for part in m["window"].split(",") if part))
-    return Relation(m["name"], m["site"], m["group"], window, _flags(m["rows"]))
+    constant = tuple(_response(text) for text in (m["constant"] or "").split(";") if text)
+    filtered, decays = int(m["filtered"] or 0), int(m["decays"] or 0)
+    return Relation(m["name"], m["site"], m["group"], window, _flags(m["rows"]), constant, filtered, decays)
+
+
+def _response(text: str) -> Response:
+    decay, inject = text.split(":")
+    rows = None if decay == "?" else tuple(_numbers(row) for row in decay.split("/"))
+    return Response(_numbers(inject), rows)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
 
 
 def _cut(m: re.Match[str]) -> Cut:

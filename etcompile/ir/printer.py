@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import quote
 
-from etcompile.ir.header import Cut, Group, Relation, Site
+from etcompile.ir.header import Cut, Group, Relation, Response, Site
 from etcompile.ir.program import Argument, Equation, TraceProgram
 
 __all__ = ["format_equation", "format_program"]
@@ -82,7 +82,16 @@ def _site(s: Site) -> str:
 
 def _relation(r: Relation) -> str:
     window = ",".join(f"{start}:{stop}" for start, stop in r.window)
-    return f"{r.name} {r.site} -> {r.group} window=[{window}] rows={_bits(r.rows)}"
+    text = f"{r.name} {r.site} -> {r.group} window=[{window}] rows={_bits(r.rows)}"
+    if r.constant:
+        text += f" constant={';'.join(map(_response, r.constant))}"
+    return text + (f" filtered={r.filtered} decays={r.decays}" if r.filtered else "")
+
+
+def _response(r: Response) -> str:
+    """``D:f``, with D's rows apart by slashes."""
+    decay = "?" if r.decay is None else "/".join(",".join(map(repr, row)) for row in r.decay)
+    return f"{decay}:{','.join(map(repr, r.inject))}"
 
 
 def _cut(c: Cut) -> str:

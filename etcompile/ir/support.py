@@ -60,6 +60,8 @@ def _support(program: TraceProgram, e: Equation, found: dict[str, Support]) -> S
         return header.group(str(e.args[0])).pattern
     if e.op == "immediate":
         return header.relation(str(e.args[0])).rows
+    if e.op == "gain":
+        return tuple(k == e.args[2] for k in range(len(header.relation(str(e.args[0])).rows)))
     if e.op == "bypass":
         return header.group(str(e.args[0])).bypass
     if e.op == "outer":

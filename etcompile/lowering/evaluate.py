@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from etcompile.errors import ProgramError
 from etcompile.frontend.jaxpr import full_dtype
@@ -234,8 +235,6 @@ def _outside(context: Context, equation: Equation, args: Sequence[Value]) -> Val
     (credit,) = args
     if credit is None:
         return None
-    import numpy as np
-
     site = equation.type.of
     covered = np.zeros(context.model.sites[site].y_shape, bool)
     for relation in context.model.analysis.relations:
@@ -271,6 +270,16 @@ def _factor(context: Context, equation: Equation, args: Sequence[Value]) -> Valu
     return context.model.sites[name].factor(context.step.presynaptic(name))
 
 
+def _gain(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    symbol, response, state = args
+    assert isinstance(symbol, Symbol)
+    geometry = context.model.traces[symbol.name]
+    found = context.model.analysis.constants[symbol.name]
+    row = jnp.asarray(np.where(found.number == response, found.scale, 0).astype(found.scale.dtype))
+    full = jnp.broadcast_to(row, geometry.relation.shape)
+    return tuple(full if k == state else None for k in range(len(geometry.relation.rows)))
+
+
 def _from_step(method: str) -> Rule:
     def rule(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
         (symbol,) = args
@@ -302,6 +311,7 @@ def _changed(context: Context, equation: Equation, args: Sequence[Value]) -> Val
 EVALUATE: dict[str, Rule] = {
     "transition": _from_step("transition"),
     "immediate": _from_step("immediate"),
+    "gain": _gain,
     "presynaptic": _from_step("presynaptic"),
     "factor": _factor,
     "signal": _from_loss("signal"),

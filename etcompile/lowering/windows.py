@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from etcompile.errors import AlgorithmError, UnsupportedError
+from etcompile.ir.ops import OPS
 from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.derivatives import Row
@@ -52,13 +53,14 @@ class WindowLoss:
 def check_windows(causal: CausalProgram) -> None:
     """Refuse a program whose loss part reads values of the step itself: they would differ within a window."""
     late = {e.name: e for e in causal.late}
+    fixed = {e.name for e in causal.early if OPS[e.op].fixed}
     from_one_step = {name for name, e in late.items() if e.op == "one_step"}
     for name, e in late.items():
         if any(ref.name in from_one_step for ref in e.refs):
             from_one_step.add(name)
             continue
         for ref in e.refs:
-            if ref.delay == 0 and ref.name not in late:
+            if ref.delay == 0 and ref.name not in late and ref.name not in fixed:
                 raise UnsupportedError(
                     f"{causal.program.name} cannot run in windows: {name} reads {ref}, which changes inside a window.",
                     hint="write the rule with p.contract(signal, trace), or run it step by step.",
@@ -128,8 +130,9 @@ def window_gradients(
             total[site.name] = by_weight.pop(site.weight)
     at_start = WindowLoss(causal, starts, {})
     context = Context(causal.program, causal.model, None, at_start, causal.functions)
-    unknown: dict[str, Any] = dict.fromkeys((e.name for e in causal.early), None)
-    values = evaluate(context, causal.late, unknown, traces)
+    early: dict[str, Any] = dict.fromkeys((e.name for e in causal.early), None)
+    early = evaluate(context, [e for e in causal.early if OPS[e.op].fixed], early, {})
+    values = evaluate(context, causal.late, early, traces)
     for gradient in causal.program.gradients:
         value = values[gradient.value.name]
         if value is not None:
