@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.groups import HiddenGroup
 from etcompile.analysis.headers import group_dtype
+from etcompile.errors import OptionError
 from etcompile.frontend.jaxpr import full_dtype
 from etcompile.ir.program import Equation, TraceProgram
 from etcompile.ir.support import carried_rows
@@ -26,6 +27,9 @@ __all__ = ["CausalProgram"]
 Array = Any
 Traces = dict[str, Any]
 
+#: Kinds of values that have an entry per weight and unit.
+_LARGE = {"trace", "influence", "response", "snap"}
+
 
 class CausalProgram:
     """A trace program bound to its model.
@@ -36,10 +40,22 @@ class CausalProgram:
     analysis : Analysis
     functions : mapping of str to callable
         Functions of ``map`` ops that are not importable by name.
+    trace_dtype : dtype, optional
+        What traces and other values of a weight's size for every unit are stored in from step to step, where that is narrower
+        than their own dtype, in which everything is computed.
+
+    Raises
+    ------
+    OptionError
+        If ``trace_dtype`` is wider than the dtype of every trace.
     """
 
     def __init__(
-        self, program: TraceProgram, analysis: Analysis, functions: Mapping[str, Callable] | None = None
+        self,
+        program: TraceProgram,
+        analysis: Analysis,
+        functions: Mapping[str, Callable] | None = None,
+        trace_dtype: Any = None,
     ) -> None:
         self.program = program
         self.model = LoweredModel(analysis)
@@ -48,11 +64,12 @@ class CausalProgram:
         self.early = [e for e in program.equations if e.name not in late]
         self.late = [e for e in program.equations if e.name in late]
         self._rows = carried_rows(program)
+        self._narrow = {} if trace_dtype is None else self._narrowed(jnp.dtype(trace_dtype))
         check_feedback(self.model, program)
 
     def init_traces(self) -> Traces:
         """Carried values of the program, all zero; ``None`` where an entry is structurally zero or never read."""
-        return {name: self._zeros(self.program.equation(name), rows) for name, rows in self._rows.items()}
+        return self.stored(dict.fromkeys(self._rows))
 
     def init_traces_shapes(self) -> Traces:
         """Shapes and dtypes of :meth:`init_traces`, without allocating anything."""
@@ -67,12 +84,8 @@ class CausalProgram:
         """
         step = self.model.step(weights, states, inputs)
         context = Context(self.program, self.model, step, None, self.functions)
-        values = evaluate(context, self.early, {}, traces)
-        new = {
-            name: self._kept(self.program.equation(name), rows, values[name])
-            for name, rows in self._rows.items()
-        }
-        return step, new, values
+        values = evaluate(context, self.early, {}, self.wide(traces))
+        return step, self.stored(values), values
 
     def gradients(
         self,
@@ -89,6 +102,7 @@ class CausalProgram:
         """
         loss = step.with_loss(outputs, new_states, call)
         context = Context(self.program, self.model, step, loss, self.functions)
+        traces = self.wide(traces)
         full = evaluate(context, self.late, values, traces)
         total: dict[str, Array] = {}
         for gradient in self.program.gradients:
@@ -103,6 +117,36 @@ class CausalProgram:
         return self._kept(equation, self._rows[equation.name], value)
 
     # -- carried values -----------------------------------------------------------------------------------------
+
+    def wide(self, traces: Traces) -> Traces:
+        """Carried values in the dtypes in which they are computed with."""
+        own = {name: self._entry(self.program.equation(name))[1] for name in self._narrow}
+        return {name: _cast(value, own[name]) if name in own else value for name, value in traces.items()}
+
+    def stored(self, values: Mapping[str, Any]) -> Traces:
+        """What is carried to the next step of the values of this one: rounded once, where it is stored narrower."""
+        kept = {
+            name: self._kept(self.program.equation(name), rows, values[name])
+            for name, rows in self._rows.items()
+        }
+        return {name: _cast(value, self._narrow.get(name)) for name, value in kept.items()}
+
+    def _narrowed(self, dtype: Any) -> dict[str, Any]:
+        """Per carried value that is stored in ``dtype`` rather than its own: one dtype, or one for each of its arrays."""
+        own = {
+            name: self._entry(self.program.equation(name))[1]
+            for name in self._rows
+            if self.program.equation(name).type.kind in _LARGE
+        }
+        widest = max((jnp.dtype(d) for d in jax.tree.leaves(own)), key=lambda d: d.itemsize, default=dtype)
+        if dtype.itemsize > widest.itemsize:
+            raise OptionError(
+                "trace_dtype is wider than the traces are.",
+                got=f"trace_dtype={dtype.name}",
+                expected=f"at most {widest.name}, or None: as the model",
+            )
+        narrow = jax.tree.map(lambda d: dtype if jnp.dtype(d).itemsize > dtype.itemsize else d, own)
+        return {name: d for name, d in narrow.items() if d != own[name]}
 
     def _zeros(self, equation: Equation, rows: Any) -> Any:
         if isinstance(rows, tuple):
@@ -174,3 +218,12 @@ class CausalProgram:
 
     def _feedback_shape(self, group: HiddenGroup) -> tuple[int, int]:
         return self._outputs_each(), group.size // (self.model.examples or 1)
+
+
+def _cast(value: Any, dtype: Any) -> Any:
+    """The arrays of a carried value in another dtype, or in a list of them; None: as they are."""
+    if dtype is None or value is None:
+        return value
+    if isinstance(dtype, list):
+        return tuple(v.astype(d) for v, d in zip(value, dtype, strict=True))
+    return jax.tree.map(lambda v: v.astype(dtype), value)

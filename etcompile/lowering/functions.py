@@ -201,7 +201,9 @@ class StepFunctions:
         def one(loop: tuple, item: tuple) -> tuple[tuple, Array]:
             states, traces, total = loop
             x, extra = item
+            traces = self.causal.wide(traces)
             losses, sites, states, traces = program.run(loss, weights, states, traces, x, extra, brought)
+            traces = self.causal.stored(traces)
             total = {k: v + sites[k] if k in sites else v for k, v in total.items()}
             return (states, traces, total), losses
 
