@@ -19,6 +19,7 @@ from etcompile.ir.verifier import depends_on_loss
 from etcompile.lowering.derivatives import LoweredModel, StepDerivatives
 from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.feedback import check_feedback
+from etcompile.lowering.in_place import computed_once, known_after
 from etcompile.lowering.layers import list_shapes, rows_shape
 from etcompile.lowering.snap import snap_shape
 
@@ -26,6 +27,16 @@ __all__ = ["CausalProgram"]
 
 Array = Any
 Traces = dict[str, Any]
+
+
+def _made_of_traces(program: TraceProgram) -> set[str]:
+    """Traces and all that is made of this step's traces."""
+    found: set[str] = set()
+    for e in program.equations:
+        if e.type.kind == "trace" or any(r.delay == 0 and r.name in found for r in e.refs):
+            found.add(e.name)
+    return found
+
 
 #: Kinds of values that have an entry per weight and unit.
 _LARGE = {"trace", "influence", "response", "snap"}
@@ -63,6 +74,7 @@ class CausalProgram:
         late = depends_on_loss(program)
         self.early = [e for e in program.equations if e.name not in late]
         self.late = [e for e in program.equations if e.name in late]
+        self._advanced = _made_of_traces(program)
         self._rows = carried_rows(program)
         self._narrow = {} if trace_dtype is None else self._narrowed(jnp.dtype(trace_dtype))
         check_feedback(self.model, program)
@@ -103,14 +115,61 @@ class CausalProgram:
         loss = step.with_loss(outputs, new_states, call)
         context = Context(self.program, self.model, step, loss, self.functions)
         traces = self.wide(traces)
-        full = evaluate(context, self.late, values, traces)
+        return self._totals(evaluate(context, self.late, values, traces), traces), loss
+
+    def forward_with_gradients(
+        self,
+        weights: list[Array],
+        states: list[Array],
+        traces: Traces,
+        inputs: list[Array],
+        loss: Callable[[list[Array]], tuple[Array, list[Array | None]]],
+        call: Mapping[str, Any],
+    ) -> tuple[Array, dict[str, Array], StepDerivatives, Traces]:
+        """One step with the gradients of its loss: loss, site gradients, the step, the new traces.
+
+        The same as :meth:`forward` and :meth:`gradients`, in an order that lets every trace be updated in place: what reads the
+        old one goes first.
+        """
+        step = self.model.step(weights, states, inputs)
+        value, cotangents = loss(step.outputs)
+        after = step.with_loss(cotangents, [None] * len(states), call)
+        quiet = Context(self.program, self.model, step, None, self.functions)
+        context = Context(self.program, self.model, step, after, self.functions)
+        old = self.wide(traces)
+        values = evaluate(quiet, [e for e in self.early if e.name not in self._advanced], {}, old)
+        values = evaluate(context, [e for e in self.late if e.name not in self._advanced], values, old)
+        values = self._after_readers(step, values)
+        values = evaluate(quiet, [e for e in self.early if e.name in self._advanced], values, old)
+        values = evaluate(context, [e for e in self.late if e.name in self._advanced], values, old)
+        return value, self._totals(values, old), step, self.stored(values)
+
+    def _after_readers(self, step: StepDerivatives, values: dict[str, Any]) -> dict[str, Any]:
+        """Immediate Jacobians that are known only when all contractions with their old trace are done."""
+        readers: dict[str, list[Equation]] = {}
+        for e in self.program.equations:
+            if e.op == "contract" and e.name not in self._advanced and values[e.name] is not None:
+                readers.setdefault(self.program.equation(e.refs[1].name).type.of, []).append(e)
+        late: dict[str, Any] = {}
+        for e in self.program.equations:
+            if e.op != "outer" or e.type.of not in readers:
+                continue
+            name = e.refs[0].name
+            weight = step.tape.read(self.model.traces[e.type.of].site.site.weight)
+            late.update((r.name, computed_once(values[r.name], weight)) for r in readers[e.type.of])
+            done = [late[r.name] for r in readers[e.type.of]]
+            late[name] = jax.tree.map(lambda v, done=done: known_after(v, done), values[name])
+        return {**values, **late}
+
+    def _totals(self, full: dict[str, Any], traces: Traces) -> dict[str, Array]:
+        """Site gradients from the values of a step."""
         total: dict[str, Array] = {}
         for gradient in self.program.gradients:
             ref = gradient.value
             value = traces.get(ref.name) if ref.delay == -1 else full[ref.name]
             if value is not None:
                 total[gradient.site] = value if gradient.site not in total else total[gradient.site] + value
-        return total, loss
+        return total
 
     def kept(self, equation: Equation, value: Any) -> Any:
         """What of a value is carried to the next step."""

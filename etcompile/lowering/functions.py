@@ -106,11 +106,15 @@ class StepFunctions:
         call: Call,
     ) -> tuple[Array, dict[str, Array], list, Traces]:
         """Loss, gradients of the sites' weights, new states and traces of one step."""
-        step, new_traces, values = self.causal.forward(weights, states, traces, inputs)
-        loss, cotangents = loss_and_cotangents(self._step_loss(loss_fn), step.outputs, targets)
-        call = {"target": targets, **call}
-        sites, _ = self.causal.gradients(step, traces, values, cotangents, [None] * len(states), call)
-        return loss, sites, step.new_states, new_traces
+        loss, sites, step, traces = self.causal.forward_with_gradients(
+            weights,
+            states,
+            traces,
+            inputs,
+            lambda outputs: loss_and_cotangents(self._step_loss(loss_fn), outputs, targets),
+            {"target": targets, **call},
+        )
+        return loss, sites, step.new_states, traces
 
     def value_and_grad(
         self, loss_fn: Callable, params: Any, carry: Carry, inputs: tuple, targets: tuple, call: Call

@@ -23,6 +23,7 @@ from etcompile.analysis.relations import Relation
 from etcompile.analysis.sites import Site
 from etcompile.errors import UnsupportedError
 from etcompile.frontend.jaxpr import Graph, Operation, bind, read
+from etcompile.lowering.in_place import sum_products
 
 __all__ = ["SiteGeometry", "TraceGeometry", "gather_positions", "site_geometry"]
 
@@ -316,42 +317,52 @@ class TraceGeometry:
 
     def contract(self, rows: Sequence[tuple[Array, Array]]) -> Array:
         """Sum over states and summed axes of (array over the window) x (trace row): a gradient of the weight."""
-        total = None
-        for credit, trace in rows:
-            product = self.spread(credit) * trace
-            total = product if total is None else total + product
-        assert total is not None
-        in_memory = {axis: k for k, axis in enumerate(self.order)}
-        reduced = jnp.sum(
-            total, axis=tuple(in_memory[a] for a in self.summed), dtype=_accumulator(total.dtype)
-        )
+        first, last = len(self.contracted), len(self.contracted) + len(self.summed)
+        pairs = [
+            (_folded(self.spread(credit), first, last), _folded(row, first, last)) for credit, row in rows
+        ]
+        dtype = _accumulator(jnp.result_type(*[v for pair in pairs for v in pair]))
         left = [a for a in self.order if a not in self.summed]
-        n_y = len(self.relation.shape)
-        logical = [*self.kept, *range(n_y, n_y + len(self.contracted))]
-        return self.to_weight(jnp.transpose(reduced, [left.index(a) for a in logical]))
+        return self.to_weight(sum_products(pairs, first, dtype), left)
 
-    def to_weight(self, value: Array) -> Array:
-        """From (kept axes of the window, contracted axes) to the weight's own layout."""
-        full = self.site.y_shape
-        pads = [(self.relation.window[a][0], full[a] - self.relation.window[a][1], 0) for a in self.kept]
-        pads += [(0, 0, 0)] * (value.ndim - len(self.kept))
+    @property
+    def weight_axes(self) -> list[int]:
+        """Axes of a trace that are axes of the weight: kept ones, then contracted ones."""
+        n_y = len(self.relation.shape)
+        return [*self.kept, *range(n_y, n_y + len(self.contracted))]
+
+    def to_weight(self, value: Array, axes: Sequence[int]) -> Array:
+        """From the window to all of the weight, in its own layout; ``axes`` are those of ``value``."""
+        full, n_y = self.site.y_shape, len(self.relation.shape)
+        pads = [
+            (self.relation.window[a][0], full[a] - self.relation.window[a][1], 0) if a < n_y else (0, 0, 0)
+            for a in axes
+        ]
         if any(low or high for low, high, _ in pads):
             value = lax.pad(value, jnp.zeros((), value.dtype), pads)
+        logical = self.weight_axes
+        order = [axes.index(logical[k]) for k in self._weight_order(len(logical))]
+        return jnp.transpose(value, order).astype(self.site.weight_dtype)
+
+    def _weight_order(self, n: int) -> list[int]:
+        """Which of the kept and contracted axes each axis of the weight is."""
         site = self.site
-        kind = site.site.kind
-        if kind == "dot_general":
+        if site.site.kind == "dot_general":
             assert site.operation is not None
             contract, batch = site.operation.params["dimension_numbers"]
             w = site.site.operand
             free = [d for d in range(len(site.weight_shape)) if d not in contract[w] and d not in batch[w]]
-            value = jnp.transpose(value, np.argsort([*batch[w], *free, *contract[w]]).tolist())
-        elif kind == "conv":
+            return np.argsort([*batch[w], *free, *contract[w]]).tolist()
+        if site.site.kind == "conv":
             assert site.operation is not None
             rhs = site.operation.params["dimension_numbers"].rhs_spec
-            value = jnp.transpose(value, np.argsort([rhs[0], rhs[1], *rhs[2:]]).tolist())
-        elif kind == "embedding":
-            value = jnp.moveaxis(value, -1, 0)
-        return value.astype(site.weight_dtype)
+            return np.argsort([rhs[0], rhs[1], *rhs[2:]]).tolist()
+        return [n - 1, *range(n - 1)] if site.site.kind == "embedding" else list(range(n))
+
+
+def _folded(value: Array, first: int, last: int) -> Array:
+    """The axes from ``first`` to ``last`` as one."""
+    return value.reshape(*value.shape[:first], -1, *value.shape[last:])
 
 
 def _accumulator(dtype: Any) -> Any:

@@ -1,0 +1,86 @@
+"""Order where XLA would choose another: traces are large, and must be updated in place after they were read.
+
+JAX has no way to say that one computation comes after another without using its result. On a CPU, XLA drops optimization barriers
+before it decides about copies, and then copies a whole trace wherever it cannot prove that its last reader is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+__all__ = ["computed_once", "known_after", "sum_products"]
+
+Array = Any
+
+#: Rows summed in one kernel.
+_TOGETHER = 32
+#: More rows than this go to XLA's own reduction.
+_MOST = 2048
+
+
+def known_after(value: Array, results: Sequence[Array]) -> Array:
+    """``value`` itself, but made so that no compiler can know it before ``results``, each made by :func:`computed_once`.
+
+    What is added is zero, taken from a product with each result: products are computed from finished arrays. A few entries
+    of a result would be computed once more for the reader instead. On a CPU only.
+    """
+    for result in results if _orders(value) else ():
+        if result.ndim and result.size and _orders(result):
+            rows = result.reshape(-1, result.shape[-1])
+            value = value + _hidden_zero(jnp.dot(rows, jnp.ones(rows.shape[1], rows.dtype))[0]).astype(
+                value.dtype
+            )
+    return value
+
+
+def computed_once(value: Array, other: Array) -> Array:
+    """``value`` itself, divided by ones made of ``other``, which has its shape.
+
+    XLA computes again for each reader what is cheap; a division is not, unless it is by one number, which becomes a product.
+    """
+    if value.shape != other.shape or not (value.ndim and _orders(value) and _orders(other)):
+        return value
+    return value / (1 + _hidden_zero(other).astype(value.dtype))
+
+
+def _orders(value: Array) -> bool:
+    return jax.default_backend() == "cpu" and jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def _hidden_zero(value: Array) -> Array:
+    """The sign bits, shifted out: zero for every number, and XLA does not look that far."""
+    width = 8 * value.dtype.itemsize
+    bits = lax.bitcast_convert_type(value, jnp.dtype(f"uint{width}"))
+    return (bits >> (width - 1)) >> 1
+
+
+def sum_products(pairs: Sequence[tuple[Array, Array]], axis: int, dtype: Any) -> Array:
+    """The sum of products, over pairs and over one axis that is not the last; the first of a pair may have ones to broadcast.
+
+    XLA's reduction on a CPU goes along the summed axis with a stride, one number at a time; adding whole rows is ten times
+    faster. Rows are taken before they are multiplied, so that no product is ever written to memory.
+    """
+    n = pairs[0][1].shape[axis]
+
+    def rows(start: int, stop: int) -> Array:
+        def some(v: Array) -> Array:
+            return v if v.shape[axis] == 1 else lax.slice_in_dim(v, start, stop, axis=axis)
+
+        return reduce(add, [(some(a) * some(b)).astype(dtype) for a, b in pairs])
+
+    if jax.default_backend() != "cpu" or not 0 < n <= _MOST or axis == pairs[0][1].ndim - 1:
+        return jnp.sum(rows(0, n), axis=axis)
+    whole = n // _TOGETHER if n > _TOGETHER else 0
+    parts = []
+    if whole:
+        folded = reduce(add, [rows(k * _TOGETHER, (k + 1) * _TOGETHER) for k in range(whole)])
+        parts += [lax.index_in_dim(folded, k, axis, keepdims=False) for k in range(_TOGETHER)]
+    parts += [lax.index_in_dim(rows(k, k + 1), 0, axis, keepdims=False) for k in range(whole * _TOGETHER, n)]
+    return reduce(add, parts)
