@@ -1,0 +1,190 @@
+"""The models, as a user would write them, and sequences for them.
+
+Each takes its layers from ``layers``: ``brainstate.nn`` for ordinary ones, or ``braintrace.nn`` for the same ones with
+braintrace's own operations inside. Nothing else differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import brainstate
+import jax
+import jax.numpy as jnp
+
+__all__ = ["INPUTS", "MODELS", "OUTPUTS", "Data", "Spec", "loss_fn", "spike_rate"]
+
+INPUTS, OUTPUTS = 64, 10
+#: Images of the convolutional model: height, width, channels.
+IMAGE = (8, 8, 2)
+
+
+class GRUNet(brainstate.nn.Module):
+    """A gated recurrent unit and a linear readout."""
+
+    def __init__(self, layers: ModuleType, units: int):
+        super().__init__()
+        self.cell = layers.GRUCell(INPUTS, units)
+        self.readout = layers.Linear(units, OUTPUTS)
+
+    def update(self, x: jax.Array) -> jax.Array:
+        return self.readout(self.cell(x))
+
+
+class LSTMNet(brainstate.nn.Module):
+    """A long short-term memory and a linear readout."""
+
+    def __init__(self, layers: ModuleType, units: int):
+        super().__init__()
+        self.cell = layers.LSTMCell(INPUTS, units)
+        self.readout = layers.Linear(units, OUTPUTS)
+
+    def update(self, x: jax.Array) -> jax.Array:
+        return self.readout(self.cell(x))
+
+
+@jax.custom_jvp
+def spike(v: jax.Array) -> jax.Array:
+    """1 where v is above 0; its derivative is that of a fast sigmoid."""
+    return (v > 0).astype(v.dtype)
+
+
+@spike.defjvp
+def _spike_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (v,), (dv,) = primals, tangents
+    return spike(v), dv / (1.0 + jnp.abs(2.0 * v)) ** 2
+
+
+class SpikingNet(brainstate.nn.Module):
+    """Recurrent neurons with exponential synapses and adaptive thresholds.
+
+    With current i, potential v, adaptation a, spikes z and inputs x::
+
+        z[t] = v[t] > 1 + 0.3 a[t]
+        i[t] = 0.8 i[t-1] + W (x[t], z[t-1]) + b
+        v[t] = 0.9 v[t-1] + 0.2 i[t] - z[t-1]
+        a[t] = 0.97 a[t-1] + z[t-1]
+        out  = W_out z[t] + c
+    """
+
+    def __init__(self, layers: ModuleType, units: int):
+        super().__init__()
+        self.units = units
+        scale = brainstate.nn.init.Normal(scale=1.5 / (INPUTS + units) ** 0.5)
+        self.synapses = layers.Linear(INPUTS + units, units, w_init=scale)
+        self.readout = layers.Linear(units, OUTPUTS)
+
+    def init_state(self, batch_size: int | None = None) -> None:
+        zeros = jnp.zeros((self.units,) if batch_size is None else (batch_size, self.units))
+        self.i, self.v, self.a = (brainstate.HiddenState(zeros) for _ in range(3))
+
+    def spikes(self) -> jax.Array:
+        """Spikes of the moment, 0 or 1."""
+        return spike(self.v.value - 1.0 - 0.3 * self.a.value)
+
+    def update(self, x: jax.Array) -> jax.Array:
+        z = self.spikes()
+        self.i.value = 0.8 * self.i.value + self.synapses(jnp.concatenate([x, z], axis=-1))
+        self.v.value = 0.9 * self.v.value + 0.2 * self.i.value - z
+        self.a.value = 0.97 * self.a.value + z
+        return self.readout(self.spikes())
+
+
+class ConvNet(brainstate.nn.Module):
+    """A convolutional gated unit over images, and a readout of each channel's mean.
+
+    With images x and channels h, * a convolution by 3 x 3 kernels::
+
+        u    = sigmoid(K_u * (x[t], h[t-1]))
+        h[t] = (1 - u) h[t-1] + u tanh(K_c * (x[t], h[t-1]))
+        out  = W_out mean(h[t]) + c
+    """
+
+    def __init__(self, layers: ModuleType, units: int):
+        super().__init__()
+        height, width, channels = IMAGE
+        self.shape = (height, width, units)
+        size = (height, width, channels + units)
+        self.gate = layers.Conv2d(size, units, 3)
+        self.candidate = layers.Conv2d(size, units, 3)
+        self.readout = layers.Linear(units, OUTPUTS)
+
+    def init_state(self, batch_size: int | None = None) -> None:
+        self.h = brainstate.HiddenState(
+            jnp.zeros(self.shape if batch_size is None else (batch_size, *self.shape))
+        )
+
+    def update(self, x: jax.Array) -> jax.Array:
+        h: Any = self.h.value
+        both = jnp.concatenate([x, h], axis=-1)
+        u = jax.nn.sigmoid(self.gate(both))
+        h = (1 - u) * h + u * jnp.tanh(self.candidate(both))
+        self.h.value = h
+        return self.readout(jnp.mean(h, axis=(-3, -2)))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A model and what its inputs are like."""
+
+    title: str
+    make: Callable[[ModuleType, int], brainstate.nn.Module]
+    input_shape: tuple[int, ...] = (INPUTS,)
+    spikes: bool = False
+
+
+MODELS = {
+    "gru": Spec("GRU", GRUNet),
+    "lstm": Spec("LSTM", LSTMNet),
+    "spiking": Spec("spiking", SpikingNet, spikes=True),
+    "conv": Spec("convolutional", ConvNet, IMAGE),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """A model with sizes, and sequences for it."""
+
+    spec: Spec
+    units: int
+    batch: int
+
+    def model(self, layers: ModuleType = brainstate.nn) -> brainstate.nn.Module:
+        """The model, with the same weights at each call if its layers draw them alike."""
+        brainstate.random.seed(0)
+        return self.spec.make(layers, self.units)
+
+    @property
+    def example(self) -> jax.Array:
+        return jnp.zeros((self.batch, *self.spec.input_shape))
+
+    def sequence(self, steps: int) -> tuple[jax.Array, jax.Array]:
+        """Inputs and targets, time on axis 0; of spikes, one input in five is on."""
+        of_inputs, of_targets = jax.random.split(jax.random.key(0))
+        shape = (steps, self.batch, *self.spec.input_shape)
+        if self.spec.spikes:
+            xs = jax.random.bernoulli(of_inputs, 0.2, shape).astype(jnp.float32)
+        else:
+            xs = jax.random.normal(of_inputs, shape)
+        return xs, jax.random.normal(of_targets, (steps, self.batch, OUTPUTS))
+
+
+def spike_rate(data: Data, steps: int) -> float:
+    """The share of a spiking model's neurons that spike at a step, untrained."""
+    model = data.model()
+    assert isinstance(model, SpikingNet)
+    brainstate.nn.init_all_states(model, batch_size=data.batch)
+
+    def one(x: jax.Array) -> jax.Array:
+        model.update(x)
+        return jnp.mean(model.spikes())
+
+    return float(jnp.mean(brainstate.transform.for_loop(one, data.sequence(steps)[0])))
+
+
+def loss_fn(out: jax.Array, target: jax.Array) -> jax.Array:
+    """The loss of one step."""
+    return jnp.mean((out - target) ** 2)

@@ -1,0 +1,52 @@
+"""How long and how often to measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["FULL", "QUICK", "Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sequence lengths, repeats, and the size of what the machine is measured with."""
+
+    #: Steps of a sequence, and of a long one.
+    steps: int = 500
+    long_steps: int = 5000
+    #: Steps of what carries a parameter-shaped trace from step to step: its time per step does not depend on their number.
+    slow_steps: int = 100
+    #: Runs before time is taken: the first compiles, and some libraries compile once more when their states have changed.
+    warm_up: int = 2
+    #: Each contender runs once a round, until it has used its seconds; but at least so many times.
+    rounds: int = 9
+    least: int = 3
+    seconds: float = 2.0
+    #: Fresh processes that the time to the first gradient is taken from.
+    processes: int = 3
+    #: Floats of the array that memory bandwidth is measured on, and the side of the matrices for the matmul rate.
+    array: int = 64 << 20
+    matrix: int = 2048
+    #: Divides the units and channels of all models.
+    smaller: int = 1
+    #: Whether to measure braintrace as well.
+    peer: bool = True
+
+    def units(self, units: int) -> int:
+        return max(4, units // self.smaller)
+
+
+FULL = Settings()
+#: Says nothing about speed, but everything runs.
+QUICK = Settings(
+    steps=12,
+    long_steps=120,
+    slow_steps=6,
+    rounds=2,
+    least=1,
+    seconds=0.01,
+    processes=1,
+    array=1 << 16,
+    matrix=64,
+    smaller=32,
+)
