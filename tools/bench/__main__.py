@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
         settings = dataclasses.replace(
             QUICK if options.quick else FULL, peer=has_braintrace() and not options.alone
         )
-        run(chosen(options.cases), settings, store)
+        cases = chosen(options.cases)
+        run(cases, settings, store, kept(store, settings, cases))
     results = json.loads(store.read_text(encoding="utf-8"))
     text, picture = page.render(results, COMMAND)
     where.write_text(text, encoding="utf-8")
@@ -72,12 +73,22 @@ def chosen(patterns: list[str]) -> list[Case]:
     return found
 
 
-def run(cases: list[Case], settings: Settings, store: Path) -> None:
+def kept(store: Path, settings: Settings, cases: list[Case]) -> dict[str, Any]:
+    """What was measured before and is not measured now; an error if it cannot stand beside new numbers."""
+    if len(cases) == len(CASES) or not store.exists():
+        return {}
+    old = json.loads(store.read_text(encoding="utf-8"))
+    if old["settings"] != dataclasses.asdict(settings):
+        raise SystemExit(
+            f"{store} was measured with other settings: measure all cases, or give another --page."
+        )
+    return {case.name: old["cases"][case.name] for case in CASES if case.name in old["cases"]}
+
+
+def run(cases: list[Case], settings: Settings, store: Path, before: dict[str, Any]) -> None:
     """Measure the machine and the cases, and save after each."""
     how = dataclasses.asdict(settings)
-    old = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
-    same = old.get("settings") == how
-    results: dict[str, Any] = {"settings": how, "cases": old["cases"] if same else {}}
+    results: dict[str, Any] = {"settings": how, "cases": before}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("the machine", total=len(cases) + 1)
@@ -90,7 +101,8 @@ def run(cases: list[Case], settings: Settings, store: Path) -> None:
             start = time.perf_counter()
             found = fresh("measure:measure", case=case.to_dict(), settings=how)
             found = {"case": case.to_dict(), "runs": [], **found, "took": time.perf_counter() - start}
-            results["cases"][case.name] = found
+            measured = {**results["cases"], case.name: found}
+            results["cases"] = {c.name: measured[c.name] for c in CASES if c.name in measured}
             store.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             progress.console.print(f"{case.name:36}{found['took']:6.1f} s  {found.get('error', '')}")
             progress.advance(task)

@@ -26,7 +26,7 @@ _STYLE = {
 
 def chart(results: Mapping[str, Any]) -> str:
     """An SVG of four panels."""
-    options = {
+    options: dict[Any, Any] = {
         "svg.hashsalt": "etcompile",
         "svg.fonttype": "none",
         "font.size": 9,

@@ -15,7 +15,8 @@ from typing import Any
 
 __all__ = ["fresh"]
 
-_LIMIT = 1200.0
+#: Seconds after which a process counts as stuck.
+_LIMIT = 1800.0
 
 
 def fresh(function: str, **arguments: Any) -> dict[str, Any]:
