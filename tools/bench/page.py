@@ -12,7 +12,7 @@ from bars import BARS, Verdict, growth, share
 from chart import chart
 from results import AUTO, BPTT, BRAINTRACE, CAUSAL, Found, found_cases, median_bandwidth
 
-__all__ = ["render"]
+__all__ = ["reasons", "render", "text_of"]
 
 Results = Mapping[str, Any]
 
@@ -23,7 +23,7 @@ def render(results: Results, command: str) -> tuple[str, str]:
     """The page and its picture."""
     settings, machine = results["settings"], results["machine"]
     verdicts = [bar.verdict(results) for bar in BARS]
-    template = Template((_HERE / "page_template.md").read_text(encoding="utf-8"))
+    template = Template(text_of("page_template.md"))
     names = ("warm_up", "least", "rounds", "steps", "long_steps", "slow_steps", "processes")
     text = template.substitute(
         {name: settings[name] for name in names},
@@ -59,7 +59,7 @@ def _bars(verdicts: Sequence[Verdict]) -> str:
 
 def _reasons(verdicts: Sequence[Verdict]) -> str:
     """Why bars are missed: the hand-written texts of those that are."""
-    texts = dict(re.findall(r"^## (\S+)\n+(.*?)(?=^## |\Z)", _text("reasons.md"), re.MULTILINE | re.DOTALL))
+    texts = reasons(text_of("reasons.md"))
     missed = [v for v in verdicts if v.met is False]
     parts = [
         f"**{v.bar.what}.** {_cases(v)}{texts.get(v.bar.key, 'Not looked into yet.').strip()}\n"
@@ -68,11 +68,17 @@ def _reasons(verdicts: Sequence[Verdict]) -> str:
     return "### Why a bar is missed\n\n" + "\n".join(parts) + "\n" if missed else ""
 
 
+def reasons(text: str) -> dict[str, str]:
+    """The texts of ``reasons.md`` by the keys of their bars."""
+    return dict(re.findall(r"^## (\S+)\n+(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+
+
 def _cases(verdict: Verdict) -> str:
     return f"Missed by: {'; '.join(verdict.missed)}. " if verdict.missed else ""
 
 
-def _text(name: str) -> str:
+def text_of(name: str) -> str:
+    """A file of this folder."""
     return (_HERE / name).read_text(encoding="utf-8")
 
 
