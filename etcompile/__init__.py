@@ -7,6 +7,8 @@ from etcompile.compiler import compile
 from etcompile.errors import (
     AlgorithmError,
     CarryError,
+    CheckpointError,
+    DependencyError,
     EtcompileError,
     InputError,
     ModelError,
@@ -24,6 +26,7 @@ from etcompile.nn import FixedRandomFeedback, GradExpon, KappaFilter, LeakyRateR
 from etcompile.pass_manager import Pass, PassManager
 from etcompile.registry import algorithm, algorithm_names
 from etcompile.report import Report
+from etcompile.runtime.checkpoints import Checkpoints
 from etcompile.runtime.step import Step
 from etcompile.runtime.step_data import MultiStepData, SingleStepData
 from etcompile.runtime.synthetic import SyntheticGradient
@@ -32,9 +35,10 @@ from etcompile.schedule import Schedule
 __version__ = "0.1.0"
 
 __all__ = [
-    "AlgorithmError", "Carry", "CarryError", "EtcompileError", "FixedRandomFeedback", "FunctionModel", "GradExpon",
-    "InputError", "KappaFilter", "LeakyRateReadout", "ModelError", "MultiStepData", "OptionError", "Pass",
-    "PassError", "PassManager", "PresynapticTrace", "ProgramError", "Report", "Schedule", "SingleStepData", "Step",
-    "SyntheticGradient", "TraceProgram", "UnsupportedError", "algorithm", "algorithm_names", "compile",
-    "feedback_matrix", "from_function", "nn", "parse_program",
+    "AlgorithmError", "Carry", "CarryError", "CheckpointError", "Checkpoints", "DependencyError",
+    "EtcompileError", "FixedRandomFeedback", "FunctionModel", "GradExpon", "InputError", "KappaFilter",
+    "LeakyRateReadout", "ModelError", "MultiStepData", "OptionError", "Pass", "PassError", "PassManager",
+    "PresynapticTrace", "ProgramError", "Report", "Schedule", "SingleStepData", "Step", "SyntheticGradient",
+    "TraceProgram", "UnsupportedError", "algorithm", "algorithm_names", "compile", "feedback_matrix",
+    "from_function", "nn", "parse_program",
 ]  # fmt: skip

@@ -9,6 +9,8 @@ from __future__ import annotations
 __all__ = [
     "AlgorithmError",
     "CarryError",
+    "CheckpointError",
+    "DependencyError",
     "EtcompileError",
     "InputError",
     "ModelError",
@@ -61,6 +63,14 @@ class InputError(EtcompileError, ValueError):
 
 class CarryError(InputError):
     """The model's states or traces do not fit the call (after a change of batch size, for example)."""
+
+
+class CheckpointError(EtcompileError, ValueError):
+    """A checkpoint does not fit the step, or cannot be read, or one would be written over."""
+
+
+class DependencyError(EtcompileError, ImportError):
+    """A package that an extra of etcompile brings is not installed."""
 
 
 class OptionError(EtcompileError, TypeError):

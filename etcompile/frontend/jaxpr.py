@@ -20,6 +20,7 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 __all__ = [
     "Aval",
@@ -30,6 +31,7 @@ __all__ = [
     "bind",
     "flatten_jaxpr",
     "inner_jaxpr",
+    "is_traced",
     "jvp_graph",
 ]
 
@@ -151,6 +153,11 @@ class Graph:
             values = bind(operation, [read(env, operand) for operand in operation.inputs])
             env.update(zip(operation.outputs, values, strict=True))
         return [read(env, operand) for operand in self.outputs]
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is known only inside of a transformation, such as ``jit``."""
+    return isinstance(value, Tracer)
 
 
 def read(env: dict[int, Any], operand: Operand) -> Any:

@@ -18,12 +18,15 @@ from etcompile.lowering.chunks import ChunkProgram
 from etcompile.lowering.losses import StepLoss, checked_loss, loss_and_cotangents
 from etcompile.lowering.windows import check_end, check_windows, window_gradients
 
-__all__ = ["Carry", "StepFunctions"]
+__all__ = ["Carry", "StepFunctions", "Sums"]
 
 Array = Any
 
 #: What a call may give beside inputs and targets: ``target`` and ``modulator``.
 Call = dict[str, Any]
+
+#: Gradients by the effective weights of the sites, by name of the site, summed over steps.
+Sums = dict[str, Array]
 
 
 @jax.tree_util.register_dataclass
@@ -134,11 +137,19 @@ class StepFunctions:
         return loss, self._gradients(leaves, sites), Carry(model.unflatten_states(states), traces)
 
     def scan_value_and_grad(
-        self, loss_fn: Callable, params: Any, carry: Carry, xs: tuple, targets: tuple, call: Call
+        self,
+        loss_fn: Callable,
+        params: Any,
+        carry: Carry,
+        xs: tuple,
+        targets: tuple,
+        call: Call,
+        sums: Sums | None = None,
     ) -> tuple[Array, Any, Carry]:
         """Losses per step and summed gradients over a sequence, step by step with the weights fixed.
 
-        ``call`` has time on axis 0 like inputs and targets; numbers in it hold for every step.
+        ``call`` has time on axis 0 like inputs and targets; numbers in it hold for every step. With ``sums``, the gradients of
+        the sites over earlier steps, the second result is those sums with these steps added; see :meth:`gradients`.
         """
         model = self.model
         leaves = model.flatten_params(params)
@@ -156,14 +167,25 @@ class StepFunctions:
             return (states, traces, total), loss
 
         moving, join = _moving(call)
-        start = (model.flatten_states(carry.states), carry.traces, self._zero_sites())
+        start = (model.flatten_states(carry.states), carry.traces, self.zero_sums() if sums is None else sums)
         (states, traces, total), losses = lax.scan(body, start, (xs, targets, moving))
-        return losses, self._gradients(leaves, total), Carry(model.unflatten_states(states), traces)
+        found = self._gradients(leaves, total) if sums is None else total
+        return losses, found, Carry(model.unflatten_states(states), traces)
 
     def windows_value_and_grad(
-        self, loss_fn: Callable, window: int, params: Any, carry: Carry, xs: tuple, targets: tuple
+        self,
+        loss_fn: Callable,
+        window: int,
+        params: Any,
+        carry: Carry,
+        xs: tuple,
+        targets: tuple,
+        sums: Sums | None = None,
     ) -> tuple[Array, Any, Carry]:
-        """Losses per step and summed gradients over a sequence in windows; the last may be shorter. 0: one window."""
+        """Losses per step and summed gradients over a sequence in windows; the last may be shorter. 0: one window.
+
+        ``sums`` as in :meth:`scan_value_and_grad`.
+        """
         model = self.model
         leaves = model.flatten_params(params)
         weights = self.causal.model.hoist(leaves)
@@ -180,12 +202,21 @@ class StepFunctions:
             return (states, traces, total), losses
 
         items = (jax.vmap(model.flatten_inputs)(xs), targets)
-        state = (model.flatten_states(carry.states), carry.traces, self._zero_sites())
+        state = (model.flatten_states(carry.states), carry.traces, self.zero_sums() if sums is None else sums)
         (states, traces, total), losses = _in_parts(one, state, items, window)
-        return losses, self._gradients(leaves, total), Carry(model.unflatten_states(states), traces)
+        found = self._gradients(leaves, total) if sums is None else total
+        return losses, found, Carry(model.unflatten_states(states), traces)
 
     def chunks_value_and_grad(
-        self, loss_fn: Callable, chunk: int, params: Any, carry: Carry, xs: tuple, targets: tuple, call: Call
+        self,
+        loss_fn: Callable,
+        chunk: int,
+        params: Any,
+        carry: Carry,
+        xs: tuple,
+        targets: tuple,
+        call: Call,
+        sums: Sums | None = None,
     ) -> tuple[Array, Any, Carry]:
         """As :meth:`scan_value_and_grad`, many steps at once; the last chunk may be shorter."""
         model = self.model
@@ -212,9 +243,10 @@ class StepFunctions:
             return (states, traces, total), losses
 
         items = (jax.vmap(model.flatten_inputs)(xs), (targets, moving))
-        state = (model.flatten_states(carry.states), carry.traces, self._zero_sites())
+        state = (model.flatten_states(carry.states), carry.traces, self.zero_sums() if sums is None else sums)
         (states, traces, total), losses = _in_parts(one, state, items, chunk)
-        return losses, self._gradients(leaves, total), Carry(model.unflatten_states(states), traces)
+        found = self._gradients(leaves, total) if sums is None else total
+        return losses, found, Carry(model.unflatten_states(states), traces)
 
     @cached_property
     def _chunks(self) -> ChunkProgram:
@@ -235,7 +267,8 @@ class StepFunctions:
             loss_fn(jax.tree.unflatten(self.model.output_tree, leaves), *targets)
         )
 
-    def _zero_sites(self) -> dict[str, Array]:
+    def zero_sums(self) -> Sums:
+        """Gradients of the sites over no steps at all."""
         return {
             name: jnp.zeros(g.weight_shape, g.weight_dtype) for name, g in self.causal.model.sites.items()
         }
@@ -248,6 +281,10 @@ class StepFunctions:
 
         carry, outputs = lax.scan(body, carry, xs)
         return outputs, carry
+
+    def gradients(self, params: Any, sums: Sums) -> Any:
+        """Parameter gradients from the summed gradients of the sites."""
+        return self._gradients(self.model.flatten_params(params), sums)
 
     def _gradients(self, leaves: list, sites: Mapping[str, Array]) -> Any:
         return jax.tree.unflatten(self.model.param_tree, self.causal.model.unhoist(leaves, sites))

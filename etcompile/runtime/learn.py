@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import brainstate
@@ -10,8 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from etcompile.errors import OptionError
+from etcompile.runtime.progress import in_pieces, piece_lengths, segment_lengths
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from etcompile.runtime.checkpoints import Checkpoints
     from etcompile.runtime.step import Step
 
 __all__ = ["Learner"]
@@ -59,17 +63,36 @@ class Learner:
         self._step = step
         self._loss_fn = loss_fn
         self._every = update_every
-        self._update = _update_function(optimizer, step.param_states)
+        self._update, self._optimizer_states = _update_function(optimizer, step.param_states)
         zeros = jax.tree.map(jnp.zeros_like, {path: s.value for path, s in step.param_states.items()})
         self._sum = brainstate.ShortTermState(zeros)
         self._count = brainstate.ShortTermState(jnp.zeros((), jnp.int32))
         self._run: Callable | None = None
         self._made_for: Any = None
 
-    def __call__(self, xs: Any, *targets: Any, modulator: Any = None) -> Any:
+    def __call__(
+        self,
+        xs: Any,
+        *targets: Any,
+        modulator: Any = None,
+        progress: bool | Progress = False,
+        checkpoints: Checkpoints | None = None,
+    ) -> Any:
         """Losses of all steps, ``(T,)``; the model's parameters and states advance.
 
-        A ``modulator``, for rules that read one, has time on axis 0 or is a number.
+        With ``progress`` or ``checkpoints`` the sequence runs in pieces, each from where the one before stopped, so the numbers
+        are those of one call. An interrupted call leaves everything as it was after its last whole piece.
+
+        Parameters
+        ----------
+        xs, *targets : pytrees of arrays
+            Time on axis 0.
+        modulator : pytree of arrays, optional
+            For rules that read one: time on axis 0, or a number.
+        progress : bool or rich.progress.Progress
+            As for :meth:`Step.scan_value_and_grad`.
+        checkpoints : Checkpoints, optional
+            Steps are counted there, and all is saved whenever the count is a multiple of its ``every``.
         """
         self._step.check_sequence(xs, targets)
         if self._run is None or self._made_for is not self._step.traces_state:
@@ -77,7 +100,36 @@ class Learner:
             self._run = brainstate.transform.jit(lambda *v: brainstate.transform.for_loop(self._one, *v))
         steps = len(jax.tree.leaves(xs)[0])
         every = jax.tree.map(lambda m: m if jnp.ndim(m) else jnp.full(steps, m), modulator)
-        return self._run(xs, targets, every)
+        if progress is False and checkpoints is None:
+            return self._run(xs, targets, every)
+        if checkpoints is None:
+            lengths = piece_lengths(steps)
+        else:
+            checkpoints.check_goes_on()
+            lengths = segment_lengths(steps, checkpoints.at, checkpoints.every, fine=progress is not False)
+
+        def after(steps: int) -> None:
+            if checkpoints is not None:
+                checkpoints.save(self, checkpoints.at + steps)
+
+        return in_pieces(
+            self._step, self._run, (xs, targets, every), lengths, progress, "learning", after=after
+        )
+
+    def saved_states(self) -> dict[str, Any]:
+        """What the learner keeps from call to call beside its step: states of the optimiser, summed gradients."""
+        waiting = {} if self._every == 1 else {"sum": self._sum, "count": self._count}
+        return {**self._optimizer_states(), **waiting}
+
+    @property
+    def step(self) -> Step:
+        """The compiled step that learns."""
+        return self._step
+
+    @property
+    def update_every(self) -> int:
+        """Steps between updates."""
+        return self._every
 
     def _one(self, x: Any, targets: tuple[Any, ...], modulator: Any) -> Any:
         loss, grads = self._step.value_and_grad(self._loss_fn)(x, *targets, modulator=modulator)
@@ -86,18 +138,20 @@ class Learner:
             self._update(keyed)
             return loss
         self._sum.value = jax.tree.map(jnp.add, self._sum.value, keyed)
-        self._count.value = self._count.value + 1
+        self._count.value = (self._count.value + 1) % self._every
 
         def update() -> None:
             self._update(self._sum.value)
             self._sum.value = jax.tree.map(jnp.zeros_like, self._sum.value)
 
-        brainstate.transform.cond(self._count.value % self._every == 0, update, lambda: None)
+        brainstate.transform.cond(self._count.value == 0, update, lambda: None)
         return loss
 
 
-def _update_function(optimizer: Any, params: dict[str, Any]) -> Callable[[Any], None]:
-    """One update of the parameters in place, for either kind of optimiser."""
+def _update_function(
+    optimizer: Any, params: dict[str, Any]
+) -> tuple[Callable[[Any], None], Callable[[], dict[str, Any]]]:
+    """One update of the parameters in place, for either kind of optimiser, and what finds the optimiser's states."""
     if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
         state = brainstate.ShortTermState(optimizer.init({path: s.value for path, s in params.items()}))
 
@@ -109,12 +163,34 @@ def _update_function(optimizer: Any, params: dict[str, Any]) -> Callable[[Any], 
                     lambda p, c: p + c.astype(p.dtype), values[path], changes[path]
                 )
 
-        return update
+        return update, lambda: {"optimizer": state}
     if hasattr(optimizer, "register_trainable_weights") and hasattr(optimizer, "update"):
         optimizer.register_trainable_weights(params)
-        return optimizer.update
+        return optimizer.update, lambda: dict(_states_within(optimizer, "optimizer", set()))
     raise OptionError(
         "learn needs an optimiser.",
         got=repr(optimizer),
         expected="an optax GradientTransformation (optax.adam(1e-3)) or a braintools optimiser (braintools.optim.Adam(1e-3))",
     )
+
+
+def _states_within(owner: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """States other than parameters that an optimiser holds: in attributes, lists and dicts, and in its schedules.
+
+    A schedule is no node of brainstate's graph; like the optimiser it has a ``state_dict``.
+    """
+    if id(owner) in seen:
+        return
+    seen.add(id(owner))
+    if isinstance(owner, brainstate.State):
+        if not isinstance(owner, brainstate.ParamState):
+            yield path, owner
+        return
+    if isinstance(owner, dict):
+        children = owner.items()
+    elif isinstance(owner, (list, tuple)):
+        children = enumerate(owner)
+    else:
+        children = vars(owner).items() if hasattr(owner, "state_dict") else ()
+    for name, child in children:
+        yield from _states_within(child, f"{path}.{name}", seen)

@@ -20,7 +20,9 @@ __all__ = ["ModelAccess", "access"]
 
 
 class ModelAccess(Protocol):
-    """Reads and writes parameters and states of a live model."""
+    """Reads and writes parameters and states of a live model; ``initial`` is what a reset goes back to."""
+
+    initial: Any
 
     def trace(self, inputs: tuple[Any, ...]) -> TracedStep: ...
 

@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from etcompile.errors import CarryError, InputError
-from etcompile.lowering.functions import Call, Carry, StepFunctions
+from etcompile.lowering.functions import Call, Carry, StepFunctions, Sums
 from etcompile.lowering.windows import check_end
 from etcompile.report import Report, make_report
 from etcompile.runtime.model_states import ModelAccess, state_kinds, trace_state
+from etcompile.runtime.progress import gradients_in_pieces, in_pieces, piece_lengths
 from etcompile.runtime.step_data import has_multi_step, split, unwrap
 from etcompile.schedule import check_chunk
 
 if TYPE_CHECKING:
     import networkx
+    from rich.progress import Progress
 
     from etcompile.compiler import Compiled
     from etcompile.ir.program import TraceProgram
@@ -217,7 +219,7 @@ class Step:
         return run
 
     def scan_value_and_grad(self, loss_fn: Callable, chunk: int | str | None = None) -> Callable:
-        """A function ``(xs, *targets, modulator=None) -> (losses, grads)`` over a sequence; time is axis 0.
+        """A function ``(xs, *targets, modulator=None, progress=False) -> (losses, grads)`` over a sequence; time is axis 0.
 
         ``losses`` has one number per step; ``grads`` are summed over the steps. The weights stay fixed. A ``modulator`` has
         time on axis 0 as well; a number holds for every step.
@@ -228,6 +230,10 @@ class Step:
 
         For a program of windows (``compile(..., within="exact")``, ``algo="bptt"``) ``chunk`` is the number of steps in a window;
         by default that of the rule, or else the whole call.
+
+        ``progress=True`` shows a bar with steps per second and the mean loss of the last steps. The sequence then runs in about
+        200 pieces of whole chunks, with the numbers of one call: each goes on from the states, traces and summed gradients of
+        the one before. A ``rich.progress.Progress`` gets a task of its own instead.
         """
         _check_callable(loss_fn)
         check_end(self.program)
@@ -238,20 +244,25 @@ class Step:
             return self._scan_windows(loss_fn, chunk if isinstance(chunk, int) else window)
         wanted = self._compiled.schedule.chunk if chunk is None else chunk
 
-        def run(xs: Any, *targets: Any, modulator: Any = None) -> tuple[Any, Any]:
+        def run(
+            xs: Any, *targets: Any, modulator: Any = None, progress: bool | Progress = False
+        ) -> tuple[Any, Any]:
             inputs = self._as_inputs(xs)
             self._check_sequence(inputs, targets)
             carry = self._carry()
             size = self._functions.chunk_size(wanted, _steps(inputs), self._compiled.schedule.memory)
-            fn = self._jit(
-                ("scan", loss_fn, size),
-                lambda p, s, t, i, y, c: (
-                    self._functions.scan_value_and_grad(loss_fn, p, Carry(s, t), i, y, c)
-                    if size == 1
-                    else self._functions.chunks_value_and_grad(loss_fn, size, p, Carry(s, t), i, y, c)
-                ),
-                donate=(2,),
-            )
+            key = ("scan", loss_fn, size)
+            functions = self._functions
+
+            def whole(p: Any, s: Carry, i: Any, y: Any, c: Call, sums: Sums | None = None) -> Any:
+                if size == 1:
+                    return functions.scan_value_and_grad(loss_fn, p, s, i, y, c, sums)
+                return functions.chunks_value_and_grad(loss_fn, size, p, s, i, y, c, sums)
+
+            if progress is not False:
+                call = _call(None, modulator)
+                return gradients_in_pieces(self, key, whole, size, (inputs, targets, call), progress)
+            fn = self._jit(key, lambda p, s, t, i, y, c: whole(p, Carry(s, t), i, y, c), donate=(2,))
             losses, grads, carry = self._guarded(fn, carry, inputs, targets, _call(None, modulator))
             self._set_carry(carry)
             return losses, grads
@@ -259,27 +270,34 @@ class Step:
         return run
 
     def _scan_windows(self, loss_fn: Callable, window: int) -> Callable:
-        def run(xs: Any, *targets: Any) -> tuple[Any, Any]:
+        def whole(p: Any, s: Carry, i: Any, y: Any, c: Call, sums: Sums | None = None) -> Any:
+            return self._functions.windows_value_and_grad(loss_fn, window, p, s, i, y, sums)
+
+        def run(xs: Any, *targets: Any, progress: bool | Progress = False) -> tuple[Any, Any]:
             inputs = self._as_inputs(xs)
             self._check_sequence(inputs, targets)
             carry = self._carry()
-            fn = self._jit(
-                ("windows", loss_fn, window),
-                lambda p, s, t, i, y, c: self._functions.windows_value_and_grad(
-                    loss_fn, window, p, Carry(s, t), i, y
-                ),
-                donate=(2,),
-            )
+            key = ("windows", loss_fn, window)
+            if progress is not False:
+                size = window or _steps(inputs)
+                return gradients_in_pieces(self, key, whole, size, (inputs, targets, {}), progress)
+            fn = self._jit(key, lambda p, s, t, i, y, c: whole(p, Carry(s, t), i, y, c), donate=(2,))
             losses, grads, carry = self._guarded(fn, carry, inputs, targets, {})
             self._set_carry(carry)
             return losses, grads
 
         return run
 
-    def scan(self, xs: Any) -> Any:
-        """Run a sequence forward (time is axis 0) and return all outputs; states and traces advance."""
+    def scan(self, xs: Any, progress: bool | Progress = False) -> Any:
+        """Run a sequence forward (time is axis 0) and return all outputs; states and traces advance.
+
+        ``progress`` as in :meth:`scan_value_and_grad`.
+        """
         inputs = self._as_inputs(xs)
         self._check_sequence(inputs, ())
+        if progress is not False:
+            lengths = piece_lengths(_steps(inputs))
+            return in_pieces(self, self.scan, (xs,), lengths, progress, "steps", losses=False)
         outputs, carry = self._jit("forward", self._functions.scan)(
             self._access.params(), self._carry(), inputs
         )

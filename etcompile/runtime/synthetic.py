@@ -500,7 +500,7 @@ def run_windows(
     steps = jax.tree.leaves(items)[0].shape[0]
     size = causal.program.window or steps
     before = (steps - 1) // size  # whole windows; the last one, of `size` steps or fewer, may end otherwise
-    state = (model.flatten_states(carry.states), carry.traces, functions._zero_sites())
+    state = (model.flatten_states(carry.states), carry.traces, functions.zero_sums())
     parts = []
     if before:
         grouped = jax.tree.map(lambda v: v[: before * size].reshape(before, size, *v.shape[1:]), items)
