@@ -76,7 +76,8 @@ def main(directory, result, *kill):
 
         saves.save = save
     xs, ys = data()
-    learn(xs[done:], ys[done:], checkpoints=saves)
+    if done < STEPS:
+        learn(xs[done:], ys[done:], checkpoints=saves)
     np.savez(result, *everything(learn))
 
 

@@ -77,10 +77,13 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(tmp_path):
     code, errors = finished(child(killed, tmp_path / "killed.npz", 3, delay))
     assert code == -signal.SIGKILL, (told, errors)
     first = etcompile.Checkpoints(killed).latest
-    assert first in (2 * EVERY, 3 * EVERY), told
+    assert first >= 2 * EVERY, told
 
     process = child(killed, tmp_path / "killed.npz")
-    while not (killed / str(first + EVERY)).exists() and process.poll() is None:
+    deadline = time.monotonic() + 300
+    while (
+        not (killed / str(first + EVERY)).exists() and process.poll() is None and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     time.sleep(wait)
     process.kill()

@@ -68,7 +68,7 @@ def small_pieces(monkeypatch):
 
 @pytest.mark.parametrize(("options", "chunk"), [
     ({}, 1), ({}, 2), ({"algo": "uoro"}, 1), ({"algo": "bptt", "window": 2}, None), ({"algo": "bptt"}, None),
-    ({"algo": "three_factor"}, 2),
+    ({"algo": "three_factor"}, 1),
 ])  # fmt: skip
 def test_gradients_of_a_sequence_in_pieces(options, chunk):
     given = {"modulator": RNG.normal(size=T)} if options.get("algo") == "three_factor" else {}
