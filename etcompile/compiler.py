@@ -124,7 +124,7 @@ def compile(
             return trial_gradients(program, analysis, algorithm.functions)
 
         program, records = manager.run(empty, passes, gradients)
-        causal = CausalProgram(program, analysis, algorithm.functions, how.trace_dtype)
+        causal = CausalProgram(program, analysis, algorithm.functions, how)
         return Compiled(
             analysis, program, records, causal, state_kinds(live.states()), algorithm.leaves_out, how
         )

@@ -59,7 +59,8 @@ class ParameterLine:
 class Report:
     """The analysis and the program in a form to read, or to query with :meth:`to_dict`.
 
-    ``leaves_out`` says what the rule approximates beside the cuts.
+    ``leaves_out`` says what the rule approximates beside the cuts; ``devices`` where arrays lie on a mesh: the mesh, then each
+    array with the mesh axes behind the sizes that they split.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Report:
     parameters: tuple[ParameterLine, ...]
     cuts: tuple[Cut, ...]
     traces: Mapping[str, int]
+    devices: tuple[str, ...] = ()
 
     @property
     def trace_bytes(self) -> int:
@@ -90,6 +92,7 @@ class Report:
             "cuts": [dataclasses.asdict(c) for c in self.cuts],
             "traces": dict(self.traces),
             "trace_bytes": self.trace_bytes,
+            "devices": list(self.devices),
         }
 
     def __str__(self) -> str:
@@ -119,6 +122,9 @@ class Report:
         if self.traces:
             lines.append("  traces")
             lines += [f"    {name}  {_bytes(size)}" for name, size in self.traces.items()]
+        if self.devices:
+            lines.append("  devices")
+            lines += [f"    {line}" for line in self.devices]
         lines.append("  cuts" if self.cuts else "  cuts: none")
         for cut in self.cuts:
             lines.append(f"    {cut.name}  {cut.source}  {cut.primitive}: {', '.join(cut.origins)}")
@@ -204,9 +210,13 @@ def _parts(analysis: Analysis, relations: list) -> str:
 
 
 def make_report(
-    analysis: Analysis, program: TraceProgram, traces: Mapping[str, Any], leaves_out: str = ""
+    analysis: Analysis,
+    program: TraceProgram,
+    traces: Mapping[str, Any],
+    leaves_out: str = "",
+    devices: tuple[str, ...] = (),
 ) -> Report:
-    """The report of one compiled program; ``traces`` holds arrays or their shapes, by name."""
+    """The report of one compiled program; ``traces`` holds arrays or their shapes, by name; ``devices`` where arrays lie."""
     import jax
 
     sizes = {
@@ -228,4 +238,5 @@ def make_report(
         parameters=parameter_lines(analysis, program, sizes),
         cuts=program.header.cuts,
         traces=sizes,
+        devices=devices,
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from etcompile.errors import OptionError
 
-__all__ = ["Schedule", "as_schedule"]
+__all__ = ["Schedule", "as_schedule", "check_chunk", "require_divisible_batch"]
 
 #: Bytes that what is stacked over a chunk's steps may take, unless the schedule says otherwise.
 MEMORY = 256 << 20
@@ -29,6 +31,13 @@ class Schedule:
         What traces are stored in between steps (in chunks: between chunks), ``"bfloat16"`` or ``"float16"`` say. They are
         computed in the model's precision, and rounded when they are stored; sums are taken in float32 at least. None: as
         the model. A trace that is no wider keeps its own dtype; one with filtered inputs in its place has nothing to narrow.
+    mesh : jax.sharding.Mesh, optional
+        Devices over which parameters, states and traces are split. How its axes are typed does not matter.
+    batch : str or tuple of str, optional
+        Axes of the mesh over which the examples of a batch are split; their number must be a multiple of these devices.
+    units : str or tuple of str, optional
+        Axes of the mesh over which the units of each layer are split: the output axes of weights, and the unit axes of states
+        and traces. What does not divide stays whole, and ``step.report()`` says so.
 
     Raises
     ------
@@ -40,11 +49,18 @@ class Schedule:
     >>> import etcompile
     >>> etcompile.Schedule(chunk=50).chunk
     50
+    >>> import jax
+    >>> mesh = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
+    >>> etcompile.Schedule(mesh=mesh, batch="data", units="model").unit_axes
+    ('model',)
     """
 
     chunk: int | str = "auto"
     memory: int = MEMORY
     trace_dtype: Any = None
+    mesh: Mesh | None = None
+    batch: str | tuple[str, ...] | None = None
+    units: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_chunk(self.chunk)
@@ -52,6 +68,17 @@ class Schedule:
             raise OptionError("memory must be a positive number of bytes.", got=f"memory={self.memory!r}")
         if self.trace_dtype is not None:
             _check_floating(self.trace_dtype)
+        _check_mesh(self)
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """Axes of the mesh for examples."""
+        return _names(self.batch)
+
+    @property
+    def unit_axes(self) -> tuple[str, ...]:
+        """Axes of the mesh for units."""
+        return _names(self.units)
 
 
 def _check_floating(dtype: Any) -> None:
@@ -71,6 +98,64 @@ def check_chunk(chunk: Any) -> None:
     """Raise :class:`OptionError` unless ``chunk`` is a positive integer or ``"auto"``."""
     if chunk != "auto" and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise OptionError("chunk must be a positive integer, or 'auto'.", got=f"chunk={chunk!r}")
+
+
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
+
+def _check_mesh(schedule: Schedule) -> None:
+    mesh = schedule.mesh
+    for option, axes in (("batch", schedule.batch), ("units", schedule.units)):
+        names = isinstance(axes, tuple) and axes != () and all(isinstance(a, str) for a in axes)
+        if not (axes is None or isinstance(axes, str) or names):
+            raise OptionError(
+                f"{option} must name axes of the mesh.",
+                got=f"{option}={axes!r}",
+                expected="a name, or a tuple of names",
+            )
+    wanted = (*schedule.batch_axes, *schedule.unit_axes)
+    if mesh is None:
+        if wanted:
+            raise OptionError(
+                "there is no mesh to split over.",
+                got=f"batch={schedule.batch!r}, units={schedule.units!r}, mesh=None",
+                hint="mesh=jax.make_mesh((4, 2), ('data', 'model')), for example.",
+            )
+        return
+    if not isinstance(mesh, Mesh):
+        raise OptionError("mesh must be a jax.sharding.Mesh.", got=f"mesh={mesh!r}")
+    if not wanted:
+        raise OptionError(
+            "a mesh needs to be told what is split over its axes.",
+            got=f"mesh with axes {mesh.axis_names}, batch=None, units=None",
+            expected="batch=, units= or both",
+        )
+    for name in wanted:
+        if name not in mesh.axis_names:
+            raise OptionError(
+                f"the mesh has no axis {name!r}.",
+                got=f"batch={schedule.batch!r}, units={schedule.units!r}",
+                expected=f"names among {mesh.axis_names}",
+            )
+    if len(set(wanted)) != len(wanted):
+        raise OptionError(
+            "an axis of the mesh can split one thing only.",
+            got=f"batch={schedule.batch!r}, units={schedule.units!r}",
+        )
+
+
+def require_divisible_batch(schedule: Schedule, size: int) -> None:
+    """Raise :class:`OptionError` where examples cannot be shared out evenly."""
+    if schedule.mesh is None:
+        return
+    parts = math.prod(schedule.mesh.shape[a] for a in schedule.batch_axes)
+    if size % parts:
+        raise OptionError(
+            f"{size} examples cannot be split evenly over {parts} devices.",
+            got=f"batch={schedule.batch!r} of a mesh with {dict(schedule.mesh.shape)}",
+            expected=f"a batch size that is a multiple of {parts}",
+        )
 
 
 def as_schedule(schedule: Any) -> Schedule:

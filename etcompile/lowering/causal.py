@@ -21,7 +21,9 @@ from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.feedback import check_feedback
 from etcompile.lowering.in_place import computed_once, known_after
 from etcompile.lowering.layers import list_shapes, rows_shape
+from etcompile.lowering.placement import Placement, placement_of
 from etcompile.lowering.snap import snap_shape
+from etcompile.schedule import Schedule
 
 __all__ = ["CausalProgram"]
 
@@ -51,14 +53,14 @@ class CausalProgram:
     analysis : Analysis
     functions : mapping of str to callable
         Functions of ``map`` ops that are not importable by name.
-    trace_dtype : dtype, optional
-        What traces and other values of a weight's size for every unit are stored in from step to step, where that is narrower
-        than their own dtype, in which everything is computed.
+    schedule : Schedule, optional
+        Says what is split over devices, and what traces and other values of a weight's size for every unit are stored in from
+        step to step, where that is narrower than their own dtype, in which everything is computed.
 
     Raises
     ------
     OptionError
-        If ``trace_dtype`` is wider than the dtype of every trace.
+        If its ``trace_dtype`` is wider than the dtype of every trace.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class CausalProgram:
         program: TraceProgram,
         analysis: Analysis,
         functions: Mapping[str, Callable] | None = None,
-        trace_dtype: Any = None,
+        schedule: Schedule | None = None,
     ) -> None:
         self.program = program
         self.model = LoweredModel(analysis)
@@ -76,12 +78,17 @@ class CausalProgram:
         self.late = [e for e in program.equations if e.name in late]
         self._advanced = _made_of_traces(program)
         self._rows = carried_rows(program)
-        self._narrow = {} if trace_dtype is None else self._narrowed(jnp.dtype(trace_dtype))
+        dtype = None if schedule is None else schedule.trace_dtype
+        self._narrow = {} if dtype is None else self._narrowed(jnp.dtype(dtype))
         check_feedback(self.model, program)
+        self.placement = Placement()
+        if schedule is not None and schedule.mesh is not None:
+            entries = {name: self._entry(program.equation(name))[0] for name in self._rows}
+            self.placement = placement_of(self.model, program, schedule, entries)
 
     def init_traces(self) -> Traces:
         """Carried values of the program, all zero; ``None`` where an entry is structurally zero or never read."""
-        return self.stored(dict.fromkeys(self._rows))
+        return self._rounded(dict.fromkeys(self._rows))
 
     def init_traces_shapes(self) -> Traces:
         """Shapes and dtypes of :meth:`init_traces`, without allocating anything."""
@@ -94,7 +101,8 @@ class CausalProgram:
 
         Returns the step with its derivatives, the new traces, and all values that do not need the loss.
         """
-        step = self.model.step(weights, states, inputs)
+        place = self.placement
+        step = self.model.step(weights, place.hold_states(states), place.hold_batch(inputs))
         context = Context(self.program, self.model, step, None, self.functions)
         values = evaluate(context, self.early, {}, self.wide(traces))
         return step, self.stored(values), values
@@ -131,7 +139,8 @@ class CausalProgram:
         The same as :meth:`forward` and :meth:`gradients`, in an order that lets every trace be updated in place: what reads the
         old one goes first.
         """
-        step = self.model.step(weights, states, inputs)
+        place = self.placement
+        step = self.model.step(weights, place.hold_states(states), place.hold_batch(inputs))
         value, cotangents = loss(step.outputs)
         after = step.with_loss(cotangents, [None] * len(states), call)
         quiet = Context(self.program, self.model, step, None, self.functions)
@@ -173,7 +182,9 @@ class CausalProgram:
 
     def kept(self, equation: Equation, value: Any) -> Any:
         """What of a value is carried to the next step."""
-        return self._kept(equation, self._rows[equation.name], value)
+        return self.placement.hold_trace(
+            equation.name, self._kept(equation, self._rows[equation.name], value)
+        )
 
     # -- carried values -----------------------------------------------------------------------------------------
 
@@ -184,6 +195,9 @@ class CausalProgram:
 
     def stored(self, values: Mapping[str, Any]) -> Traces:
         """What is carried to the next step of the values of this one: rounded once, where it is stored narrower."""
+        return self.placement.hold_traces(self._rounded(values))
+
+    def _rounded(self, values: Mapping[str, Any]) -> Traces:
         kept = {
             name: self._kept(self.program.equation(name), rows, values[name])
             for name, rows in self._rows.items()

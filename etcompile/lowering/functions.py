@@ -48,6 +48,7 @@ class StepFunctions:
     def __init__(self, causal: CausalProgram) -> None:
         self.causal = causal
         self.model: StepModel = causal.model.analysis.model
+        self.place = causal.placement
         self._apply = jax.custom_vjp(self._primal)
         self._apply.defvjp(self._forward, self._backward)
 
@@ -58,14 +59,12 @@ class StepFunctions:
     ) -> tuple[Carry, Any]:
         """One time step: ``(params, carry, inputs) -> (carry, outputs)``; ``call`` as in :class:`CausalProgram`."""
         model = self.model
+        states, traces = self._enter(carry)
         outputs, states, traces = self._apply(
-            model.flatten_params(params),
-            model.flatten_states(carry.states),
-            carry.traces,
-            model.flatten_inputs(inputs),
-            call or {},
+            self._leaves(params), states, traces, model.flatten_inputs(inputs), call or {}
         )
-        return Carry(model.unflatten_states(states), traces), jax.tree.unflatten(model.output_tree, outputs)
+        outputs = self.place.hold_batch(outputs)
+        return self._leave(states, traces), jax.tree.unflatten(model.output_tree, outputs)
 
     def _primal(
         self, params: list, states: list, traces: Traces, inputs: list, call: Call
@@ -124,17 +123,16 @@ class StepFunctions:
     ) -> tuple[Array, Any, Carry]:
         """Loss and parameter gradients of one online step, and the new carry."""
         model = self.model
-        leaves = model.flatten_params(params)
+        leaves = self._leaves(params)
         loss, sites, states, traces = self.step_with_sites(
             self.causal.model.hoist(leaves),
-            model.flatten_states(carry.states),
-            carry.traces,
+            *self._enter(carry),
             model.flatten_inputs(inputs),
             loss_fn,
             targets,
             call,
         )
-        return loss, self._gradients(leaves, sites), Carry(model.unflatten_states(states), traces)
+        return self.place.hold_whole(loss), self._gradients(leaves, sites), self._leave(states, traces)
 
     def scan_value_and_grad(
         self,
@@ -152,7 +150,7 @@ class StepFunctions:
         the sites over earlier steps, the second result is those sums with these steps added; see :meth:`gradients`.
         """
         model = self.model
-        leaves = model.flatten_params(params)
+        leaves = self._leaves(params)
         per_step = not all(s.hoisted for s in self.causal.program.header.sites)
         weights = self.causal.model.hoist(leaves)
 
@@ -167,10 +165,10 @@ class StepFunctions:
             return (states, traces, total), loss
 
         moving, join = _moving(call)
-        start = (model.flatten_states(carry.states), carry.traces, self.zero_sums() if sums is None else sums)
+        start = (*self._enter(carry), self.zero_sums() if sums is None else sums)
         (states, traces, total), losses = lax.scan(body, start, (xs, targets, moving))
         found = self._gradients(leaves, total) if sums is None else total
-        return losses, found, Carry(model.unflatten_states(states), traces)
+        return self.place.hold_whole(losses), found, self._leave(states, traces)
 
     def windows_value_and_grad(
         self,
@@ -187,7 +185,7 @@ class StepFunctions:
         ``sums`` as in :meth:`scan_value_and_grad`.
         """
         model = self.model
-        leaves = model.flatten_params(params)
+        leaves = self._leaves(params)
         weights = self.causal.model.hoist(leaves)
         check_windows(self.causal)
 
@@ -202,10 +200,10 @@ class StepFunctions:
             return (states, traces, total), losses
 
         items = (jax.vmap(model.flatten_inputs)(xs), targets)
-        state = (model.flatten_states(carry.states), carry.traces, self.zero_sums() if sums is None else sums)
+        state = (*self._enter(carry), self.zero_sums() if sums is None else sums)
         (states, traces, total), losses = _in_parts(one, state, items, window)
         found = self._gradients(leaves, total) if sums is None else total
-        return losses, found, Carry(model.unflatten_states(states), traces)
+        return self.place.hold_whole(losses), found, self._leave(states, traces)
 
     def chunks_value_and_grad(
         self,
@@ -220,7 +218,7 @@ class StepFunctions:
     ) -> tuple[Array, Any, Carry]:
         """As :meth:`scan_value_and_grad`, many steps at once; the last chunk may be shorter."""
         model = self.model
-        leaves = model.flatten_params(params)
+        leaves = self._leaves(params)
         weights = self.causal.model.hoist(leaves)
         program = self._chunks
         moving, join = _moving(call)
@@ -243,10 +241,10 @@ class StepFunctions:
             return (states, traces, total), losses
 
         items = (jax.vmap(model.flatten_inputs)(xs), (targets, moving))
-        state = (model.flatten_states(carry.states), carry.traces, self.zero_sums() if sums is None else sums)
+        state = (*self._enter(carry), self.zero_sums() if sums is None else sums)
         (states, traces, total), losses = _in_parts(one, state, items, chunk)
         found = self._gradients(leaves, total) if sums is None else total
-        return losses, found, Carry(model.unflatten_states(states), traces)
+        return self.place.hold_whole(losses), found, self._leave(states, traces)
 
     @cached_property
     def _chunks(self) -> ChunkProgram:
@@ -269,9 +267,9 @@ class StepFunctions:
 
     def zero_sums(self) -> Sums:
         """Gradients of the sites over no steps at all."""
-        return {
-            name: jnp.zeros(g.weight_shape, g.weight_dtype) for name, g in self.causal.model.sites.items()
-        }
+        sites = self.causal.model.sites
+        zeros = {name: jnp.zeros(g.weight_shape, g.weight_dtype) for name, g in sites.items()}
+        return self.place.hold_weights(zeros)
 
     def scan(self, params: Any, carry: Carry, xs: tuple) -> tuple[Any, Carry]:
         """Outputs of every step; the traces advance."""
@@ -287,7 +285,24 @@ class StepFunctions:
         return self._gradients(self.model.flatten_params(params), sums)
 
     def _gradients(self, leaves: list, sites: Mapping[str, Array]) -> Any:
-        return jax.tree.unflatten(self.model.param_tree, self.causal.model.unhoist(leaves, sites))
+        found = self.causal.model.unhoist(leaves, self.place.hold_weights(sites))
+        return jax.tree.unflatten(self.model.param_tree, self.place.hold_params(found))
+
+    # -- where arrays lie ---------------------------------------------------------------------------------------
+
+    def _leaves(self, params: Any) -> list[Array]:
+        """Leaves of the parameters, in place."""
+        return self.place.hold_params(self.model.flatten_params(params))
+
+    def _enter(self, carry: Carry) -> tuple[list[Array], Traces]:
+        """States and traces of a carry, in place."""
+        states = self.place.hold_states(self.model.flatten_states(carry.states))
+        return states, self.place.hold_traces(carry.traces)
+
+    def _leave(self, states: list[Array], traces: Traces) -> Carry:
+        """The carry of states and traces, in place."""
+        held = self.place.hold_states(states)
+        return Carry(self.model.unflatten_states(held), self.place.hold_traces(traces))
 
 
 def _in_parts(

@@ -73,6 +73,21 @@ class SiteGeometry:
     y_shape: tuple[int, ...]
     y_dtype: Any
     other_dtype: Any
+    kept: tuple[int, ...]
+
+    @property
+    def weight_axes(self) -> tuple[int, ...]:
+        """The weight's axes in the order of a gradient that a trace gives: axes that y keeps, then contracted ones."""
+        operation, n = self.operation, len(self.weight_shape)
+        if operation is not None and self.site.kind == "dot_general":
+            contract, batch = operation.params["dimension_numbers"]
+            w = self.site.operand
+            free = (d for d in range(n) if d not in contract[w] and d not in batch[w])
+            return (*batch[w], *free, *contract[w])
+        if operation is not None and self.site.kind == "conv":
+            rhs = operation.params["dimension_numbers"].rhs_spec
+            return (rhs[0], rhs[1], *rhs[2:])
+        return (*range(1, n), 0) if self.site.kind == "embedding" else tuple(range(n))
 
     def presynaptic(self, env: dict[int, Array]) -> tuple[Array, ...]:
         """The operands beside the weight; where the operation may not be linear in the weight, the weight itself too."""
@@ -166,7 +181,8 @@ def site_geometry(analysis: Analysis, site: Site) -> SiteGeometry:
     if site.kind in ("dot_general", "conv"):
         assert operation is not None
         other = body.aval(operation.inputs[1 - site.operand]).dtype
-    return SiteGeometry(site, operation, weight.shape, weight.dtype, y.shape, y.dtype, other)
+    kept = _kept_axes(body, site, len(y.shape))
+    return SiteGeometry(site, operation, weight.shape, weight.dtype, y.shape, y.dtype, other, kept)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -326,7 +342,7 @@ class TraceGeometry:
         return self.to_weight(sum_products(pairs, first, dtype), left)
 
     @property
-    def weight_axes(self) -> list[int]:
+    def of_weight(self) -> list[int]:
         """Axes of a trace that are axes of the weight: kept ones, then contracted ones."""
         n_y = len(self.relation.shape)
         return [*self.kept, *range(n_y, n_y + len(self.contracted))]
@@ -340,24 +356,9 @@ class TraceGeometry:
         ]
         if any(low or high for low, high, _ in pads):
             value = lax.pad(value, jnp.zeros((), value.dtype), pads)
-        logical = self.weight_axes
-        order = [axes.index(logical[k]) for k in self._weight_order(len(logical))]
+        logical = self.of_weight
+        order = [axes.index(logical[k]) for k in np.argsort(self.site.weight_axes)]
         return jnp.transpose(value, order).astype(self.site.weight_dtype)
-
-    def _weight_order(self, n: int) -> list[int]:
-        """Which of the kept and contracted axes each axis of the weight is."""
-        site = self.site
-        if site.site.kind == "dot_general":
-            assert site.operation is not None
-            contract, batch = site.operation.params["dimension_numbers"]
-            w = site.site.operand
-            free = [d for d in range(len(site.weight_shape)) if d not in contract[w] and d not in batch[w]]
-            return np.argsort([*batch[w], *free, *contract[w]]).tolist()
-        if site.site.kind == "conv":
-            assert site.operation is not None
-            rhs = site.operation.params["dimension_numbers"].rhs_spec
-            return np.argsort([rhs[0], rhs[1], *rhs[2:]]).tolist()
-        return [n - 1, *range(n - 1)] if site.site.kind == "embedding" else list(range(n))
 
 
 def _folded(value: Array, first: int, last: int) -> Array:
@@ -375,7 +376,7 @@ def trace_geometry(analysis: Analysis, relation: Relation) -> TraceGeometry:
     geometry = site_geometry(analysis, site)
     contracted = contracted_shape(analysis, site) or ()
     n_y, n_c = len(geometry.y_shape), len(contracted)
-    kept = _kept_axes(analysis.split.body, site, n_y)
+    kept = geometry.kept
     summed = tuple(a for a in range(n_y) if a not in kept)
     order = (*range(n_y, n_y + n_c), *summed, *kept)
     group = analysis.group(relation.group)

@@ -307,4 +307,4 @@ def contract_snap(
     )  # [channels, E or 1, contracted]
     total = jnp.moveaxis(total, 0, 1)
     lead = (shape[0],) if each else ()
-    return geometry.to_weight(total.reshape(*lead, *kept, *geometry.contracted), geometry.weight_axes)
+    return geometry.to_weight(total.reshape(*lead, *kept, *geometry.contracted), geometry.of_weight)

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 
 from etcompile.errors import CarryError, InputError
 from etcompile.lowering.functions import Call, Carry, StepFunctions, Sums
+from etcompile.lowering.placement import Placement
 from etcompile.lowering.windows import check_end
 from etcompile.report import Report, make_report
 from etcompile.runtime.model_states import ModelAccess, state_kinds, trace_state
 from etcompile.runtime.progress import gradients_in_pieces, in_pieces, piece_lengths
 from etcompile.runtime.step_data import has_multi_step, split, unwrap
-from etcompile.schedule import check_chunk
+from etcompile.schedule import check_chunk, require_divisible_batch
 
 if TYPE_CHECKING:
     import networkx
@@ -69,6 +70,7 @@ class Step:
         self._inputs = jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v), jnp.result_type(v)), inputs)
         self._jitted: dict[Any, Callable] = {}
         self._traces = trace_state(compiled.causal.init_traces())
+        self.place()
 
     # -- what the step is ---------------------------------------------------------------------------------------
 
@@ -106,13 +108,15 @@ class Step:
             self._compiled.program,
             self._compiled.causal.init_traces_shapes(),
             self._compiled.leaves_out,
+            self._place.lines(),
         )
 
     def __repr__(self) -> str:
-        header = self.program.header
+        header, mesh = self.program.header, self._place.mesh
+        devices = "" if mesh is None else f", mesh={dict(mesh.shape)}"
         return (
             f"Step({header.model}, algo={self.program.name}, groups={len(header.groups)}, "
-            f"cuts={len(header.cuts)}, exact={self.exact})"
+            f"cuts={len(header.cuts)}, exact={self.exact}{devices})"
         )
 
     # -- pure functions -----------------------------------------------------------------------------------------
@@ -160,9 +164,8 @@ class Step:
         inputs, target, modulator = unwrap((inputs, target, modulator))
         carry = self._carry()
         self._functions.model.flatten_inputs(inputs)
-        carry, out = self._jit("apply", self._functions.apply)(
-            self._access.params(), carry, inputs, _call(target, modulator)
-        )
+        params, carry, data = self._placed(carry, (inputs, _call(target, modulator)))
+        carry, out = self._jit("apply", self._functions.apply)(params, carry, *data)
         self._set_carry(carry)
         return out
 
@@ -182,7 +185,8 @@ class Step:
 
             return jax.lax.scan(body, carry, xs)
 
-        carry, out = self._jit("steps", run)(self._access.params(), self._carry(), args)
+        params, carry, _ = self._placed(self._carry(), ())
+        carry, out = self._jit("steps", run)(params, carry, args)
         self._set_carry(carry)
         return out
 
@@ -212,7 +216,7 @@ class Step:
                 lambda p, s, t, i, y, c: self._functions.value_and_grad(loss_fn, p, Carry(s, t), i, y, c),
                 donate=(2,),
             )
-            loss, grads, carry = self._guarded(fn, carry, inputs, targets, _call(None, modulator))
+            loss, grads, carry = self._guarded(fn, carry, inputs, targets, _call(None, modulator), time=0)
             self._set_carry(carry)
             return loss, grads
 
@@ -298,9 +302,8 @@ class Step:
         if progress is not False:
             lengths = piece_lengths(_steps(inputs))
             return in_pieces(self, self.scan, (xs,), lengths, progress, "steps", losses=False)
-        outputs, carry = self._jit("forward", self._functions.scan)(
-            self._access.params(), self._carry(), inputs
-        )
+        params, carry, (inputs,) = self._placed(self._carry(), (inputs,), time=1)
+        outputs, carry = self._jit("forward", self._functions.scan)(params, carry, inputs)
         self._set_carry(carry)
         return outputs
 
@@ -333,10 +336,12 @@ class Step:
         """
         if batch_size is not None:
             _check_batch(batch_size)
+            require_divisible_batch(self._compiled.schedule, batch_size)
         if not self._access.reset(batch_size):
             counts = {e.name for e in self.program.equations if e.type.kind == "count"}
             kept = {name: value for name, value in self._traces.value.items() if name in counts}
             self._traces.value = {**self._compiled.causal.init_traces(), **kept}
+            self.place()
             return
         old = jax.tree.leaves(self._inputs)
         size = old[0].shape[0] if old and old[0].shape else None
@@ -372,8 +377,37 @@ class Step:
         self._access.set_states(carry.states)
         self._traces.value = carry.traces
 
-    def _guarded(self, fn: Callable, carry: Carry, inputs: tuple, targets: tuple, call: Call) -> Any:
-        return fn(self._access.params(), carry.states, carry.traces, inputs, targets, call)
+    def _guarded(
+        self, fn: Callable, carry: Carry, inputs: tuple, targets: tuple, call: Call, time: int = 1
+    ) -> Any:
+        params, carry, data = self._placed(carry, (inputs, targets, call), time)
+        return fn(params, carry.states, carry.traces, *data)
+
+    @property
+    def _place(self) -> Placement:
+        return self._compiled.causal.placement
+
+    def place(self) -> None:
+        """Put the model's parameters and states and the traces where the schedule's mesh wants them; nothing without a mesh.
+
+        Calls do so by themselves; it is for code that reads these states on its own and expects them on all devices.
+        """
+        if self._place.mesh is None:
+            return
+        params, carry, _ = self._placed(self._carry(), ())
+        self._access.set_params(params)
+        self._set_carry(carry)
+
+    def place_data(self, data: Any, time: int) -> Any:
+        """Data of a call on the schedule's mesh; its examples are on axis ``time``."""
+        return self._place.put_batch(data, time)
+
+    def _placed(self, carry: Carry, data: Any, time: int = 0) -> tuple[Any, Carry, Any]:
+        """Parameters, carry and the data of a call on the schedule's mesh; all as they are where there is none."""
+        place, model = self._place, self._functions.model
+        states = place.put_states(carry.states, model.complex_states)
+        moved = Carry(states, dict(place.put_traces(carry.traces)))
+        return place.put_params(self._access.params()), moved, place.put_batch(data, time)
 
     def _jit(self, key: Any, fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
         if key not in self._jitted:

@@ -1,0 +1,327 @@
+"""Where arrays lie on a device mesh: examples over the mesh axes named ``batch``, units over those named ``units``.
+
+Nothing here changes a number: a placement says where elements lie, and JAX's partitioner does the rest. An axis whose size
+is no multiple of the number of devices stays whole, and the report says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from etcompile.errors import ModelError
+from etcompile.ir.program import Equation, TraceProgram
+from etcompile.lowering.axes import Axes, ModelAxes
+from etcompile.schedule import Schedule, require_divisible_batch
+
+if TYPE_CHECKING:
+    from etcompile.lowering.derivatives import LoweredModel
+
+__all__ = ["Placed", "Placement", "placement_of"]
+
+Array = Any
+Tree = Any
+
+#: Values in which every unit meets every other from step to step: splitting their units would move all of them.
+_BY_EVERY_PATH = ("influence", "response", "snap")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Where one array lies.
+
+    Attributes
+    ----------
+    path : str
+    shape : tuple of int
+    axes : tuple of tuple of str
+        For each axis of the array the mesh axes that it is split over; empty where it is whole.
+    note : str
+        Why an axis that could be split is whole.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    @property
+    def spec(self) -> PartitionSpec:
+        return PartitionSpec(*[names or None for names in self.axes])
+
+    def __str__(self) -> str:
+        sizes = (f"{n}@{'+'.join(a)}" if a else str(n) for n, a in zip(self.shape, self.axes, strict=True))
+        return f"{self.path} [{', '.join(sizes)}]" + (f" ({self.note})" if self.note else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the arrays of one compiled program lie; without a mesh, a placement that leaves everything where it is.
+
+    Attributes
+    ----------
+    mesh : Mesh or None
+        The user's mesh with axes that the partitioner may handle by itself.
+    batch : tuple of str
+        Mesh axes for the examples.
+    examples : int or None
+        Size of the example axis.
+    params, states : tuple of Placed
+        By leaf of the model's trees.
+    weights : mapping of str to Placed
+        Effective weights by site.
+    traces : mapping of str to (Placed or tuple of Placed)
+        One entry of each carried value, or one for each of its arrays where they differ.
+    note : str
+        Why nothing is split over units, where that is so.
+    """
+
+    mesh: Mesh | None = None
+    batch: tuple[str, ...] = ()
+    examples: int | None = None
+    params: tuple[Placed, ...] = ()
+    states: tuple[Placed, ...] = ()
+    weights: Mapping[str, Placed] = dataclasses.field(default_factory=dict)
+    traces: Mapping[str, Placed | tuple[Placed, ...]] = dataclasses.field(default_factory=dict)
+    note: str = ""
+
+    # -- inside of compiled functions ---------------------------------------------------------------------------
+
+    def hold_params(self, leaves: Sequence[Array]) -> list[Array]:
+        """Parameters, or their gradients, held in place."""
+        return self._hold_leaves(leaves, self.params)
+
+    def hold_states(self, leaves: Sequence[Array]) -> list[Array]:
+        return self._hold_leaves(leaves, self.states)
+
+    def hold_batch(self, values: Tree) -> Tree:
+        """Inputs or outputs of one step."""
+        return jax.tree.map(lambda v: self._hold(v, self._leading(v.shape)), values)
+
+    def hold_weights(self, values: Mapping[str, Array]) -> dict[str, Array]:
+        """Arrays of the shape of effective weights, by site."""
+        return {s: v if self.mesh is None else self._hold(v, self.weights[s]) for s, v in values.items()}
+
+    def hold_trace(self, name: str, value: Tree) -> Tree:
+        """One carried value of the program; its entries that are zero for every input stay None."""
+        if self.mesh is None or value is None:
+            return value
+        placed = self.traces[name]
+        if isinstance(placed, tuple):
+            return tuple(self._hold(v, p) for v, p in zip(value, placed, strict=True))
+        return jax.tree.map(lambda v: self._hold(v, placed), value)
+
+    def hold_traces(self, traces: Mapping[str, Tree]) -> dict[str, Tree]:
+        return {name: self.hold_trace(name, value) for name, value in traces.items()}
+
+    def hold_whole(self, value: Array) -> Array:
+        """The same on every device."""
+        return self._hold(value, Placed("", value.shape, ((),) * value.ndim))
+
+    def _hold_leaves(self, leaves: Sequence[Array], placed: Sequence[Placed]) -> list[Array]:
+        if self.mesh is None:
+            return list(leaves)
+        return [self._hold(v, p) for v, p in zip(leaves, placed, strict=True)]
+
+    def _hold(self, value: Array, placed: Placed) -> Array:
+        return value if self.mesh is None else lax.with_sharding_constraint(value, self._sharding(placed))
+
+    # -- between calls ------------------------------------------------------------------------------------------
+
+    def put_params(self, tree: Tree) -> Tree:
+        return self._put_leaves(tree, self.params)
+
+    def put_states(self, tree: Tree, complex_states: Sequence[bool]) -> Tree:
+        """States of the model; each complex one stands twice in :attr:`states`."""
+        if self.mesh is None:
+            return tree
+        first, placed = 0, []
+        for is_complex in complex_states:
+            placed.append(self.states[first])
+            first += 1 + is_complex
+        return self._put_leaves(tree, placed)
+
+    def put_traces(self, traces: Mapping[str, Tree]) -> Mapping[str, Tree]:
+        if self.mesh is None:
+            return traces
+        found = {}
+        for name, value in traces.items():
+            placed, count = self.traces[name], len(jax.tree.leaves(value))
+            each: tuple[Any, ...] = placed if isinstance(placed, tuple) and count else (placed,) * count
+            found[name] = self._put_leaves(value, each)
+        return found
+
+    def put_batch(self, tree: Tree, axis: int) -> Tree:
+        """Data of a call, whose axis number ``axis`` counts the examples where it has their number."""
+        if self.mesh is None:
+            return tree
+        return self._put_leaves(
+            tree, [self._leading(v.shape, axis) for v in map(_array, jax.tree.leaves(tree))]
+        )
+
+    def _put_leaves(self, tree: Tree, placed: Sequence[Placed]) -> Tree:
+        if self.mesh is None:
+            return tree
+        leaves, structure = jax.tree.flatten(tree)
+        return jax.tree.unflatten(structure, jax.device_put(leaves, [self._sharding(p) for p in placed]))
+
+    def _leading(self, shape: tuple[int, ...], axis: int = 0) -> Placed:
+        here = self.examples is not None and len(shape) > axis and shape[axis] == self.examples
+        return Placed("", shape, tuple(self.batch if here and a == axis else () for a in range(len(shape))))
+
+    def _sharding(self, placed: Placed) -> NamedSharding:
+        assert self.mesh is not None
+        return NamedSharding(self.mesh, placed.spec)
+
+    # -- in words -----------------------------------------------------------------------------------------------
+
+    def lines(self) -> tuple[str, ...]:
+        """The mesh, then each array with the mesh axes behind the sizes that they split."""
+        if self.mesh is None:
+            return ()
+        sizes = ", ".join(f"{name}={size}" for name, size in self.mesh.shape.items())
+        lines = [f"mesh {sizes}" + (f" ({self.note})" if self.note else "")]
+        lines += [f"parameter {p}" for p in self.params]
+        lines += [f"state {p}" for p in self.states]
+        for placed in self.traces.values():
+            lines += [f"trace {p}" for p in (placed if isinstance(placed, tuple) else (placed,))]
+        return tuple(lines)
+
+
+def placement_of(
+    model: LoweredModel, program: TraceProgram, schedule: Schedule, entries: Mapping[str, Any]
+) -> Placement:
+    """Where the arrays of a program lie.
+
+    Parameters
+    ----------
+    model : LoweredModel
+    program : TraceProgram
+    schedule : Schedule
+    entries : mapping of str to (shape or list of shapes)
+        Shapes of one entry of every carried value.
+
+    Raises
+    ------
+    ModelError
+        The examples shall be split, and the step has no example axis.
+    OptionError
+        The number of examples is no multiple of the devices that they shall go to.
+    """
+    if schedule.mesh is None:
+        return Placement()
+    mesh = Mesh(
+        schedule.mesh.devices,
+        schedule.mesh.axis_names,
+        axis_types=(AxisType.Auto,) * len(schedule.mesh.axis_names),
+    )
+    if schedule.batch_axes:
+        if model.examples is None:
+            raise ModelError(
+                f"{model.analysis.model.name} has no example axis that could be split over {schedule.batch!r}.",
+                got="a step of one example, or one in which examples meet",
+                expected="a batch as the leading axis of all inputs, hidden states and outputs",
+                hint="compile with batch_size=..., or leave out batch= and split the units alone.",
+            )
+        require_divisible_batch(schedule, model.examples)
+    every_path = next((e for e in program.equations if e.type.kind in _BY_EVERY_PATH), None)
+    units = schedule.unit_axes if every_path is None else ()
+    return _Placing(model, program, mesh, schedule.batch_axes, units, entries).placement(
+        f"{program.name} follows every path between units, so nothing is split over {'+'.join(schedule.unit_axes)}"
+        if every_path is not None and schedule.unit_axes
+        else ""
+    )
+
+
+class _Placing:
+    def __init__(
+        self,
+        model: LoweredModel,
+        program: TraceProgram,
+        mesh: Mesh,
+        batch: tuple[str, ...],
+        units: tuple[str, ...],
+        entries: Mapping[str, Any],
+    ) -> None:
+        self.model, self.program, self.mesh = model, program, mesh
+        self.batch, self.units, self.entries = batch, units, entries
+        self.parts = math.prod(mesh.shape[a] for a in units)
+        self.axes = ModelAxes(model, self.parts)
+
+    def placement(self, note: str) -> Placement:
+        model = self.model.analysis.model
+        return Placement(
+            mesh=self.mesh,
+            batch=self.batch,
+            examples=self.model.examples if self.batch else None,
+            params=tuple(
+                self._place(leaf.path, leaf.aval.shape, a)
+                for leaf, a in zip(model.params, self.axes.params, strict=True)
+            ),
+            states=tuple(
+                self._place(leaf.path, leaf.aval.shape, a)
+                for leaf, a in zip(model.states, self.axes.states, strict=True)
+            ),
+            weights={
+                name: self._place(name, self.model.sites[name].weight_shape, a)
+                for name, a in self.axes.weights.items()
+            },
+            traces={name: self._of_carried(self.program.equation(name)) for name in self.entries},
+            note=note,
+        )
+
+    def _place(self, path: str, shape: tuple[int, ...], axes: Axes) -> Placed:
+        found: list[tuple[str, ...]] = [()] * len(shape)
+        note = ""
+        if axes.examples is not None and self.batch:
+            found[axes.examples] = self.batch
+        if axes.units is not None and self.units:
+            if shape[axes.units] % self.parts:
+                note = f"{shape[axes.units]} units are no multiple of {self.parts}"
+            else:
+                found[axes.units] = self.units
+        return Placed(path, shape, tuple(found), note)
+
+    def _of_carried(self, equation: Equation) -> Placed | tuple[Placed, ...]:
+        """One entry of a carried value."""
+        kind, of, name = equation.type.kind, equation.type.of, equation.name
+        shapes = self.entries[name]
+        if kind in ("hidden", "influence", "response"):
+            layer = of if kind == "hidden" else self.model.analysis.effect(of).layer
+            states = self.model.analysis.layer(layer).states
+            return tuple(
+                self._place(name, s, self.axes.states[k]) for s, k in zip(shapes, states, strict=True)
+            )
+        if kind == "presynaptic":
+            return tuple(self._place(name, s, self.axes.leading(s)) for s in shapes)
+        return self._place(name, shapes, self._axes_of(kind, of, shapes))
+
+    def _axes_of(self, kind: str, of: str, shape: tuple[int, ...]) -> Axes:
+        if kind in ("trace", "immediate"):
+            axes = self.axes.relations[of]
+            return axes if kind == "immediate" else _in_memory(axes, self.model.traces[of].order)
+        if kind in ("state", "transition", "drive"):
+            return self.axes.groups[of]
+        if kind == "feedback":  # a matrix to the units of one example
+            group = self.axes.groups[of]
+            one = [a for a in range(len(self.model.analysis.group(of).shape)) if a != group.examples]
+            return Axes(None, 1) if one == [group.units] else Axes()
+        if kind == "gradient":
+            return self.axes.weights[of]
+        return self.axes.leading(shape)
+
+
+def _in_memory(axes: Axes, order: Sequence[int]) -> Axes:
+    """Axes of a trace row, whose logical axes lie in another order in memory."""
+    return Axes(*[None if a is None else order.index(a) for a in (axes.examples, axes.units)])
+
+
+def _array(value: Any) -> Any:
+    return value if hasattr(value, "shape") else np.asarray(value)
