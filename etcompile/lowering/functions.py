@@ -48,7 +48,7 @@ class StepFunctions:
     def __init__(self, causal: CausalProgram) -> None:
         self.causal = causal
         self.model: StepModel = causal.model.analysis.model
-        self.place = causal.placement
+        self.placement = causal.placement
         self._apply = jax.custom_vjp(self._primal)
         self._apply.defvjp(self._forward, self._backward)
 
@@ -63,7 +63,7 @@ class StepFunctions:
         outputs, states, traces = self._apply(
             self._leaves(params), states, traces, model.flatten_inputs(inputs), call or {}
         )
-        outputs = self.place.hold_batch(outputs)
+        outputs = self.placement.hold_batch(outputs)
         return self._leave(states, traces), jax.tree.unflatten(model.output_tree, outputs)
 
     def _primal(
@@ -132,7 +132,7 @@ class StepFunctions:
             targets,
             call,
         )
-        return self.place.hold_whole(loss), self._gradients(leaves, sites), self._leave(states, traces)
+        return self.placement.hold_whole(loss), self._gradients(leaves, sites), self._leave(states, traces)
 
     def scan_value_and_grad(
         self,
@@ -168,7 +168,7 @@ class StepFunctions:
         start = (*self._enter(carry), self.zero_sums() if sums is None else sums)
         (states, traces, total), losses = lax.scan(body, start, (xs, targets, moving))
         found = self._gradients(leaves, total) if sums is None else total
-        return self.place.hold_whole(losses), found, self._leave(states, traces)
+        return self.placement.hold_whole(losses), found, self._leave(states, traces)
 
     def windows_value_and_grad(
         self,
@@ -203,7 +203,7 @@ class StepFunctions:
         state = (*self._enter(carry), self.zero_sums() if sums is None else sums)
         (states, traces, total), losses = _in_parts(one, state, items, window)
         found = self._gradients(leaves, total) if sums is None else total
-        return self.place.hold_whole(losses), found, self._leave(states, traces)
+        return self.placement.hold_whole(losses), found, self._leave(states, traces)
 
     def chunks_value_and_grad(
         self,
@@ -244,7 +244,7 @@ class StepFunctions:
         state = (*self._enter(carry), self.zero_sums() if sums is None else sums)
         (states, traces, total), losses = _in_parts(one, state, items, chunk)
         found = self._gradients(leaves, total) if sums is None else total
-        return self.place.hold_whole(losses), found, self._leave(states, traces)
+        return self.placement.hold_whole(losses), found, self._leave(states, traces)
 
     @cached_property
     def _chunks(self) -> ChunkProgram:
@@ -269,7 +269,7 @@ class StepFunctions:
         """Gradients of the sites over no steps at all."""
         sites = self.causal.model.sites
         zeros = {name: jnp.zeros(g.weight_shape, g.weight_dtype) for name, g in sites.items()}
-        return self.place.hold_weights(zeros)
+        return self.placement.hold_weights(zeros)
 
     def scan(self, params: Any, carry: Carry, xs: tuple) -> tuple[Any, Carry]:
         """Outputs of every step; the traces advance."""
@@ -285,24 +285,24 @@ class StepFunctions:
         return self._gradients(self.model.flatten_params(params), sums)
 
     def _gradients(self, leaves: list, sites: Mapping[str, Array]) -> Any:
-        found = self.causal.model.unhoist(leaves, self.place.hold_weights(sites))
-        return jax.tree.unflatten(self.model.param_tree, self.place.hold_params(found))
+        found = self.causal.model.unhoist(leaves, self.placement.hold_weights(sites))
+        return jax.tree.unflatten(self.model.param_tree, self.placement.hold_params(found))
 
     # -- where arrays lie ---------------------------------------------------------------------------------------
 
     def _leaves(self, params: Any) -> list[Array]:
         """Leaves of the parameters, in place."""
-        return self.place.hold_params(self.model.flatten_params(params))
+        return self.placement.hold_params(self.model.flatten_params(params))
 
     def _enter(self, carry: Carry) -> tuple[list[Array], Traces]:
         """States and traces of a carry, in place."""
-        states = self.place.hold_states(self.model.flatten_states(carry.states))
-        return states, self.place.hold_traces(carry.traces)
+        states = self.placement.hold_states(self.model.flatten_states(carry.states))
+        return states, self.placement.hold_traces(carry.traces)
 
     def _leave(self, states: list[Array], traces: Traces) -> Carry:
         """The carry of states and traces, in place."""
-        held = self.place.hold_states(states)
-        return Carry(self.model.unflatten_states(held), self.place.hold_traces(traces))
+        held = self.placement.hold_states(states)
+        return Carry(self.model.unflatten_states(held), self.placement.hold_traces(traces))
 
 
 def _in_parts(

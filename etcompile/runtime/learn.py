@@ -100,7 +100,7 @@ class Learner:
             self._run = brainstate.transform.jit(lambda *v: brainstate.transform.for_loop(self._one, *v))
         steps = len(jax.tree.leaves(xs)[0])
         every = jax.tree.map(lambda m: m if jnp.ndim(m) else jnp.full(steps, m), modulator)
-        self._step.place()
+        self._step.place_states()
         xs, targets, every = self._step.place_data((xs, targets, every), time=1)
         if progress is False and checkpoints is None:
             return self._run(xs, targets, every)

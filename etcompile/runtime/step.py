@@ -15,7 +15,7 @@ from etcompile.lowering.windows import check_end
 from etcompile.report import Report, make_report
 from etcompile.runtime.model_states import ModelAccess, state_kinds, trace_state
 from etcompile.runtime.progress import gradients_in_pieces, in_pieces, piece_lengths
-from etcompile.runtime.step_data import has_multi_step, split, unwrap
+from etcompile.runtime.step_data import MultiStepData, has_multi_step, split, unwrap
 from etcompile.schedule import check_chunk, require_divisible_batch
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Step:
         self._inputs = jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v), jnp.result_type(v)), inputs)
         self._jitted: dict[Any, Callable] = {}
         self._traces = trace_state(compiled.causal.init_traces())
-        self.place()
+        self.place_states()
 
     # -- what the step is ---------------------------------------------------------------------------------------
 
@@ -108,11 +108,11 @@ class Step:
             self._compiled.program,
             self._compiled.causal.init_traces_shapes(),
             self._compiled.leaves_out,
-            self._place.lines(),
+            self._placement.lines(),
         )
 
     def __repr__(self) -> str:
-        header, mesh = self.program.header, self._place.mesh
+        header, mesh = self.program.header, self._placement.mesh
         devices = "" if mesh is None else f", mesh={dict(mesh.shape)}"
         return (
             f"Step({header.model}, algo={self.program.name}, groups={len(header.groups)}, "
@@ -139,7 +139,7 @@ class Step:
         states = self._access.states()
         initial = getattr(self._access, "initial", None)
         states = {**states, **initial} if isinstance(states, dict) and isinstance(initial, dict) else initial
-        return Carry(states, self._compiled.causal.init_traces())
+        return self._placed(Carry(states, self._compiled.causal.init_traces()), ())[1]
 
     def apply(
         self, params: Any, carry: Carry, *inputs: Any, target: Any = None, modulator: Any = None
@@ -186,6 +186,11 @@ class Step:
             return jax.lax.scan(body, carry, xs)
 
         params, carry, _ = self._placed(self._carry(), ())
+        args = jax.tree.map(
+            lambda v: self.place_data(v, 1 if isinstance(v, MultiStepData) else 0),
+            args,
+            is_leaf=lambda v: isinstance(v, MultiStepData),
+        )
         carry, out = self._jit("steps", run)(params, carry, args)
         self._set_carry(carry)
         return out
@@ -341,7 +346,7 @@ class Step:
             counts = {e.name for e in self.program.equations if e.type.kind == "count"}
             kept = {name: value for name, value in self._traces.value.items() if name in counts}
             self._traces.value = {**self._compiled.causal.init_traces(), **kept}
-            self.place()
+            self.place_states()
             return
         old = jax.tree.leaves(self._inputs)
         size = old[0].shape[0] if old and old[0].shape else None
@@ -384,15 +389,15 @@ class Step:
         return fn(params, carry.states, carry.traces, *data)
 
     @property
-    def _place(self) -> Placement:
+    def _placement(self) -> Placement:
         return self._compiled.causal.placement
 
-    def place(self) -> None:
+    def place_states(self) -> None:
         """Put the model's parameters and states and the traces where the schedule's mesh wants them; nothing without a mesh.
 
         Calls do so by themselves; it is for code that reads these states on its own and expects them on all devices.
         """
-        if self._place.mesh is None:
+        if self._placement.mesh is None:
             return
         params, carry, _ = self._placed(self._carry(), ())
         self._access.set_params(params)
@@ -400,11 +405,11 @@ class Step:
 
     def place_data(self, data: Any, time: int) -> Any:
         """Data of a call on the schedule's mesh; its examples are on axis ``time``."""
-        return self._place.put_batch(data, time)
+        return self._placement.put_batch(data, time)
 
     def _placed(self, carry: Carry, data: Any, time: int = 0) -> tuple[Any, Carry, Any]:
         """Parameters, carry and the data of a call on the schedule's mesh; all as they are where there is none."""
-        place, model = self._place, self._functions.model
+        place, model = self._placement, self._functions.model
         states = place.put_states(carry.states, model.complex_states)
         moved = Carry(states, dict(place.put_traces(carry.traces)))
         return place.put_params(self._access.params()), moved, place.put_batch(data, time)
