@@ -80,11 +80,16 @@ class ChunkProgram:
         self.classes = trace_classes(self.program)
 
     def size(self, steps: int, memory: int) -> int:
-        """Steps to handle together: enough to make up for the work at a chunk's end, as far as memory allows."""
-        per_step = 2 * sum(a.size * a.dtype.itemsize for a in self.model.analysis.split.body.avals)
-        most = max(1, min(_ENOUGH, memory // max(1, per_step)))
-        parts = -(-steps // most)
-        return -(-steps // parts)
+        """Steps to handle together: enough to make up for the work at a chunk's end, as far as memory allows.
+
+        A size that leaves no rest is preferred: a shorter last chunk is a second program to compile.
+        """
+        graph = self.model.analysis.split.body
+        made = [graph.avals[v] for operation in graph.operations for v in operation.outputs]
+        per_step = 2 * sum(a.size * a.dtype.itemsize for a in made)
+        most = max(1, min(_ENOUGH, steps, memory // max(1, per_step)))
+        whole = next((c for c in range(most, most // 2, -1) if steps % c == 0), None)
+        return whole or -(-steps // -(-steps // most))
 
     # -- what can be chunked ------------------------------------------------------------------------------------
 

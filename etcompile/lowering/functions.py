@@ -311,17 +311,21 @@ def _in_parts(
     """Run ``one(state, items of a part) -> (state, losses)`` over parts of ``size`` steps (0: all) and what remains."""
     steps = jax.tree.leaves(items)[0].shape[0]
     size = min(size or steps, steps)
-    whole = steps // size * size
+    whole = steps // size
+
+    def part(first: Any, count: int) -> Any:
+        """Some steps; a slice of the call's own arrays, which are never copied whole."""
+        return jax.tree.map(lambda v: lax.dynamic_slice_in_dim(v, first, count), items)
+
     parts = []
-    if whole > size:
-        grouped = jax.tree.map(lambda v: v[:whole].reshape(-1, size, *v.shape[1:]), items)
-        state, losses = lax.scan(one, state, grouped)
+    if whole > 1:
+        state, losses = lax.scan(lambda s, k: one(s, part(k * size, size)), state, jnp.arange(whole))
         parts.append(losses.reshape(-1))
     else:
-        state, losses = one(state, jax.tree.map(lambda v: v[:whole], items))
+        state, losses = one(state, part(0, size))
         parts.append(losses)
-    if whole < steps:
-        state, losses = one(state, jax.tree.map(lambda v: v[whole:], items))
+    if whole * size < steps:
+        state, losses = one(state, part(whole * size, steps - whole * size))
         parts.append(losses)
     return state, jnp.concatenate(parts)
 
