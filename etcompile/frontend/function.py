@@ -63,6 +63,9 @@ def from_function(fn: Callable[..., tuple[Any, Any]], params: Any, state: Any) -
     state : pytree of arrays
         The initial state, in the shapes and dtypes that ``fn`` returns.
 
+        With a ``jax.ShapeDtypeStruct`` in the place of an array, of parameters or state, the model can be compiled and
+        looked at (``report()``, ``cost()``), whatever its size, but not run.
+
     Returns
     -------
     FunctionModel
@@ -88,7 +91,7 @@ def from_function(fn: Callable[..., tuple[Any, Any]], params: Any, state: Any) -
 
 
 def _array(value: Any) -> Any:
-    return value if isinstance(value, jax.Array) else jax.numpy.asarray(value)
+    return value if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)) else jax.numpy.asarray(value)
 
 
 def trace_function(model: FunctionModel, inputs: tuple[Any, ...], state: Any = None) -> TracedStep:

@@ -16,7 +16,7 @@ from etcompile.frontend.module import ModuleStates, initialise, is_module, short
 from etcompile.frontend.step_model import TracedStep, leaf_names
 from etcompile.frontend.user_code import user_frame
 
-__all__ = ["ModelAccess", "access"]
+__all__ = ["ModelAccess", "TraceState", "access"]
 
 
 class ModelAccess(Protocol):
@@ -174,9 +174,22 @@ def _resized(value: Any, batch_size: int) -> Any:
     return jnp.broadcast_to(value[:1], (batch_size, *rows.shape[1:]))
 
 
-def trace_state(traces: Any) -> Any:
-    """Traces as a brainstate state, so that brainstate's transformations carry them."""
-    return brainstate.ShortTermState(traces)
+class TraceState(brainstate.ShortTermState):
+    """Traces as a brainstate state, so that brainstate's transformations carry them.
+
+    It is made with the shapes of the traces; :meth:`fill` puts the arrays in, before the value is first read.
+    """
+
+    def fill(self, traces: Any) -> None:
+        """Put arrays in the place of shapes, unseen by a transformation that is tracing: to it they were always there."""
+        self._write_value(traces)
+
+
+def shapes_alone(tree: Any) -> str | None:
+    """The path of a leaf that is a shape without an array, or None if there is none."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = (jax.tree_util.keystr(path) for path, v in leaves if isinstance(v, jax.ShapeDtypeStruct))
+    return next(found, None)
 
 
 def state_kinds(states: Any) -> tuple[str, tuple[tuple[str, str], ...]]:

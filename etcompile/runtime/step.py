@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from etcompile.errors import CarryError, InputError
+from etcompile.errors import CarryError, InputError, ModelError
 from etcompile.lowering.functions import Call, Carry, StepFunctions, Sums
 from etcompile.lowering.placement import Placement
 from etcompile.lowering.windows import check_end
 from etcompile.report import Report, make_report
-from etcompile.runtime.model_states import ModelAccess, state_kinds, trace_state
+from etcompile.runtime.model_states import ModelAccess, TraceState, shapes_alone, state_kinds
 from etcompile.runtime.progress import gradients_in_pieces, in_pieces, piece_lengths
 from etcompile.runtime.step_data import MultiStepData, has_multi_step, split, unwrap
 from etcompile.schedule import check_chunk, require_divisible_batch
@@ -69,8 +69,11 @@ class Step:
         self._functions = StepFunctions(compiled.causal)
         self._inputs = jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v), jnp.result_type(v)), inputs)
         self._jitted: dict[Any, Callable] = {}
-        self._traces = trace_state(compiled.causal.init_traces())
-        self.place_states()
+        self._trace_state = TraceState(compiled.causal.init_traces_shapes())
+        self._allocated = False
+        self._abstract = shapes_alone((self._access.params(), self._access.states())) is not None
+        if self._placement.mesh is not None:
+            self.place_states()
 
     # -- what the step is ---------------------------------------------------------------------------------------
 
@@ -99,7 +102,7 @@ class Step:
     @property
     def traces(self) -> dict[str, Any]:
         """The traces as they stand; copies, safe to keep."""
-        return jax.tree.map(jnp.array, self._traces.value)
+        return jax.tree.map(jnp.array, self.traces_state.value)
 
     def report(self) -> Report:
         """What is trained how, what is cut, and how much memory the traces take."""
@@ -136,6 +139,7 @@ class Step:
                     expected=f"batch_size={sorted(sizes)[0]}",
                     hint="call step.reset(batch_size=...) first.",
                 )
+        self._require_arrays()
         states = self._access.states()
         initial = getattr(self._access, "initial", None)
         states = {**states, **initial} if isinstance(states, dict) and isinstance(initial, dict) else initial
@@ -318,6 +322,7 @@ class Step:
 
         _check_callable(loss_fn)
         check_end(self.program)
+        self._require_arrays()
         return Learner(self, loss_fn, optimizer, update_every)
 
     def check_sequence(self, xs: Any, targets: tuple[Any, ...]) -> None:
@@ -331,7 +336,12 @@ class Step:
     @property
     def traces_state(self) -> Any:
         """The brainstate state that holds the traces, for transformations that need it by name."""
-        return self._traces
+        if not self._allocated:
+            self._require_arrays()
+            with jax.ensure_compile_time_eval():  # arrays, also where the first use is inside of a transformation
+                self._trace_state.fill(self._compiled.causal.init_traces())
+            self._allocated = True
+        return self._trace_state
 
     def reset(self, batch_size: int | None = None) -> None:
         """Model states and traces back to their initial values; with ``batch_size``, for another batch size.
@@ -343,9 +353,10 @@ class Step:
             _check_batch(batch_size)
             require_divisible_batch(self._compiled.schedule, batch_size)
         if not self._access.reset(batch_size):
-            counts = {e.name for e in self.program.equations if e.type.kind == "count"}
-            kept = {name: value for name, value in self._traces.value.items() if name in counts}
-            self._traces.value = {**self._compiled.causal.init_traces(), **kept}
+            if self._allocated:
+                counts = {e.name for e in self.program.equations if e.type.kind == "count"}
+                kept = {name: value for name, value in self.traces_state.value.items() if name in counts}
+                self.traces_state.value = {**self._compiled.causal.init_traces(), **kept}
             self.place_states()
             return
         old = jax.tree.leaves(self._inputs)
@@ -363,7 +374,21 @@ class Step:
 
     # -- plumbing -----------------------------------------------------------------------------------------------
 
+    def _require_arrays(self) -> None:
+        """Raise :class:`ModelError` where parameters or states are shapes alone."""
+        if not self._abstract:
+            return
+        path = shapes_alone({"params": self._access.params(), "state": self._access.states()})
+        if path is not None:
+            raise ModelError(
+                f"{self._functions.model.name} was given by shapes alone: it can be analysed, but not run.",
+                got=f"a jax.ShapeDtypeStruct at {path}",
+                expected="arrays",
+                hint="report() and cost() need no arrays; to run, compile a model that has its parameters and states.",
+            )
+
     def _carry(self) -> Carry:
+        self._require_arrays()
         states = self._access.states()
         kinds = state_kinds(states)
         if kinds != self._compiled.state_kinds:
@@ -376,11 +401,11 @@ class Step:
                 expected=str(then.get(path, self._compiled.state_kinds[0])),
                 hint="call step.reset(batch_size=...) to change the batch size; compile again for another dtype.",
             )
-        return Carry(states, self._traces.value)
+        return Carry(states, self.traces_state.value)
 
     def _set_carry(self, carry: Carry) -> None:
         self._access.set_states(carry.states)
-        self._traces.value = carry.traces
+        self.traces_state.value = carry.traces
 
     def _guarded(
         self, fn: Callable, carry: Carry, inputs: tuple, targets: tuple, call: Call, time: int = 1
