@@ -1,0 +1,1 @@
+"""What a compiled program takes: operations, memory traffic and memory, from its jaxpr, without allocating anything."""
