@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from etcompile.cost.graph import Graph, Loop, Node
 from etcompile.cost.kernels import Kernels, kernels
+from etcompile.cost.memory import temporary
 
 __all__ = ["Totals", "totals"]
 
@@ -30,10 +31,11 @@ class Totals:
     temporary: int
 
 
-def totals(graph: Graph, given: Mapping[int, int], every_trip: bool = True) -> Totals:
+def totals(graph: Graph, given: Mapping[int, int], every_trip: bool = True, inside: bool = False) -> Totals:
     """Totals of a graph; ``given`` as in :func:`kernels`.
 
-    ``every_trip``: count loops as often as they run; else their bodies once, as XLA's own analysis does.
+    ``every_trip``: count loops as often as they run; else their bodies once, as XLA's own analysis does. ``inside``: the graph
+    is the body of a loop, whose results have no memory of their own.
     """
     found = kernels(graph, given)
     flops = series = moved = 0
@@ -52,11 +54,12 @@ def totals(graph: Graph, given: Mapping[int, int], every_trip: bool = True) -> T
         series += body.transcendentals
         moved += body.bytes_moved + 2 * sum(graph.sizes[v] for v in _loop_copies(graph, found, k, given))
     moved += 2 * sum(graph.sizes[v] for v in found.copies)
-    return Totals(flops, series, moved, _temporary(graph, found, given, inner))
+    within = {k: body.temporary for k, body in inner.items()}
+    return Totals(flops, series, moved, temporary(graph, found, given, within, inside))
 
 
 def _of_loop(loop: Loop, graph: Graph, node: Node, every_trip: bool) -> Totals:
-    parts = [totals(b, _around(loop, b), every_trip) for b in loop.bodies]
+    parts = [totals(b, _around(loop, b), every_trip, inside=True) for b in loop.bodies]
     if loop.choice:
         return Totals(*(max(getattr(p, f.name) for p in parts) for f in dataclasses.fields(Totals)))
     (body,) = parts
@@ -97,62 +100,3 @@ def _loop_copies(graph: Graph, found: Kernels, at: int, given: Mapping[int, int]
             copied.append(v)
         seen.add(v)
     return copied
-
-
-def _temporary(graph: Graph, found: Kernels, given: Mapping[int, int], inner: Mapping[int, Totals]) -> int:
-    """Most bytes of values that are alive at one time, inputs and results apart."""
-    count = len(found.kernels)
-    made = {v: k for k, kernel in enumerate(found.kernels) for v in kernel.node.outputs if v >= 0}
-    last = {v: k for k, kernel in enumerate(found.kernels) for v in kernel.reads}
-    fixed = {*graph.inputs, *graph.constants}
-    results = {v for v in graph.outputs if v is not None}
-    place = _places(graph, found, given, made, last)
-    change = [0] * (count + 1)
-    spans: dict[int, tuple[int, int]] = {v: (0, last[v]) for v in found.copies if v in last}
-    for v in made:
-        home = v
-        while home in place:
-            home = place[home]
-        if home in results or home in fixed or v not in last:
-            continue
-        start, end = spans.get(home, (count, 0))
-        spans[home] = min(start, made[v]), max(end, last[v])
-    for v, (start, end) in spans.items():
-        change[start] += graph.sizes[v]
-        change[end + 1] -= graph.sizes[v]
-    most = alive = 0
-    for k in range(count):
-        alive += change[k]
-        most = max(most, alive + (inner[k].temporary if k in inner else 0))
-    return most
-
-
-def _places(
-    graph: Graph, found: Kernels, given: Mapping[int, int], made: Mapping[int, int], last: Mapping[int, int]
-) -> dict[int, int]:
-    """Values whose memory a later value takes over: operands read for the last time where the result is written."""
-    taken = {graph.outputs[target]: graph.inputs[source] for source, target in given.items()}
-    place: dict[int, int] = {}
-    homes: dict[int, int] = {}
-
-    def free(v: int, result: int) -> bool:
-        """Whether the memory where a result ends is free when ``v`` is written."""
-        source = taken.get(homes.get(result, result))
-        return source is None or source in found.copies or last.get(source, -1) < made[v]
-
-    for k in range(len(found.kernels) - 1, -1, -1):
-        kernel = found.kernels[k]
-        loop = kernel.node.loop
-        if loop is None:
-            pairs = [(v, kernel.node.outputs[0]) for v in kernel.in_place]
-        else:
-            started = kernel.node.inputs[loop.consts : loop.consts + loop.carry]
-            pairs = [(v, r) for v, r in zip(started, kernel.node.outputs, strict=False) if r >= 0]
-        used: set[int] = set()
-        for v, result in pairs:
-            if v in made and last.get(v) == k and v not in place and result not in used and free(v, result):
-                if graph.sizes[v] == graph.sizes[result] and v not in graph.outputs:
-                    place[v] = result
-                    homes[v] = homes.get(result, result)
-                    used.add(result)
-    return place
