@@ -339,20 +339,29 @@ class _Builder:
             return self._same(value, aval)
         free = [d for d in range(len(aval.shape)) if d not in batch and d not in contracted]
         orders = [[*batch, *free, *contracted], [*batch, *contracted, *free]]
-        for v, at in self._sources(value, len(aval.shape)):
+        for source, at in self._sources(value, len(aval.shape)):
             for order in orders if side is None else orders[side : side + 1]:
                 places = [at.index(d) for d in order if aval.shape[d] != 1]
                 if places == sorted(places):
-                    return v
-        return self.node("transpose", "light", (value,), [aval])[0]
+                    return source
+        return self._copied(source, tuple(at.index(d) for d in orders[side or 0]), aval)
 
     def _sources(self, value: int, rank: int) -> list[tuple[int, list[int]]]:
         """A value, and what it was transposed from, each with its axes as numbered in the value."""
-        found = [(value, list(range(rank)))]
-        if value in self.moved and len(self.moved[value][1]) == rank:
-            source, order = self.moved[value]
-            found.append((source, [order.index(k) for k in range(rank)]))
+        at = list(range(rank))
+        found = [(value, at)]
+        while value in self.moved and len(self.moved[value][1]) == rank:
+            value, order = self.moved[value]
+            at = [at[order.index(k)] for k in range(rank)]
+            found.append((value, at))
         return found
+
+    def _copied(self, value: int, order: tuple[int, ...], aval: Any) -> int:
+        """A value with its axes in another order, made once."""
+        key = ("copied", value, order, aval.shape)
+        if key not in self.known:
+            self.known[key] = self.node("transpose", "light", (value,), [aval])
+        return self.known[key][0]
 
     def _convolution(
         self, params: dict[str, Any], operands: list[int], avals: list[Any], outs: list[Any], flops: int
@@ -368,7 +377,7 @@ class _Builder:
             elif [d for d in spec if a.shape[d] != 1] == [d for d in best if a.shape[d] != 1]:
                 live.append(v)
             else:
-                live.append(self.node("transpose", "light", (v,), [a])[0])
+                live.append(self._copied(v, tuple(spec), a))
         found = self.node("conv_general_dilated", "whole", live, outs, flops=flops)
         if [d for d in result if outs[0].shape[d] != 1] == [d for d in wanted[0] if outs[0].shape[d] != 1]:
             return found

@@ -52,7 +52,11 @@ def totals(graph: Graph, given: Mapping[int, int], every_trip: bool = True, insi
         inner[k] = body = _of_loop(kernel.node.loop, graph, kernel.node, every_trip)
         flops += body.flops
         series += body.transcendentals
-        moved += body.bytes_moved + 2 * sum(graph.sizes[v] for v in _loop_copies(graph, found, k, given))
+        stacked = [v for v in kernel.node.outputs[kernel.node.loop.carry :] if v >= 0]
+        if not kernel.node.loop.choice:  # the memory where a loop stacks its results is set to zero first
+            stacked += _loop_copies(graph, found, k, given)
+            moved += 2 * sum(graph.sizes[v] for v in stacked)
+        moved += body.bytes_moved
     moved += 2 * sum(graph.sizes[v] for v in found.copies)
     within = {k: body.temporary for k, body in inner.items()}
     return Totals(flops, series, moved, temporary(graph, found, given, within, inside))
