@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from etcompile import nn
 from etcompile.compiler import compile
+from etcompile.cost.cost import Cost
 from etcompile.errors import (
     AlgorithmError,
     CarryError,
@@ -35,7 +36,7 @@ from etcompile.schedule import Schedule
 __version__ = "0.1.0"
 
 __all__ = [
-    "AlgorithmError", "Carry", "CarryError", "CheckpointError", "Checkpoints", "DependencyError",
+    "AlgorithmError", "Carry", "CarryError", "CheckpointError", "Checkpoints", "Cost", "DependencyError",
     "EtcompileError", "FixedRandomFeedback", "FunctionModel", "GradExpon", "InputError", "KappaFilter",
     "LeakyRateReadout", "ModelError", "MultiStepData", "OptionError", "Pass", "PassError", "PassManager",
     "PresynapticTrace", "ProgramError", "Report", "Schedule", "SingleStepData", "Step", "SyntheticGradient",

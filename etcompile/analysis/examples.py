@@ -90,7 +90,10 @@ def _leading(shape: tuple[int, ...]) -> np.ndarray:
 
 def _one_each(labels: np.ndarray | None) -> bool:
     """Whether a weight has elements for one leading index each: then the axis numbers units, not examples."""
-    return labels is not None and bool((labels >= 0).any())
+    if labels is None:
+        return False
+    distinct = labels[tuple(slice(0, 1) if step == 0 else slice(None) for step in labels.strides)]
+    return bool((distinct >= 0).any())  # of a label repeated over a large weight one is enough
 
 
 def _label(

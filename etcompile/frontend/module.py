@@ -49,6 +49,21 @@ def initialise(model: Any, batch_size: int) -> None:
         ) from error
 
 
+def abstract_states(model: Any, batch_size: int) -> dict[str, Any]:
+    """Shapes that the states would have for a batch size, by path; the model stays as it is."""
+    before = snapshot(model)
+
+    def values() -> dict[str, Any]:
+        initialise(model, batch_size)
+        now = snapshot(model)
+        return {p: value for p, (state, value) in now.items() if not isinstance(state, brainstate.ParamState)}
+
+    try:
+        return dict(brainstate.transform.eval_shape(values))
+    finally:
+        restore(model, before)
+
+
 def snapshot(model: Any) -> dict[str, tuple[Any, Any]]:
     """The model's ``State`` objects and their values by path."""
     return {".".join(map(str, path)): (state, state.value) for path, state in model.states().items()}

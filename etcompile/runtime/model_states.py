@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import brainstate
@@ -12,7 +14,14 @@ import numpy as np
 
 from etcompile.errors import CarryError, EtcompileError, InputError, ModelError
 from etcompile.frontend.function import FunctionModel, trace_function
-from etcompile.frontend.module import ModuleStates, initialise, is_module, short_lived, trace_module
+from etcompile.frontend.module import (
+    ModuleStates,
+    abstract_states,
+    initialise,
+    is_module,
+    short_lived,
+    trace_module,
+)
 from etcompile.frontend.step_model import TracedStep, leaf_names
 from etcompile.frontend.user_code import user_frame
 
@@ -42,6 +51,8 @@ class ModelAccess(Protocol):
     def remember(self) -> None: ...
 
     def reset(self, batch_size: int | None) -> bool: ...
+
+    def resized(self, batch_size: int) -> AbstractContextManager[None]: ...
 
 
 def access(model: Any) -> ModelAccess:
@@ -109,6 +120,22 @@ class ModuleAccess:
         initialise(self.module, batch_size)
         return True
 
+    @contextmanager
+    def resized(self, batch_size: int) -> Iterator[None]:
+        """Meanwhile the states are shapes for another batch size."""
+        found = self.found
+        shapes = abstract_states(self.module, batch_size)
+        held = {p: s for p, s in self._states.states.items() if p in shapes}
+        before = {p: s.value for p, s in held.items()}
+        try:
+            for path, state in held.items():
+                state.restore_value(shapes[path])
+            yield
+        finally:
+            for path, state in held.items():
+                state.restore_value(before[path])
+            self.found = found
+
 
 @dataclasses.dataclass(eq=False)
 class FunctionAccess:
@@ -158,6 +185,18 @@ class FunctionAccess:
             self.initial = jax.tree.map(lambda v: _resized(v, batch_size), self.initial)
         self.model.state = self.initial
         return batch_size is not None
+
+    @contextmanager
+    def resized(self, batch_size: int) -> Iterator[None]:
+        """Meanwhile the state is shapes for another batch size."""
+        before = self.model.state
+        self.model.state = jax.tree.map(
+            lambda v: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]) if v.shape else (), v.dtype), before
+        )
+        try:
+            yield
+        finally:
+            self.model.state = before
 
 
 def _resized(value: Any, batch_size: int) -> Any:

@@ -13,6 +13,7 @@ from etcompile.lowering.functions import Call, Carry, StepFunctions, Sums
 from etcompile.lowering.placement import Placement
 from etcompile.lowering.windows import check_end
 from etcompile.report import Report, make_report
+from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
 from etcompile.runtime.model_states import ModelAccess, TraceState, shapes_alone, state_kinds
 from etcompile.runtime.progress import gradients_in_pieces, in_pieces, piece_lengths
 from etcompile.runtime.step_data import MultiStepData, has_multi_step, split, unwrap
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from etcompile.compiler import Compiled
+    from etcompile.cost.cost import Cost
     from etcompile.ir.program import TraceProgram
     from etcompile.pass_manager import PassRecord
     from etcompile.runtime.learn import Learner
@@ -113,6 +115,63 @@ class Step:
             self._compiled.leaves_out,
             self._placement.lines(),
         )
+
+    def cost(
+        self,
+        batch: int | None = None,
+        steps: int | None = None,
+        chunk: int | str | None = None,
+        loss_fn: Callable | None = None,
+        targets: tuple[Any, ...] = (),
+    ) -> Cost:
+        """What runs of this step take: memory, operations and memory traffic, found without running or allocating.
+
+        Parameters
+        ----------
+        batch : int, optional
+            Another batch size than the compiled one. The model stays as it is. The numbers at this size follow from those
+            at two small ones, so it may be as large as you like.
+        steps : int, optional
+            Steps of a sequence, for ``scan_value_and_grad``; without, one call of ``value_and_grad``.
+        chunk : int or "auto", optional
+            Steps handled together, by default what the schedule says; alone, the cost of one chunk.
+        loss_fn : callable, optional
+            The loss, ``loss_fn(out, *targets)``; by default the mean squared difference from a target like the outputs.
+        targets : tuple of arrays or shapes
+            Targets of one step, for ``loss_fn``.
+
+        Returns
+        -------
+        Cost
+            Operations and bytes moved are per step.
+
+        Raises
+        ------
+        OptionError, InputError, UnsupportedError
+            For a rule that cannot run in the chunks asked for, as ``scan_value_and_grad``.
+
+        Notes
+        -----
+        The jaxpr of the function that would run is walked, with a simple model of how XLA fuses, orders and places its
+        operations on processors. It agrees with XLA's own ``memory_analysis()`` (arguments, results that are no arguments, and
+        temporary memory) and ``cost_analysis()`` within 25 % for the models of the tests, mostly within 5 %. XLA counts the body of a
+        loop once, however often it runs; this counts every trip, and is compared with the bodies counted once.
+
+        Examples
+        --------
+        >>> import etcompile, jax, jax.numpy as jnp
+        >>> def leaky(params, state, x):
+        ...     h = jnp.tanh(0.9 * state["h"] + x @ params["w"])
+        ...     return {"h": h}, h
+        >>> w, h = jax.ShapeDtypeStruct((1000, 4000), jnp.float32), jax.ShapeDtypeStruct((2, 4000), jnp.float32)
+        >>> model = etcompile.from_function(leaky, {"w": w}, {"h": h})
+        >>> step = etcompile.compile(model, jax.ShapeDtypeStruct((2, 1000), jnp.float32))
+        >>> step.cost(batch=1024).trace_bytes == 4 * 1024 * 1000 * 4000
+        True
+        """
+        from etcompile.runtime.cost import step_cost
+
+        return step_cost(self, batch, steps, chunk, loss_fn, targets)
 
     def __repr__(self) -> str:
         header, mesh = self.program.header, self._placement.mesh
@@ -220,11 +279,7 @@ class Step:
             inputs = self._as_inputs(x)
             self._functions.model.flatten_inputs(inputs)
             carry = self._carry()
-            fn = self._jit(
-                ("value_and_grad", loss_fn),
-                lambda p, s, t, i, y, c: self._functions.value_and_grad(loss_fn, p, Carry(s, t), i, y, c),
-                donate=(2,),
-            )
+            fn = self._jit(("value_and_grad", loss_fn), apart(one_step(self._functions, loss_fn)), donate=(DONATED,))
             loss, grads, carry = self._guarded(fn, carry, inputs, targets, _call(None, modulator), time=0)
             self._set_carry(carry)
             return loss, grads
@@ -264,27 +319,19 @@ class Step:
             self._check_sequence(inputs, targets)
             carry = self._carry()
             size = self._functions.chunk_size(wanted, _steps(inputs), self._compiled.schedule.memory)
-            key = ("scan", loss_fn, size)
-            functions = self._functions
-
-            def whole(p: Any, s: Carry, i: Any, y: Any, c: Call, sums: Sums | None = None) -> Any:
-                if size == 1:
-                    return functions.scan_value_and_grad(loss_fn, p, s, i, y, c, sums)
-                return functions.chunks_value_and_grad(loss_fn, size, p, s, i, y, c, sums)
-
+            key, call = ("scan", loss_fn, size), _call(None, modulator)
+            whole = sequence(self._functions, loss_fn, size)
             if progress is not False:
-                call = _call(None, modulator)
                 return gradients_in_pieces(self, key, whole, size, (inputs, targets, call), progress)
-            fn = self._jit(key, lambda p, s, t, i, y, c: whole(p, Carry(s, t), i, y, c), donate=(2,))
-            losses, grads, carry = self._guarded(fn, carry, inputs, targets, _call(None, modulator))
+            fn = self._jit(key, apart(whole), donate=(DONATED,))
+            losses, grads, carry = self._guarded(fn, carry, inputs, targets, call)
             self._set_carry(carry)
             return losses, grads
 
         return run
 
     def _scan_windows(self, loss_fn: Callable, window: int) -> Callable:
-        def whole(p: Any, s: Carry, i: Any, y: Any, c: Call, sums: Sums | None = None) -> Any:
-            return self._functions.windows_value_and_grad(loss_fn, window, p, s, i, y, sums)
+        whole = windows(self._functions, loss_fn, window)
 
         def run(xs: Any, *targets: Any, progress: bool | Progress = False) -> tuple[Any, Any]:
             inputs = self._as_inputs(xs)
@@ -294,7 +341,7 @@ class Step:
             if progress is not False:
                 size = window or _steps(inputs)
                 return gradients_in_pieces(self, key, whole, size, (inputs, targets, {}), progress)
-            fn = self._jit(key, lambda p, s, t, i, y, c: whole(p, Carry(s, t), i, y, c), donate=(2,))
+            fn = self._jit(key, apart(whole), donate=(DONATED,))
             losses, grads, carry = self._guarded(fn, carry, inputs, targets, {})
             self._set_carry(carry)
             return losses, grads
@@ -359,9 +406,18 @@ class Step:
                 self.traces_state.value = {**self._compiled.causal.init_traces(), **kept}
             self.place_states()
             return
+        assert batch_size is not None
+        resized = self._resized_inputs(batch_size)
+        self._install(self._build(self._access, resized), resized)
+        self._access.remember()
+
+    # -- plumbing -----------------------------------------------------------------------------------------------
+
+    def _resized_inputs(self, batch_size: int) -> Any:
+        """Shapes of the inputs at another batch size."""
         old = jax.tree.leaves(self._inputs)
         size = old[0].shape[0] if old and old[0].shape else None
-        resized = jax.tree.map(
+        return jax.tree.map(
             lambda v: (
                 jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype)
                 if v.shape and v.shape[0] == size
@@ -369,10 +425,6 @@ class Step:
             ),
             self._inputs,
         )
-        self._install(self._build(self._access, resized), resized)
-        self._access.remember()
-
-    # -- plumbing -----------------------------------------------------------------------------------------------
 
     def _require_arrays(self) -> None:
         """Raise :class:`ModelError` where parameters or states are shapes alone."""

@@ -1,0 +1,133 @@
+"""What a compiled function takes, as numbers: the result of :meth:`etcompile.Step.cost`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import Any
+
+from etcompile.cost.graph import Graph, flatten
+from etcompile.cost.totals import totals
+
+__all__ = ["Cost", "Measured", "measured", "priced"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a compiled step takes, from shapes alone.
+
+    Attributes
+    ----------
+    trace_bytes : int
+        Bytes of the traces, which go from step to step.
+    peak_bytes : int
+        Most bytes in use at one time: parameters, states, traces, inputs, targets, losses, gradients, and what is
+        temporary between them.
+    flops : float
+        Additions, multiplications and their like, per step; a multiplication with an addition is two.
+    transcendentals : float
+        ``exp``, ``tanh`` and their like, per step, in numbers computed.
+    bytes_moved : float
+        Bytes read from and written to memory, per step.
+    steps : int or None
+        Steps of the sequence that was looked at; None for one call of ``value_and_grad``.
+    chunk : int
+        Steps handled together; of windows their length.
+    batch : int or None
+        Examples; None where the model has no batch axis.
+
+    Examples
+    --------
+    >>> import etcompile
+    >>> print(etcompile.Cost(2048, 10_000_000, 4e6, 512.0, 3e7, steps=100, chunk=1, batch=8))
+    cost of 100 steps in chunks of 1, batch 8
+      traces          2.0 KiB
+      peak            9.5 MiB
+      per step        4.00 Mflop, 512 transcendentals
+      moved per step  28.6 MiB
+    """
+
+    trace_bytes: int
+    peak_bytes: int
+    flops: float
+    transcendentals: float
+    bytes_moved: float
+    steps: int | None
+    chunk: int
+    batch: int | None
+
+    def __str__(self) -> str:
+        what = "one step" if self.steps is None else f"{self.steps} steps in chunks of {self.chunk}"
+        batch = "" if self.batch is None else f", batch {self.batch}"
+        return "\n".join((
+            f"cost of {what}{batch}",
+            f"  traces          {_bytes(self.trace_bytes)}",
+            f"  peak            {_bytes(self.peak_bytes)}",
+            f"  per step        {_count(self.flops)}flop, {_count(self.transcendentals).strip()} transcendentals",
+            f"  moved per step  {_bytes(self.bytes_moved)}",
+        ))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A function as a graph, and which inputs it may overwrite with which results."""
+
+    graph: Graph
+    given: dict[int, int]
+    trace_bytes: int
+
+
+def measured(closed: Any, donated: Sequence[int]) -> Measured:
+    """Take the numbers from a closed jaxpr whose inputs ``donated`` are its caller's to give away: the traces."""
+    leaves = [v.aval for v in closed.jaxpr.invars]
+    waiting: dict[Any, deque[int]] = defaultdict(deque)
+    for k in donated:
+        waiting[leaves[k].shape, leaves[k].dtype].append(k)
+    given = {}
+    for target, v in enumerate(closed.jaxpr.outvars):  # as jax pairs them: by shape and dtype, in order
+        found = waiting.get((v.aval.shape, v.aval.dtype))
+        if found:
+            given[found.popleft()] = target
+    graph = flatten(closed)
+    return Measured(graph, given, sum(graph.sizes[graph.inputs[k]] for k in donated))
+
+
+def priced(found: Measured, steps: int | None, chunk: int, batch: int | None, every_trip: bool = True) -> Cost:
+    """The cost of a function that handles ``steps`` steps.
+
+    With ``every_trip=False`` the bodies of loops count once, as in XLA's own analysis (``compiled.cost_analysis()``): for
+    comparisons with it.
+    """
+    graph = found.graph
+    sums = totals(graph, found.given, every_trip)
+    kept = set(found.given.values())
+    around = sum(graph.sizes[v] for v in (*graph.inputs, *graph.constants))
+    results = sum(graph.sizes[v] for k, v in enumerate(graph.outputs) if v is not None and k not in kept)
+    each = steps or 1
+    return Cost(
+        trace_bytes=found.trace_bytes,
+        peak_bytes=around + results + sums.temporary,
+        flops=sums.flops / each,
+        transcendentals=sums.transcendentals / each,
+        bytes_moved=sums.bytes_moved / each,
+        steps=steps,
+        chunk=chunk,
+        batch=batch,
+    )
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} PiB"
+
+
+def _count(number: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if number < 1000:
+            return f"{number:.0f} " if not unit else f"{number:.2f} {unit}"
+        number /= 1000
+    return f"{number:.2f} P"

@@ -1,0 +1,149 @@
+"""The cost of a step's runs, from the jaxpr of the very function that would run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from etcompile.cost.cost import Cost, Measured, measured, priced
+from etcompile.cost.scaling import scaled
+from etcompile.errors import InputError, OptionError
+from etcompile.lowering.functions import StepFunctions
+from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
+from etcompile.schedule import check_chunk
+
+if TYPE_CHECKING:
+    from etcompile.runtime.step import Step
+
+__all__ = ["step_cost"]
+
+Shapes = Any
+
+
+def step_cost(
+    step: Step,
+    batch: int | None,
+    steps: int | None,
+    chunk: int | str | None,
+    loss_fn: Callable | None,
+    targets: tuple[Any, ...],
+    every_trip: bool = True,
+) -> Cost:
+    """See :meth:`etcompile.Step.cost`; ``every_trip`` as in :func:`etcompile.cost.cost.priced`."""
+    for name, value in (("batch", batch), ("steps", steps)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise OptionError(f"{name} must be a positive integer.", got=f"{name}={value!r}")
+    if chunk is not None:
+        check_chunk(chunk)
+        steps = steps or (chunk if isinstance(chunk, int) else None)
+        if steps is None:
+            raise OptionError(
+                "the cost of a chunk depends on the number of steps.",
+                got=f"chunk={chunk!r}, steps=None",
+                expected="steps=1000, or another length of the sequence",
+            )
+    now = step._functions.causal.model.examples
+    here = _Compiled(step._functions, _shapes((step._access.params(), step._access.states())), step._inputs)
+    if batch is None or batch == now:
+        size = _chunk(step, here.functions, steps, chunk, 1, 1)
+        found = here.measured(steps, size, loss_fn, targets)
+        return priced(found, steps, size, now, every_trip)
+    if now is None:
+        raise InputError(
+            f"{step._functions.model.name} has no batch axis that could change.",
+            got=f"batch={batch}",
+            expected="states, inputs and outputs whose leading axis numbers independent examples",
+            hint="compile the model for that batch size and ask for its cost there.",
+        )
+    if any(jnp.ndim(v) and jnp.shape(v)[0] == now for v in jax.tree.leaves(targets)):
+        raise InputError(
+            "targets are for the batch size of the compiled step.",
+            got=f"batch={batch}, targets for {now}",
+            expected="no targets, for the squared error of the outputs; or the compiled batch size",
+        )
+    pair = (now, now + 1) if now > 1 else (2, 3)
+    graphs = []
+    for size in pair:
+        there = here if size == now else _at_batch(step, size)
+        handled = _chunk(step, there.functions, steps, chunk, size, batch)
+        graphs.append((there.measured(steps, handled, loss_fn, targets), handled))
+    (first, handled), (second, other) = graphs
+    found = scaled(first, second, pair, batch) if handled == other else None
+    if found is None:  # not the same program at every batch size: look at this one itself
+        there = _at_batch(step, batch)
+        handled = _chunk(step, there.functions, steps, chunk, 1, 1)
+        found = there.measured(steps, handled, loss_fn, targets)
+    return priced(found, steps, handled, batch, every_trip)
+
+
+class _Compiled:
+    """Pure functions, and the shapes of what they take."""
+
+    def __init__(self, functions: StepFunctions, held: Shapes, inputs: Shapes) -> None:
+        self.functions = functions
+        self.params, self.states = held
+        self.inputs = inputs
+
+    def measured(
+        self, steps: int | None, size: int, loss_fn: Callable | None, targets: tuple[Any, ...]
+    ) -> Measured:
+        functions = self.functions
+        if loss_fn is None:
+            loss_fn = _squared_error
+            outputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in functions.model.outputs]
+            targets = (jax.tree.unflatten(functions.model.output_tree, outputs),)
+        call = {}
+        if any(e.op == "modulator" for e in functions.causal.program.equations):
+            call["modulator"] = jax.ShapeDtypeStruct((), jnp.result_type(float))
+        traces = functions.causal.init_traces_shapes()
+        inputs, targets = self.inputs, _shapes(targets)
+        if steps is None:
+            fn = apart(one_step(functions, loss_fn))
+        else:
+            inputs, targets = jax.tree.map(
+                lambda v: jax.ShapeDtypeStruct((steps, *v.shape), v.dtype), (inputs, targets)
+            )
+            kind = sequence if functions.causal.program.window is None else windows
+            fn = apart(kind(functions, loss_fn, size))
+        args = (self.params, self.states, traces, inputs, targets, call)
+        counts = [len(jax.tree.leaves(a)) for a in args]
+        start = sum(counts[:DONATED])
+        return measured(jax.make_jaxpr(fn)(*args), range(start, start + counts[DONATED]))
+
+
+def _chunk(
+    step: Step, functions: StepFunctions, steps: int | None, chunk: int | str | None, size: int, batch: int
+) -> int:
+    """Steps that ``scan_value_and_grad`` would handle together; at ``batch`` they take as much memory as here a share of it."""
+    if steps is None:
+        return 1
+    window = functions.causal.program.window
+    if window is not None:
+        return min(steps, (chunk if isinstance(chunk, int) else window) or steps)
+    schedule = step._compiled.schedule
+    wanted = schedule.chunk if chunk is None else chunk
+    return functions.chunk_size(wanted, steps, max(1, schedule.memory * size // batch))
+
+
+def _at_batch(step: Step, batch: int) -> _Compiled:
+    """The step for another batch size, from shapes; the model stays as it is."""
+    inputs = step._resized_inputs(batch)
+    with step._access.resized(batch):
+        compiled = step._build(step._access, inputs)
+        held = _shapes((step._access.params(), step._access.states()))
+    return _Compiled(StepFunctions(compiled.causal), held, inputs)
+
+
+def _shapes(tree: Any) -> Shapes:
+    return jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v), v.dtype if hasattr(v, "dtype") else jnp.result_type(v)), tree)
+
+
+def _squared_error(outputs: Any, target: Any) -> Any:
+    """The loss that is looked at where none is given."""
+    pairs = zip(jax.tree.leaves(outputs), jax.tree.leaves(target), strict=True)
+    return sum(
+        (jnp.mean(jnp.abs(o - t) ** 2) for o, t in pairs if jnp.issubdtype(o.dtype, jnp.inexact)), jnp.zeros(())
+    )
