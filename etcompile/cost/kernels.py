@@ -49,11 +49,14 @@ class Kernels:
     Attributes
     ----------
     kernels : tuple of Kernel
+    sources : mapping of int to int
+        Results that take the memory of an earlier value, with that value: an input given away, or what a loop made of it.
     copies : tuple of int
-        Given-away inputs whose old value must be kept beside the new one.
+        Those of the earlier values that must be kept beside the result.
     """
 
     kernels: tuple[Kernel, ...]
+    sources: Mapping[int, int]
     copies: tuple[int, ...]
 
 
@@ -70,7 +73,8 @@ def kernels(graph: Graph, given: Mapping[int, int]) -> Kernels:
     for node in graph.nodes:
         if any(v in stored for v in node.outputs) or node.kind in ("whole", "loop"):
             found.append(_kernel(node, graph, made, users, stored))
-    return Kernels(tuple(_in_order(found)), _copies(graph, found, given))
+    sources = _sources(graph, found, given)
+    return Kernels(tuple(_in_order(found)), sources, _copies(graph, found, sources))
 
 
 def _stored(
@@ -145,8 +149,31 @@ def _kernel(
     return Kernel(last, reads, flops, series, tuple(v for v, yes in in_place.items() if yes))
 
 
-def _copies(graph: Graph, found: list[Kernel], given: Mapping[int, int]) -> tuple[int, ...]:
-    """Inputs given away whose readers are not all over when the result in their place is written."""
+def _sources(graph: Graph, found: list[Kernel], given: Mapping[int, int]) -> dict[int, int]:
+    """Results written where an input given away was, or where a loop left what it made of it."""
+    readers: dict[int, list[Kernel]] = {}
+    for kernel in found:
+        for v in kernel.reads:
+            readers.setdefault(v, []).append(kernel)
+    sources = {}
+    for source, target in given.items():
+        v, result = graph.inputs[source], graph.outputs[target]
+        if result is None or v == result or not graph.sizes[v]:
+            continue
+        while len(readers.get(v, ())) == 1:
+            node = readers[v][0].node
+            loop = node.loop
+            around = () if loop is None else node.inputs[loop.consts : loop.consts + loop.carry]
+            after = node.outputs[around.index(v)] if v in around else -1
+            if after < 0 or after in graph.outputs:
+                break
+            v = after
+        sources[result] = v
+    return sources
+
+
+def _copies(graph: Graph, found: list[Kernel], sources: Mapping[int, int]) -> tuple[int, ...]:
+    """Earlier values whose readers are not all over when the result in their place is written."""
     writer = {v: k for k, kernel in enumerate(found) for v in kernel.node.outputs if v >= 0}
     before: list[int] = []
     for k, kernel in enumerate(found):
@@ -156,14 +183,9 @@ def _copies(graph: Graph, found: list[Kernel], given: Mapping[int, int]) -> tupl
                 bits |= before[writer[v]]
         before.append(bits)
     copies = []
-    for source, target in given.items():
-        v, result = graph.inputs[source], graph.outputs[target]
-        if result is None or v == result or not graph.sizes[v]:
-            continue
+    for result, v in sources.items():
         readers = [k for k, kernel in enumerate(found) if v in kernel.reads]
-        if result not in writer:
-            copies.append(v)
-        elif any(not before[writer[result]] >> k & 1 for k in readers):
+        if result not in writer or any(not before[writer[result]] >> k & 1 for k in readers):
             copies.append(v)
     return tuple(copies)
 

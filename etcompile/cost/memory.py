@@ -24,9 +24,7 @@ class _Slot:
         return all(span[1] < start or end < span[0] for start, end in self.taken)
 
 
-def temporary(
-    graph: Graph, found: Kernels, given: Mapping[int, int], within: Mapping[int, int], inside: bool
-) -> int:
+def temporary(graph: Graph, found: Kernels, within: Mapping[int, int], inside: bool) -> int:
     """Most bytes of temporary values alive at one time.
 
     A value that is read for the last time where a result of its size is written, element by element, leaves it its
@@ -37,9 +35,8 @@ def temporary(
     made = {v: k for k, kernel in enumerate(found.kernels) for v in kernel.node.outputs if v >= 0}
     last = {v: k for k, kernel in enumerate(found.kernels) for v in kernel.reads}
     results = {v for v in graph.outputs if v is not None}
-    sources = {graph.outputs[target]: graph.inputs[source] for source, target in given.items()}
-    place = _places(graph, found, made, last, sources)
-    spans: dict[int, Span] = {v: (0, last[v]) for v in found.copies if v in last}
+    place = _places(graph, found, made, last)
+    spans: dict[int, Span] = {}
     for v, start in made.items():
         home = v
         while home in place:
@@ -50,11 +47,14 @@ def temporary(
             spans[home] = min(start, first), max(end, latest)
     slots = []
     for v in results & set(spans):
-        span, source = spans.pop(v), sources.get(v)
-        if source is None and inside:
-            continue
-        kept = source is not None and source not in found.copies
-        slots.append(_Slot(graph.sizes[v], [span, (-1, last.get(source, -1))] if kept and source is not None else [span]))
+        span, source = spans.pop(v), found.sources.get(v)
+        if source is not None:
+            spans.pop(source, None)
+            until = made.get(source, -1) if source in found.copies else last.get(source, -1)
+            slots.append(_Slot(graph.sizes[v], [span, (-1, until)]))
+        elif not inside:
+            slots.append(_Slot(graph.sizes[v], [span]))
+    spans |= {v: (made.get(v, -1) + 1, last[v]) for v in found.copies if v in last}
     change = [0] * (count + 1)
     for v, span in sorted(spans.items(), key=lambda item: -graph.sizes[item[0]]):
         fitting = [slot for slot in slots if slot.size >= graph.sizes[v] and slot.free(span)]
@@ -70,13 +70,7 @@ def temporary(
     return most
 
 
-def _places(
-    graph: Graph,
-    found: Kernels,
-    made: Mapping[int, int],
-    last: Mapping[int, int],
-    sources: Mapping[int | None, int],
-) -> dict[int, int]:
+def _places(graph: Graph, found: Kernels, made: Mapping[int, int], last: Mapping[int, int]) -> dict[int, int]:
     """Values whose memory a later value takes over, with that value."""
     place: dict[int, int] = {}
     homes: dict[int, int] = {}
@@ -94,9 +88,9 @@ def _places(
             if v not in made or v in results or v in place or last.get(v) != k or result in used:
                 continue
             home = homes.get(result, result)
-            source = sources.get(home)
-            there = source is None or source in found.copies or last.get(source, -1) < made[v]
-            if there and graph.sizes[v] == graph.sizes[result]:
+            source = found.sources.get(home, -1)
+            until = made.get(source, -1) if source in found.copies else last.get(source, -1)
+            if until < made[v] and graph.sizes[v] == graph.sizes[result]:
                 place[v], homes[v] = result, home
                 used.add(result)
     return place

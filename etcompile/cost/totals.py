@@ -59,7 +59,7 @@ def totals(graph: Graph, given: Mapping[int, int], every_trip: bool = True, insi
         moved += body.bytes_moved
     moved += 2 * sum(graph.sizes[v] for v in found.copies)
     within = {k: body.temporary for k, body in inner.items()}
-    return Totals(flops, series, moved, temporary(graph, found, given, within, inside))
+    return Totals(flops, series, moved, temporary(graph, found, within, inside))
 
 
 def _of_loop(loop: Loop, graph: Graph, node: Node, every_trip: bool) -> Totals:
