@@ -93,7 +93,9 @@ def measured(closed: Any, donated: Sequence[int]) -> Measured:
     return Measured(graph, given, sum(graph.sizes[graph.inputs[k]] for k in donated))
 
 
-def priced(found: Measured, steps: int | None, chunk: int, batch: int | None, every_trip: bool = True) -> Cost:
+def priced(
+    found: Measured, steps: int | None, chunk: int, batch: int | None, every_trip: bool = True
+) -> Cost:
     """The cost of a function that handles ``steps`` steps.
 
     With ``every_trip=False`` the bodies of loops count once, as in XLA's own analysis (``compiled.cost_analysis()``): for

@@ -131,7 +131,9 @@ class _Builder:
         self.sizes.append(bytes_of(aval) if size is None else size)
         return len(self.sizes) - 1
 
-    def node(self, name: str, kind: str, inputs: Sequence[int], avals: Sequence[Any], **fields: Any) -> tuple[int, ...]:
+    def node(
+        self, name: str, kind: str, inputs: Sequence[int], avals: Sequence[Any], **fields: Any
+    ) -> tuple[int, ...]:
         outputs = tuple(self.value(a) for a in avals)
         read = fields.pop("read", None) or tuple(self.sizes[v] for v in inputs)
         self.nodes.append(Node(name, kind, tuple(inputs), outputs, tuple(read), **fields))
@@ -202,7 +204,10 @@ class _Builder:
             return [self._transpose(operands[0], tuple(params["permutation"]), avals[0], outs[0])]
         if name == "split":
             each = [bytes_of(a) for a in outs]
-            return [self.node("slice", "light", operands, [a], read=(s,))[0] for a, s in zip(outs, each, strict=True)]
+            return [
+                self.node("slice", "light", operands, [a], read=(s,))[0]
+                for a, s in zip(outs, each, strict=True)
+            ]
         if name in ("slice", "dynamic_slice", "gather"):
             if operands[0] in self.uniform:
                 return [self._same(operands[0], outs[0])]
@@ -212,7 +217,9 @@ class _Builder:
         if name in MOVES:
             return self.node(name, "light", operands, outs)
         if name in REDUCTIONS:
-            return self.node(name, "sum", operands[:1], outs, flops=flops, expensive=True, library=name == "reduce_sum")
+            return self.node(
+                name, "sum", operands[:1], outs, flops=flops, expensive=True, library=name == "reduce_sum"
+            )
         if name == "concatenate":
             live = [v for v in operands if v not in self.uniform]
             if not live:
@@ -301,7 +308,7 @@ class _Builder:
     def _simpler(
         self, name: str, operands: list[int], avals: list[Any], numbers: list[float | None], out: Any
     ) -> int | None:
-        """x + 0, x * 1 and their like."""
+        """A sum with 0, a product with 1, and their like."""
         if name == "convert_element_type":
             return operands[0] if avals[0].dtype == out.dtype else None
         if name not in (*_SUMS, "mul", "div") or len(operands) != 2:
@@ -319,17 +326,22 @@ class _Builder:
         self, params: dict[str, Any], operands: list[int], avals: list[Any], outs: list[Any], flops: int
     ) -> Sequence[int]:
         contract, batch = params["dimension_numbers"]
+        if all(avals[0].shape[d] == 1 for d in contract[0]):
+            flops //= 2  # an outer product has nothing to add
         ranks = [len(a.shape) - len(batch[0]) for a in avals]
         plain = len(contract[0]) == 1 and max(ranks) <= 2
         live = [
-            self._straight(operands[k], avals[k], list(batch[k]), list(contract[k]), None if plain else k) for k in (0, 1)
+            self._straight(operands[k], avals[k], list(batch[k]), list(contract[k]), None if plain else k)
+            for k in (0, 1)
         ]
         found = self.node("dot_general", "whole", live, outs, flops=flops)
         free = len(avals[0].shape) - len(contract[0]) - len(batch[0])
         self.products[found[0]] = len(batch[0]), free
         return found
 
-    def _straight(self, value: int, aval: Any, batch: list[int], contracted: list[int], side: int | None) -> int:
+    def _straight(
+        self, value: int, aval: Any, batch: list[int], contracted: list[int], side: int | None
+    ) -> int:
         """An operand in an order of axes that a product can read, copied if it has another.
 
         Matrices may come as they are (``side`` None); of other products the first operand has the contracted axes last,
@@ -339,11 +351,13 @@ class _Builder:
             return self._same(value, aval)
         free = [d for d in range(len(aval.shape)) if d not in batch and d not in contracted]
         orders = [[*batch, *free, *contracted], [*batch, *contracted, *free]]
-        for source, at in self._sources(value, len(aval.shape)):
+        sources = self._sources(value, len(aval.shape))
+        for source, at in sources:
             for order in orders if side is None else orders[side : side + 1]:
                 places = [at.index(d) for d in order if aval.shape[d] != 1]
                 if places == sorted(places):
                     return source
+        source, at = sources[-1]
         return self._copied(source, tuple(at.index(d) for d in orders[side or 0]), aval)
 
     def _sources(self, value: int, rank: int) -> list[tuple[int, list[int]]]:
@@ -442,10 +456,15 @@ def _needed_loop(node: Node, wanted: list[bool]) -> Node:
         if grown == wanted:
             break
         wanted = grown
-    kept = [u or (loop.consts <= k < loop.consts + loop.carry and wanted[k - loop.consts]) for k, u in enumerate(used)]
+    kept = [
+        u or (loop.consts <= k < loop.consts + loop.carry and wanted[k - loop.consts])
+        for k, u in enumerate(used)
+    ]
     inputs = tuple(v if k else -1 for v, k in zip(node.inputs, kept, strict=True))
     outputs = tuple(v if w else -1 for v, w in zip(node.outputs, wanted, strict=True))
-    return dataclasses.replace(node, inputs=inputs, outputs=outputs, loop=dataclasses.replace(loop, bodies=bodies))
+    return dataclasses.replace(
+        node, inputs=inputs, outputs=outputs, loop=dataclasses.replace(loop, bodies=bodies)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -93,9 +93,10 @@ def _stored(
             hard = v in results or any(u.kind in ("whole", "loop") for u in readers)
             if hard:
                 stored[v] = _cheap_again(graph, node, made)
-            elif len(readers) > 1 and (node.expensive or any(_in_library(u, users, stored) for u in readers)):
-                stored[v] = False
-            elif node.expensive and any(u.spreads for u in readers):
+                continue
+            shared = len(readers) > 1 and any(_in_library(u, users, stored) for u in readers)
+            again = node.expensive and (len(readers) > 1 or any(u.spreads for u in readers))
+            if shared or again:
                 stored[v] = False
     return stored
 
@@ -121,7 +122,11 @@ def _in_library(node: Node, users: Mapping[int, list[Node]], stored: Mapping[int
 
 
 def _kernel(
-    last: Node, graph: Graph, made: Mapping[int, Node], users: Mapping[int, list[Node]], stored: Mapping[int, bool]
+    last: Node,
+    graph: Graph,
+    made: Mapping[int, Node],
+    users: Mapping[int, list[Node]],
+    stored: Mapping[int, bool],
 ) -> Kernel:
     reads: dict[int, int] = {}
     flops, series = last.flops, last.transcendentals
@@ -129,7 +134,9 @@ def _kernel(
     absorbs = last.kind in ("light", "sum")
     straight = last.kind == "light"
     in_place: dict[int, bool] = {}
-    waiting = [(v, size, straight and last.name not in MOVES) for v, size in zip(last.inputs, last.read, strict=True)]
+    waiting = [
+        (v, size, straight and last.name not in MOVES) for v, size in zip(last.inputs, last.read, strict=True)
+    ]
     while waiting:
         v, size, straight = waiting.pop()
         if v < 0 or (v not in stored and v not in made):

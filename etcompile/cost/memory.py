@@ -36,6 +36,15 @@ def temporary(graph: Graph, found: Kernels, within: Mapping[int, int], inside: b
     last = {v: k for k, kernel in enumerate(found.kernels) for v in kernel.reads}
     results = {v for v in graph.outputs if v is not None}
     place = _places(graph, found, made, last)
+    for kernel in (
+        found.kernels
+    ):  # where a loop stacks results nothing needs to be waited for: it is zero from the start
+        if kernel.node.loop is not None:
+            made |= {
+                v: 0
+                for v in kernel.node.outputs[kernel.node.loop.carry :]
+                if v >= 0 and not kernel.node.loop.choice
+            }
     spans: dict[int, Span] = {}
     for v, start in made.items():
         home = v

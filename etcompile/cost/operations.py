@@ -49,7 +49,9 @@ _PER_ELEMENT = {
 }  # fmt: skip
 
 
-def operations(name: str, params: dict[str, Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple[int, int]:
+def operations(
+    name: str, params: dict[str, Any], inputs: Sequence[Any], outputs: Sequence[Any]
+) -> tuple[int, int]:
     """Operations and transcendentals of one application; ``inputs`` and ``outputs`` have shapes."""
     out = math.prod(outputs[0].shape) if outputs else 0
     if name == "dot_general":

@@ -24,7 +24,9 @@ def scaled(first: Measured, second: Measured, sizes: tuple[int, int], batch: int
         return a + (b - a) * (batch - sizes[0]) // (sizes[1] - sizes[0])
 
     graph = _graph(first.graph, second.graph, line)
-    return None if graph is None else Measured(graph, first.given, line(first.trace_bytes, second.trace_bytes))
+    return (
+        None if graph is None else Measured(graph, first.given, line(first.trace_bytes, second.trace_bytes))
+    )
 
 
 def _graph(a: Graph, b: Graph, line: Callable[[int, int], int]) -> Graph | None:

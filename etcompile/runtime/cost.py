@@ -138,12 +138,13 @@ def _at_batch(step: Step, batch: int) -> _Compiled:
 
 
 def _shapes(tree: Any) -> Shapes:
-    return jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v), v.dtype if hasattr(v, "dtype") else jnp.result_type(v)), tree)
+    return jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct(jnp.shape(v), v.dtype if hasattr(v, "dtype") else jnp.result_type(v)),
+        tree,
+    )
 
 
 def _squared_error(outputs: Any, target: Any) -> Any:
     """The loss that is looked at where none is given."""
     pairs = zip(jax.tree.leaves(outputs), jax.tree.leaves(target), strict=True)
-    return sum(
-        (jnp.mean(jnp.abs(o - t) ** 2) for o, t in pairs if jnp.issubdtype(o.dtype, jnp.inexact)), jnp.zeros(())
-    )
+    return sum((jnp.mean(jnp.abs(o - t) ** 2) for o, t in pairs if jnp.issubdtype(o.dtype, jnp.inexact)), 0.0)

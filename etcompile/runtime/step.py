@@ -153,9 +153,10 @@ class Step:
         Notes
         -----
         The jaxpr of the function that would run is walked, with a simple model of how XLA fuses, orders and places its
-        operations on processors. It agrees with XLA's own ``memory_analysis()`` (arguments, results that are no arguments, and
-        temporary memory) and ``cost_analysis()`` within 25 % for the models of the tests, mostly within 5 %. XLA counts the body of a
-        loop once, however often it runs; this counts every trip, and is compared with the bodies counted once.
+        operations on processors. It agrees with XLA's own ``memory_analysis()`` (arguments, temporary memory, and results
+        that do not take the place of arguments) and ``cost_analysis()`` within 25 % for the models of the tests, mostly
+        within 5 %. XLA counts the body of a loop once, however often it runs; this counts every trip, and is compared with
+        the bodies counted once. See docs/cost.md.
 
         Examples
         --------
@@ -163,7 +164,10 @@ class Step:
         >>> def leaky(params, state, x):
         ...     h = jnp.tanh(0.9 * state["h"] + x @ params["w"])
         ...     return {"h": h}, h
-        >>> w, h = jax.ShapeDtypeStruct((1000, 4000), jnp.float32), jax.ShapeDtypeStruct((2, 4000), jnp.float32)
+        >>> w, h = (
+        ...     jax.ShapeDtypeStruct((1000, 4000), jnp.float32),
+        ...     jax.ShapeDtypeStruct((2, 4000), jnp.float32),
+        ... )
         >>> model = etcompile.from_function(leaky, {"w": w}, {"h": h})
         >>> step = etcompile.compile(model, jax.ShapeDtypeStruct((2, 1000), jnp.float32))
         >>> step.cost(batch=1024).trace_bytes == 4 * 1024 * 1000 * 4000
@@ -385,7 +389,9 @@ class Step:
         """The brainstate state that holds the traces, for transformations that need it by name."""
         if not self._allocated:
             self._require_arrays()
-            with jax.ensure_compile_time_eval():  # arrays, also where the first use is inside of a transformation
+            with (
+                jax.ensure_compile_time_eval()
+            ):  # arrays, also where the first use is inside of a transformation
                 self._trace_state.fill(self._compiled.causal.init_traces())
             self._allocated = True
         return self._trace_state
