@@ -283,7 +283,9 @@ class Step:
             inputs = self._as_inputs(x)
             self._functions.model.flatten_inputs(inputs)
             carry = self._carry()
-            fn = self._jit(("value_and_grad", loss_fn), apart(one_step(self._functions, loss_fn)), donate=(DONATED,))
+            fn = self._jit(
+                ("value_and_grad", loss_fn), apart(one_step(self._functions, loss_fn)), donate=(DONATED,)
+            )
             loss, grads, carry = self._guarded(fn, carry, inputs, targets, _call(None, modulator), time=0)
             self._set_carry(carry)
             return loss, grads
