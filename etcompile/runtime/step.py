@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from etcompile.errors import CarryError, InputError, ModelError
-from etcompile.lowering.functions import Call, Carry, StepFunctions, Sums
+from etcompile.lowering.functions import Call, Carry, StepFunctions
 from etcompile.lowering.placement import Placement
 from etcompile.lowering.windows import check_end
 from etcompile.report import Report, make_report
