@@ -182,6 +182,19 @@ def test_another_batch_size_costs_what_a_model_compiled_for_it_does(model, algo,
     assert wanted.batch == 11
 
 
+def test_looking_at_a_cost_changes_nothing_of_what_runs():
+    step = compiled("gru", "d_rtrl", batch=40, n=16)
+
+    def program():
+        args = (step._access.params(), step._access.states(), step._compiled.causal.init_traces_shapes())
+        fn = apart(one_step(step._functions, loss))
+        return str(jax.make_jaxpr(fn)(*args, step._inputs, (Shape((40, OUT), jnp.float32),), {}))
+
+    before = program()
+    step.cost(), step.cost(steps=6)
+    assert program() == before
+
+
 class Net(brainstate.nn.Module):
     def __init__(self):
         super().__init__()

@@ -6,7 +6,9 @@ before it decides about copies, and then copies a whole trace wherever it cannot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import reduce
 from operator import add
 from typing import Any
@@ -15,9 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["computed_once", "known_after", "sum_products"]
+__all__ = ["computed_once", "known_after", "sum_products", "undivided_sums"]
 
 Array = Any
+
+_UNDIVIDED: ContextVar[bool] = ContextVar("undivided_sums", default=False)
 
 #: Rows summed in one kernel.
 _TOGETHER = 32
@@ -61,6 +65,16 @@ def _hidden_zero(value: Array) -> Array:
     return (bits >> (width - 1)) >> 1
 
 
+@contextmanager
+def undivided_sums() -> Iterator[None]:
+    """Meanwhile sums by rows are traced as one operation each: for a look at the program that is the same at every batch size."""
+    token = _UNDIVIDED.set(True)
+    try:
+        yield
+    finally:
+        _UNDIVIDED.reset(token)
+
+
 def sum_products(pairs: Sequence[tuple[Array, Array]], axis: int, dtype: Any) -> Array:
     """The sum of products, over pairs and over one axis that is not the last; the first of a pair may have ones to broadcast.
 
@@ -77,6 +91,8 @@ def sum_products(pairs: Sequence[tuple[Array, Array]], axis: int, dtype: Any) ->
 
     if jax.default_backend() != "cpu" or not 0 < n <= _MOST or axis == pairs[0][1].ndim - 1:
         return jnp.sum(rows(0, n), axis=axis)
+    if _UNDIVIDED.get():  # a function of its own: lax.add would make it the reduction that is avoided here
+        return lax.reduce(rows(0, n), jnp.zeros((), dtype), lambda a, b: a + b, (axis,))
     whole = n // _TOGETHER if n > _TOGETHER else 0
     parts = []
     if whole:

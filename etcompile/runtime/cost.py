@@ -12,6 +12,7 @@ from etcompile.cost.cost import Cost, Measured, measured, priced
 from etcompile.cost.scaling import scaled
 from etcompile.errors import InputError, OptionError
 from etcompile.lowering.functions import StepFunctions
+from etcompile.lowering.in_place import undivided_sums
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
 from etcompile.schedule import check_chunk
 
@@ -111,7 +112,9 @@ class _Compiled:
         args = (self.params, self.states, traces, inputs, targets, call)
         counts = [len(jax.tree.leaves(a)) for a in args]
         start = sum(counts[:DONATED])
-        return measured(jax.make_jaxpr(fn)(*args), range(start, start + counts[DONATED]))
+        with undivided_sums():
+            closed = jax.make_jaxpr(fn)(*args)
+        return measured(closed, range(start, start + counts[DONATED]))
 
 
 def _chunk(
