@@ -35,13 +35,10 @@ def results(name, algo, chunk, **options):
     return found, jax.tree.leaves(step.traces), built.tolerance
 
 
+#: tests/test_zoo.py runs every model in chunks; here traces and states go on from call to call.
 MODELS = [
-    "gru_no_batch", "lstm", "lif_spike_not_kept", "gif", "two_spiking_layers_and_a_leaky_readout", "brainpy_alif_delta",
-    "brainevent_csr_recurrent", "custom_vjp_recurrent", "cond_recurrent", "noise_and_dropout", "loss_on_some_steps",
-    "outputs_in_a_tree", "quantities", "layer_norm_recurrent", "gates_strided", "readout_of_the_old_state",
-    "second_layer_reads_the_old_first", "step_counter", "batched_weights_per_head", "embedding", "conv1d_grouped",
-    "conv1d_depthwise_recurrent", "sparse_segment_sum_recurrent", "weight_norm", "low_rank_adapter", "weight_tied_in_two_places",
-    "one_weight_of_two_results", "indrnn_batch_16", "scalar_parameters", "lru", "states_of_two_precisions",
+    "gru_no_batch", "lstm", "gif", "brainevent_csr_recurrent", "noise_and_dropout", "quantities", "embedding",
+    "conv1d_grouped", "sparse_segment_sum_recurrent", "one_weight_of_two_results", "lru", "states_of_two_precisions",
 ]  # fmt: skip
 
 
@@ -50,6 +47,38 @@ def test_d_rtrl_in_chunks(name):
     wanted, found = results(name, "d_rtrl", 1), results(name, "d_rtrl", 2)  # 2 does not divide 5
     for mine, theirs in zip(found[:2], wanted[:2], strict=True):
         assert relative_error(mine, theirs) < wanted[2]
+
+
+class Net(brainstate.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.readout = brainstate.nn.GRUCell(5, 16), brainstate.nn.Linear(16, 2)
+
+    def update(self, x):
+        return self.readout(self.cell(x))
+
+
+def test_chunks_in_float32():
+    xs = jax.random.normal(jax.random.key(0), (60, 4, 5), jnp.float32)
+    ys = jax.random.normal(jax.random.key(1), (60, 4, 2), jnp.float32)
+
+    def grads(chunk):
+        brainstate.random.seed(0)
+        with brainstate.environ.context(precision=32):
+            step = etcompile.compile(Net(), xs[0], batch_size=4)
+        return step.scan_value_and_grad(lambda out, y: jnp.mean((out - y) ** 2), chunk=chunk)(xs, ys)[1]
+
+    found, wanted = grads("auto"), grads(1)
+    assert {v.dtype for v in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
+    assert relative_error(found, wanted) < 1e-5
+
+
+def test_the_size_of_a_chunk_leaves_no_rest_where_it_can():
+    _, step = built_and_step("gru_no_batch", "d_rtrl")
+    functions = step._functions
+    assert functions.chunk_size("auto", 5000, 1 << 28) == functions.chunk_size("auto", 500, 1 << 28) == 125
+    assert functions.chunk_size("auto", 7, 1 << 28) == 7
+    assert functions.chunk_size("auto", 500, 1) == 1
 
 
 RULES = [
