@@ -334,8 +334,10 @@ class TraceGeometry:
     def contract(self, rows: Sequence[tuple[Array, Array]]) -> Array:
         """Sum over states and summed axes of (array over the window) x (trace row): a gradient of the weight."""
         first, last = len(self.contracted), len(self.contracted) + len(self.summed)
+        sizes = tuple(self.logical_shape[a] for a in self.summed)
         pairs = [
-            (_folded(self.spread(credit), first, last), _folded(row, first, last)) for credit, row in rows
+            (_folded(self.spread(credit), first, last, sizes), _folded(row, first, last, sizes))
+            for credit, row in rows
         ]
         dtype = _accumulator(jnp.result_type(*[v for pair in pairs for v in pair]))
         left = [a for a in self.order if a not in self.summed]
@@ -361,9 +363,10 @@ class TraceGeometry:
         return jnp.transpose(value, order).astype(self.site.weight_dtype)
 
 
-def _folded(value: Array, first: int, last: int) -> Array:
-    """The axes from ``first`` to ``last`` as one."""
-    return value.reshape(*value.shape[:first], -1, *value.shape[last:])
+def _folded(value: Array, first: int, last: int, sizes: tuple[int, ...]) -> Array:
+    """The axes from ``first`` to ``last``, of these sizes or 1, as one."""
+    full = jnp.broadcast_to(value, (*value.shape[:first], *sizes, *value.shape[last:]))
+    return full.reshape(*value.shape[:first], -1, *value.shape[last:])
 
 
 def _accumulator(dtype: Any) -> Any:
