@@ -92,6 +92,9 @@ class CausalProgram:
 
     def init_traces_shapes(self) -> Traces:
         """Shapes and dtypes of :meth:`init_traces`, without allocating anything."""
+        # Sparse patterns are found by working on numbers, which is not possible inside a trace.
+        for name in self._rows:
+            self._entry(self.program.equation(name))
         return jax.eval_shape(self.init_traces)
 
     def forward(
