@@ -180,7 +180,7 @@ class ChunkProgram:
                 )
                 ends.update(self._ends(one, relation, values, traces, left))
         for (x, site), credit in credits.items():
-            _add(found, site, self._pulled(site, values[x], credit))
+            _add(found, site, self.model.sites[site].pullback_of_steps(values[x], credit))
         return losses, found, last, {**filters_end, **ends}
 
     @cached_property
@@ -348,15 +348,6 @@ class ChunkProgram:
                 if credit is not None and row is not None:
                     pairs.append((geometry.from_positions(credit), row))
         return geometry.contract(pairs) if pairs else None
-
-    def _pulled(self, site: str, x: Value, credit: Array) -> Array:
-        """The weight gradient of a credit of y for all steps: one product over time and batch."""
-        geometry = self.model.sites[site]
-        if not jax.tree.leaves(x):  # the weight is y itself
-            return jnp.sum(credit, axis=0).astype(geometry.weight_dtype)
-        weight = jax.ShapeDtypeStruct(geometry.weight_shape, geometry.weight_dtype)
-        pull = jax.linear_transpose(lambda v: jax.vmap(lambda now: geometry.respond(v, now))(x), weight)
-        return pull(credit.astype(geometry.y_dtype))[0]
 
     # -- traces at the end --------------------------------------------------------------------------------------
 

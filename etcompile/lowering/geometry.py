@@ -145,7 +145,7 @@ class SiteGeometry:
         return transposed(credit.astype(self.y_dtype))[0]
 
     def respond(self, v: Array, x: tuple[Array, ...] | Array) -> Array:
-        """What a variation of the weight does to y: the transpose of :meth:`pullback`."""
+        """What a variation of the weight does to y, which is linear in it: the transpose of :meth:`pullback`."""
         if self.operation is None:
             return v if isinstance(x, tuple) else (x * v).astype(self.y_dtype)
         if not isinstance(x, tuple):
@@ -154,10 +154,23 @@ class SiteGeometry:
                 return self.apply(v, (x.astype(self.other_dtype),))
             axes = ([x.ndim - 1], [0]) if kind == "embedding" else v.ndim
             return jnp.tensordot(x, v, axes=axes).astype(self.y_dtype)
-        if self.linear:
-            return self.apply(v, x)
-        *others, weight = x
-        return jax.jvp(lambda w: self.apply(w, tuple(others)), (weight,), (v,))[1]
+        return self.apply(v, x)
+
+    def pullback_of_steps(self, x: tuple[Array, ...] | Array, credit: Array) -> Array:
+        """:meth:`pullback` summed over steps, along a leading axis of both: one product over time and batch.
+
+        The weight is the same in all of them.
+        """
+        if not jax.tree.leaves(x):  # the weight is y itself
+            return jnp.sum(credit, axis=0).astype(self.weight_dtype)
+        if isinstance(x, tuple) and not self.linear:
+            *others, weights = x
+            forward = jax.vmap(lambda w, now: self.apply(w, now), in_axes=(None, 0))
+            pull = jax.vjp(lambda w: forward(w, tuple(others)), weights[0])[1]
+        else:
+            weight = jax.ShapeDtypeStruct(self.weight_shape, self.weight_dtype)
+            pull = jax.linear_transpose(lambda v: jax.vmap(lambda now: self.respond(v, now))(x), weight)
+        return pull(credit.astype(self.y_dtype))[0]
 
     def _pull_factor(self, x: Array, credit: Array) -> Array:
         kind = self.site.kind
