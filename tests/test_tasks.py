@@ -28,6 +28,8 @@ def module(name):
 
 tasks = module("tasks")
 models = module("models")
+order = module("order")
+replicas = module("replicas")
 COPY, MATCH = tasks.Copy(8), tasks.DelayedMatch(8)
 
 
@@ -76,23 +78,34 @@ def test_accuracy_counts_answers_that_are_asked_for():
     assert tasks.accuracy(wrong, batch.targets) == 0.0
 
 
-@pytest.mark.parametrize("delay", [1, 5, 20])
-def test_copy_asks_for_what_was_shown_after_the_delay(delay):
+@pytest.mark.parametrize("delay", [1, 5, 64])
+def test_copy_asks_for_the_marked_symbol_after_the_delay(delay):
     batch = COPY.sample(np.random.default_rng(0), 64, delay)
-    shown = batch.inputs[..., : COPY.symbols]
-    seen = np.flatnonzero(shown.any(axis=(1, 2)))
-    asked = np.flatnonzero(batch.targets.any(axis=(1, 2)))
-    assert np.array_equal(shown[seen], batch.targets[asked])
-    assert asked[0] - seen[-1] - 1 == delay
-    assert np.array_equal(np.flatnonzero(batch.inputs[..., -1].all(axis=1)), asked)
-    assert not batch.inputs[asked][..., : COPY.symbols].any()
+    shown, mark, cue = np.split(batch.inputs, [COPY.symbols, COPY.symbols + 1], axis=-1)
+    [marked] = np.flatnonzero(mark.all(axis=(1, 2)))
+    [asked] = np.flatnonzero(batch.targets.any(axis=(1, 2)))
+    assert asked == COPY.steps - 1 and asked - marked - 1 == delay
+    assert mark.sum() == cue.sum() == 64 and cue[asked].all()
+    assert np.array_equal(shown[marked], batch.targets[asked])
+    assert (shown[:asked].sum(axis=-1) == 1.0).all() and not shown[asked].any()
+
+
+def delays(inputs):
+    return COPY.longest - inputs[..., COPY.symbols].argmax(axis=0)
 
 
 def test_copy_curriculum_takes_delays_up_to_its_level():
     batches = COPY.train(np.random.default_rng(0), 200, 7)
-    starts = [np.flatnonzero(one[..., : COPY.symbols].any(axis=(1, 2)))[0] for one in batches.inputs]
-    delays = COPY.longest - np.array(starts)
-    assert set(delays) == set(range(1, 8))
+    assert {int(d) for one in batches.inputs for d in delays(one)} == set(range(1, 8))
+
+
+def test_copy_is_tested_at_delays_that_double():
+    batch = COPY.test(np.random.default_rng(0))
+    assert {d: int((delays(batch.inputs) == d).sum()) for d in COPY.delays} == dict.fromkeys(
+        [1, 2, 4, 8, 16, 32, 64], COPY.repeats
+    )
+    level = COPY.test(np.random.default_rng(0), 3)
+    assert set(delays(level.inputs)) == {3} and level.inputs.shape == batch.inputs.shape
 
 
 def cues(batch):
@@ -151,9 +164,49 @@ def test_an_epoch_has_every_recording_once_and_each_is_answered_after_its_end():
     batches = task.train(np.random.default_rng(0), 27)
     assert np.array_equal(batches.targets.sum(axis=(0, 1, 2)), np.full(9, 30))
     assert not batches.targets[:, :-1].any()
-    assert not batches.inputs[:, -1].any()
+    assert task.steps == 29 + task.silence
+    assert not batches.inputs[:, 29:].any()
     on = batches.inputs[..., -1].sum(axis=1)
     assert on.min() == 7 and on.max() <= 29
+
+
+def test_the_order_is_checked_pair_by_pair():
+    ladder = (("rtrl", "bptt"), ("d_rtrl",), ("ottt",), ("absent",), ("chance",))
+    found = {
+        "rtrl": [0.9],
+        "bptt": [0.9, 0.8, 0.7, 0.9],
+        "d_rtrl": [0.5, 0.4, 0.3, 0.4],
+        "ottt": [0.4, 0.5],
+        "chance": [0.6],
+    }
+    pairs = {(p.upper, p.lower): p for p in order.check(ladder, found)}
+    assert {names: p.verdict for names, p in pairs.items()} == {
+        ("bptt", "d_rtrl"): "holds",
+        ("d_rtrl", "ottt"): "not separated",
+    }
+    assert pairs["bptt", "d_rtrl"].difference == pytest.approx(0.425)
+    assert pairs["bptt", "d_rtrl"].error == pytest.approx(0.025)
+    [pair] = order.check((("d_rtrl",), ("chance",)), found)
+    assert pair.verdict == "reversed" and pair.difference == pytest.approx(-0.2)
+    [pair] = order.check((("a",), ("b",)), {"a": [1.0, 1.0], "b": [1.0, 1.0]})
+    assert pair.verdict == "not separated" and pair.error == 0.0
+
+
+def test_trainings_side_by_side_are_those_one_by_one():
+    start = brainstate.ShortTermState(jnp.zeros(2))
+    other = brainstate.ShortTermState(jnp.ones(()))
+
+    def double(x):
+        start.value = 2.0 * start.value + other.value * x
+        return start.value.sum()
+
+    both = replicas.Replicas(double, jnp.zeros(2))
+    both.start([{start: jnp.array([1.0, 2.0])}, {start: jnp.array([3.0, 4.0])}])
+    x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    assert np.array_equal(both(x), [7.0, 15.0])
+    assert np.array_equal(both(x), [15.0, 31.0])
+    assert np.array_equal(both.values(start), [[7.0, 8.0], [12.0, 19.0]])
+    assert np.array_equal(start.value, [0.0, 0.0])
 
 
 def test_the_comparison_runs_and_writes_its_page(tmp_path):

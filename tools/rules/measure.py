@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from settings import EXPERIMENTS, Search
-from table import RULES, Entry
+from table import EXPECTED, RULES, Entry
 from tasks import Batch
 from training import Outcome, Trainer
 
@@ -58,26 +58,42 @@ def _measure(task: str, entry: Entry, search: Search, rate: float | None) -> Res
     experiment = EXPERIMENTS[task]
     updates = search.updates(experiment)
     trainer = Trainer(experiment.task, experiment.make, entry.algo, entry.options)
-    cosines = [_cosine(trainer, task, search, seed) for seed in search.seeds]
+    cosines = [_cosine(trainer, point) for point in _points(task, search)]
     ours, theirs = _times((trainer, _reference(task)), search)
-    rates = search.rates if rate is None else (rate,)
-    seeds = search.seeds[: entry.seeds]
-    runs = {r: [trainer.run(seed, r, updates) for seed in seeds] for r in rates}
-    best = max(runs, key=lambda r: _quality(runs[r]))
+    best, outcomes = _trained(trainer, entry, search, rate, updates)
     report = trainer.step.report().to_dict()
     return Result(
         task,
         entry.label,
         rate=best,
         updates=updates,
-        accuracies=[o.accuracy for o in runs[best]],
-        levels=[o.level for o in runs[best] if o.level is not None],
-        activities=[o.activity for o in runs[best]],
+        accuracies=[o.accuracy for o in outcomes],
+        levels=[o.level for o in outcomes if o.level is not None],
+        activities=[o.activity for o in outcomes],
         cosines=cosines,
         trace_bytes=report["trace_bytes"],
         relative_time=ours / theirs,
         milliseconds=1e3 * ours,
     )
+
+
+def _trained(
+    trainer: Trainer, entry: Entry, search: Search, rate: float | None, updates: int
+) -> tuple[float, list[Outcome]]:
+    """The best learning rate, from a search over few seeds unless it is given; and the outcome of each seed with it."""
+    tried = search.seeds[: search.tried]
+    seeds = search.seeds if any(entry.label in rung for rung in EXPECTED) else tried
+    seeds = seeds[: entry.seeds]
+    if not seeds:
+        return 0.0, []
+    if rate is None:
+        cases = [(seed, r) for r in search.rates for seed in tried]
+        found = trainer.run(cases, updates)
+        runs = {r: [o for (_, of), o in zip(cases, found, strict=True) if of == r] for r in search.rates}
+        rate = max(runs, key=lambda r: _quality(runs[r]))
+        if seeds == tried:
+            return rate, runs[rate]
+    return rate, trainer.run([(seed, rate) for seed in seeds], updates)
 
 
 def _quality(outcomes: list[Outcome]) -> tuple[float, float]:
@@ -88,28 +104,35 @@ def _quality(outcomes: list[Outcome]) -> tuple[float, float]:
 # -- gradients --------------------------------------------------------------------------------------------------------
 
 
-def _cosine(trainer: Trainer, task: str, search: Search, seed: int) -> float:
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Weights part of the way through training, some batches, and their true gradient."""
+
+    weights: Mapping[str, Any]
+    batches: Batch
+    gradient: np.ndarray
+
+
+def _cosine(trainer: Trainer, point: Point) -> float:
     """The cosine of a rule's gradient to the true one, at a point on the way of backpropagation through time.
 
     Over all weights but the readout's, summed over batches of whole sequences.
     """
-    params, batches, true = _point(task, search, seed)
-    for path, state in trainer.params.items():
-        state.value = params[path]
-    ours = _gradient(trainer, batches)
+    ours, true = _gradient(trainer, point.weights, point.batches), point.gradient
     return float(ours @ true / max(np.linalg.norm(ours) * np.linalg.norm(true), 1e-30))
 
 
 @lru_cache
-def _point(task: str, search: Search, seed: int) -> tuple[dict[str, Any], Batch, np.ndarray]:
-    """Weights part of the way through training, some batches, and their true gradient."""
+def _points(task: str, search: Search) -> list[Point]:
     experiment = EXPERIMENTS[task]
-    trainer = _reference(task)
-    updates = int(search.reference_share * search.updates(experiment))
-    outcome = trainer.run(seed, search.reference_rate, max(1, updates))
-    params = jax.tree.map(np.asarray, trainer.values())
-    batches = experiment.task.train(np.random.default_rng(2000 + seed), search.batches, outcome.level)
-    return params, batches, _gradient(trainer, batches)
+    trainer, seeds = _reference(task), search.seeds[: search.points]
+    updates = max(1, int(search.reference_share * search.updates(experiment)))
+    points = []
+    outcomes = trainer.run([(seed, search.reference_rate) for seed in seeds], updates)
+    for seed, outcome in zip(seeds, outcomes, strict=True):
+        batches = experiment.task.train(np.random.default_rng(2000 + seed), search.batches, outcome.level)
+        points.append(Point(outcome.weights, batches, _gradient(trainer, outcome.weights, batches)))
+    return points
 
 
 @lru_cache
@@ -118,7 +141,9 @@ def _reference(task: str) -> Trainer:
     return Trainer(experiment.task, experiment.make, "bptt", {})
 
 
-def _gradient(trainer: Trainer, batches: Batch) -> np.ndarray:
+def _gradient(trainer: Trainer, weights: Mapping[str, Any], batches: Batch) -> np.ndarray:
+    for path, state in trainer.params.items():
+        state.value = weights[path]
     total: Any = None
     for xs, ys in zip(batches.inputs, batches.targets, strict=True):
         trainer.reset()

@@ -10,15 +10,42 @@ __all__ = ["GRUNet", "SpikingNet", "spike"]
 
 
 class GRUNet(brainstate.nn.Module):
-    """Stock layers: a gated recurrent unit and a linear readout."""
+    """A gated recurrent unit whose reset gate acts after the recurrent product, and a linear readout.
+
+    With gates z and r, candidate c, hidden state h and inputs x::
+
+        z[t], r[t] = sigmoid(W_gates x[t] + U_gates h[t-1])
+        c[t] = tanh(W x[t] + r[t] * (U h[t-1]))
+        h[t] = z[t] h[t-1] + (1 - z[t]) c[t]
+
+    So no gate of one unit reaches another within the step, which keeps the pattern of ``snap`` small: its paper takes this
+    variant for that reason.
+    """
 
     def __init__(self, num_in: int, num_hidden: int, num_out: int):
         super().__init__()
-        self.cell = brainstate.nn.GRUCell(num_in, num_hidden)
+        self.num_hidden = num_hidden
+        self.w = brainstate.nn.Linear(num_in, 3 * num_hidden)
+        normal = brainstate.nn.init.Normal(scale=1 / num_hidden**0.5)
+        self.u = brainstate.ParamState(normal((num_hidden, 3 * num_hidden)))
         self.readout = brainstate.nn.Linear(num_hidden, num_out)
 
+    def init_state(self, batch_size: int | None = None) -> None:
+        self.h = brainstate.HiddenState(self._zeros(batch_size))
+
+    def reset_state(self, batch_size: int | None = None) -> None:
+        self.h.value = self._zeros(batch_size)
+
+    def _zeros(self, batch_size: int | None) -> jax.Array:
+        return jnp.zeros((self.num_hidden,) if batch_size is None else (batch_size, self.num_hidden))
+
     def update(self, x: jax.Array) -> jax.Array:
-        return self.readout(self.cell(x))
+        h = self.h.value
+        z_in, r_in, c_in = jnp.split(self.w(x), 3, axis=-1)
+        z_back, r_back, c_back = jnp.split(h @ self.u.value, 3, axis=-1)
+        z, r = jax.nn.sigmoid(z_in + z_back), jax.nn.sigmoid(r_in + r_back)
+        self.h.value = z * h + (1 - z) * jnp.tanh(c_in + r * c_back)
+        return self.readout(self.h.value)
 
 
 @jax.custom_jvp
@@ -39,7 +66,7 @@ class SpikingNet(brainstate.nn.Module):
     With potential v, adaptation a, spikes z and inputs x::
 
         z[t] = v[t] > 1 + gain a[t]
-        v[t] = beta v[t-1] + W_in x[t] + b + W_rec z[t-1] - z[t-1]
+        v[t] = beta v[t-1] (1 - z[t-1]) + W_in x[t] + b + W_rec z[t-1]
         a[t] = rho a[t-1] + z[t-1]
         out  = W_out z[t] + c
     """
@@ -77,6 +104,6 @@ class SpikingNet(brainstate.nn.Module):
 
     def update(self, x: jax.Array) -> jax.Array:
         z = self.spikes()
-        self.v.value = self.beta * self.v.value + self.w_in(x) + z @ self.w_rec.value - z
+        self.v.value = self.beta * self.v.value * (1 - z) + self.w_in(x) + z @ self.w_rec.value
         self.a.value = self.rho * self.a.value + z
         return self.readout(self.spikes())

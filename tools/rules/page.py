@@ -10,6 +10,7 @@ from typing import cast
 import numpy as np
 from chart import chart
 from measure import Result
+from order import SURE, check
 from settings import EXPERIMENTS, Search
 from table import EXPECTED, LEFT_OUT, RULES, Entry
 from tasks import Copy
@@ -34,6 +35,8 @@ def render(results: Results, search: Search, command: str) -> tuple[str, str]:
         command=command,
         rules=_rules(),
         seeds=len(search.seeds),
+        tried=search.tried,
+        points=search.points,
         mastered=f"{MASTERED:.0%}",
         longest=_COPY.longest,
         accuracy=_accuracy(results),
@@ -43,13 +46,16 @@ def render(results: Results, search: Search, command: str) -> tuple[str, str]:
         cost=_cost(results),
         expected="\n".join(f"{k}. {', '.join(f'`{n}`' for n in rung)}" for k, rung in enumerate(EXPECTED, 1)),
         order=_order(results),
+        sure=f"{SURE:g}",
         settings=_settings(results),
         about="\n".join(f"- **{e.task.title}**: {_about(e.task)}" for e in EXPERIMENTS.values()),
         clip=f"{CLIP:g}",
         spikes=f"{min(spikes):.0%} to {max(spikes):.0%}" if spikes else "none",
         rates=", ".join(f"{r:g}" for r in search.rates),
         borrowed=", ".join(f"`{e.label}` that of `{e.rate_of}`" for e in RULES if e.rate_of),
-        few=" and ".join(f"`{e.label}`" for e in RULES if e.seeds == 1),
+        single=" and ".join(f"`{e.label}`" for e in RULES if e.seeds == 1),
+        untrained=" and ".join(f"`{e.label}`" for e in RULES if e.seeds == 0),
+        ordered=", ".join(f"`{e.label}`" for e in RULES if e.seeds is None and _ordered(e)),
         chosen=_chosen(results),
         missing=_missing(results),
     )
@@ -59,6 +65,10 @@ def render(results: Results, search: Search, command: str) -> tuple[str, str]:
         panels.append((experiment.task.title, experiment.task.chance, found))
     picture = chart(panels, [e.label for e in RULES], "test accuracy of each rule; dashed: chance")
     return text, picture
+
+
+def _ordered(entry: Entry) -> bool:
+    return any(entry.label in rung for rung in EXPECTED)
 
 
 def _rules() -> str:
@@ -83,11 +93,11 @@ def _equation(entry: Entry) -> str:
 
 def _accuracy(results: Results) -> str:
     others = [e.task.title for name, e in EXPERIMENTS.items() if name != "copy"]
-    head = ["rule", "copy: longest delay", f"copy: accuracy at delay {_COPY.reported}", *others]
+    head = ["rule", "copy: longest delay", f"copy: accuracy at delays 1, 2, 4 to {_COPY.longest}", *others]
     rows = []
     for e in RULES:
-        levels = _numbers(_of(results, "copy", e, "levels"), "{:.0f}", "{:.1f}")
-        rows.append((e.label, levels, *(_numbers(_of(results, t, e, "accuracies")) for t in EXPERIMENTS)))
+        levels = _numbers(_of(results, "copy", e, "levels"), 1)
+        rows.append((e.label, levels, *(_numbers(_of(results, t, e, "accuracies"), 3) for t in EXPERIMENTS)))
     rows.append(("chance", "", *(f"{e.task.chance:.2f}" for e in EXPERIMENTS.values())))
     return _table(head, rows)
 
@@ -108,33 +118,23 @@ def _cost(results: Results) -> str:
 
 
 def _order(results: Results) -> str:
-    lines = []
+    rows = []
     for name, experiment in EXPERIMENTS.items():
-        title, chance = experiment.task.title, experiment.task.chance
-        lines.append(_verdict(results, name, f"{title}, accuracy", "accuracies", chance))
+        found = {label: r.accuracies for (t, label), r in results.items() if t == name}
+        rows += _checked(f"{experiment.task.title}, accuracy", found | {"chance": [experiment.task.chance]})
         if experiment.task.first_level is not None:
-            lines.append(_verdict(results, name, f"{title}, longest delay", "levels", None))
-        lines.append(_verdict(results, name, f"{title}, gradient", "cosines", None))
-    return "\n".join(lines)
+            found = {label: [float(x) for x in r.levels] for (t, label), r in results.items() if t == name}
+            rows += _checked(f"{experiment.task.title}, longest delay", found)
+        found = {label: r.cosines for (t, label), r in results.items() if t == name}
+        rows += _checked(f"{experiment.task.title}, gradient", found)
+    return _table(("what", "pair", "difference", "standard error", "verdict"), rows)
 
 
-def _verdict(results: Results, task: str, title: str, what: str, chance: float | None) -> str:
-    """One line: does every rule do at least as well as those expected below it; and if not, which do not."""
-    known: dict[str, Sequence[float]] = {"chance": [chance]} if chance is not None else {}
-    known |= {
-        label: values for (t, label), r in results.items() if t == task and (values := getattr(r, what))
-    }
-    means = {label: float(np.mean(values)) for label, values in known.items()}
-    wrong = []
-    for k, rung in enumerate(EXPECTED):
-        for upper in (u for u in rung if u in known):
-            for lower in (w for below in EXPECTED[k + 1 :] for w in below if w in known):
-                if means[lower] > means[upper] + 5e-3:
-                    near = ", seeds overlapping" if min(known[lower]) <= max(known[upper]) else ""
-                    wrong.append(f"`{lower}` is above `{upper}`{near}")
-    order = [label for rung in EXPECTED for label in rung if label in known]
-    listed = ", ".join(f"`{label}` {means[label]:.2f}" for label in order)
-    return f"- {title}: {'**no**, ' + '; '.join(wrong) if wrong else '**yes**'}. Means: {listed}."
+def _checked(title: str, found: Mapping[str, Sequence[float]]) -> list[tuple[str, ...]]:
+    return [
+        (title, f"{p.upper} > {p.lower}", f"{p.difference:.3f}", f"{p.error:.3f}", p.verdict)
+        for p in check(EXPECTED, found)
+    ]
 
 
 def _settings(results: Results) -> str:
@@ -175,12 +175,14 @@ def _of(results: Results, task: str, entry: Entry, what: str) -> list[float]:
     return getattr(found, what) if found else []
 
 
-def _numbers(values: Sequence[float], form: str = "{:.2f}", mean_form: str = "") -> str:
-    """Mean, lowest and highest."""
+def _numbers(values: Sequence[float], digits: int = 2) -> str:
+    """The mean, and its standard error where there are several values."""
     if not values:
         return ""
-    low, high = form.format(min(values)), form.format(max(values))
-    return low if low == high else f"{(mean_form or form).format(float(np.mean(values)))} ({low} to {high})"
+    mean = f"{float(np.mean(values)):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {float(np.std(values, ddof=1)) / len(values) ** 0.5:.{digits}f}"
 
 
 def _bytes(size: int) -> str:

@@ -27,8 +27,13 @@ class Experiment:
 class Search:
     """Learning rates that every rule may choose from, the seeds, and how precisely to measure."""
 
-    rates: tuple[float, ...] = (3e-3, 1e-2, 2e-2)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 2e-2, 4e-2)
+    #: Of every rule in the expected order. Side by side these are as many trainings as the search has.
+    seeds: tuple[int, ...] = tuple(range(12))
+    #: The first seeds, with which rates are chosen; other rules are trained from these alone.
+    tried: int = 3
+    #: The first seeds, at whose weights gradients are compared.
+    points: int = 6
     #: Learning rate and share of the updates by backpropagation that lead to the point where gradients are compared.
     reference_rate: float = 1e-2
     reference_share: float = 0.25
@@ -45,20 +50,22 @@ class Search:
 
 FULL = Search()
 #: Nothing is learnt, but everything runs.
-QUICK = dataclasses.replace(FULL, rates=(1e-2,), seeds=(0,), batches=1, seconds=0.01, shorter=40)
+QUICK = dataclasses.replace(
+    FULL, rates=(1e-2,), seeds=(0,), tried=1, points=1, batches=1, seconds=0.01, shorter=40
+)
 
-_COPY, _MATCH, _VOWELS = Copy(8), DelayedMatch(8), JapaneseVowels(10)
+_COPY, _MATCH, _VOWELS = Copy(16), DelayedMatch(16), JapaneseVowels(10)
 
 EXPERIMENTS = {
     e.task.name: e
     for e in (
-        Experiment(_COPY, lambda: GRUNet(_COPY.inputs, 16, _COPY.outputs), "GRU, 16 units", 800),
+        Experiment(_COPY, lambda: GRUNet(_COPY.inputs, 16, _COPY.outputs), "GRU, 16 units", 600),
         Experiment(
             _MATCH,
-            lambda: SpikingNet(_MATCH.inputs, 16, _MATCH.outputs),
-            "16 adaptive leaky integrate-and-fire neurons, recurrent",
-            800,
+            lambda: SpikingNet(_MATCH.inputs, 32, _MATCH.outputs),
+            "32 adaptive leaky integrate-and-fire neurons, recurrent",
+            900,
         ),
-        Experiment(_VOWELS, lambda: GRUNet(_VOWELS.inputs, 16, _VOWELS.outputs), "GRU, 16 units", 540),
+        Experiment(_VOWELS, lambda: GRUNet(_VOWELS.inputs, 24, _VOWELS.outputs), "GRU, 24 units", 810),
     )
 }

@@ -28,7 +28,7 @@ class Entry:
     equation: str = ""
     #: Costly rules take the learning rate that this rule found, instead of a search of their own ...
     rate_of: str = ""
-    #: ... and those whose gradient is another rule's are trained from fewer seeds.
+    #: ... and those whose gradient is another rule's are trained from fewer seeds, or from none.
     seeds: int | None = None
 
 
@@ -52,7 +52,7 @@ RULES = (
         "grad = sum over windows of d(losses of the window) / dw",
     ),
     Entry("rtrl", "rtrl", {}, "B N P", "B N² P", "always", rate_of="bptt", seeds=1),
-    Entry("ostl", "ostl", {}, "B N P in a layer", "B N² P", "one layer", rate_of="bptt", seeds=1),
+    Entry("ostl", "ostl", {}, "B N P in a layer", "B N² P", "one layer", rate_of="bptt", seeds=0),
     Entry(
         "snap-1",
         "snap",
@@ -79,7 +79,7 @@ RULES = (
     Entry("osttp", "osttp", {}, "B I O", "B I O"),
     Entry("rflo", "rflo", {}, "B I O", "B I O"),
     Entry("uoro", "uoro", {}, "B N + P", "a few steps", "on average over seeds"),
-    Entry("kf_rtrl", "kf_rtrl", {}, "B N O + B I", "B N² O", "on average over seeds"),
+    Entry("kf_rtrl", "kf_rtrl", {}, "B N O + B I", "B N² O", "on average over seeds", rate_of="bptt"),
     Entry("one step", "compose", {"trace": "none"}, "0", "B I O", "T = 1", "grad = L (f (x) x)"),
 )
 

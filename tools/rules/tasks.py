@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -68,17 +69,19 @@ class Task:
 
 @dataclass(frozen=True)
 class Copy(Task):
-    """A few symbols, a silent delay, a cue; then the symbols are to be named in order.
+    """A stream of symbols, one of them marked; at a cue, the marked one is to be named.
 
-    Inputs are one line per symbol and one for the cue, which is on while answers are asked for. All sequences are as long as
-    the longest delay makes them: with a shorter delay the symbols come later, so that every answer falls on the last steps.
-    The level of the curriculum is the longest delay of the moment; training batches take delays from 1 up to it.
+    Inputs are one line per symbol, one for the mark and one for the cue. The delay is the number of steps between mark and cue,
+    each with another symbol, to be ignored: what to keep must be told from what to drop, long before the answer. All sequences
+    are as long as the longest delay makes them: with a shorter one the mark comes later, and the answer always falls on the last
+    step. The level of the curriculum is the longest delay of the moment; training batches take delays from 1 up to it. Tests have
+    delays 1, 2, 4 and so on, equally often.
     """
 
     symbols: int = 4
-    length: int = 2
-    longest: int = 20
-    reported: int = 5
+    longest: int = 64
+    #: Test sequences of each delay.
+    repeats: int = 32
 
     name = "copy"
     title = "copy after a delay"
@@ -86,7 +89,7 @@ class Copy(Task):
 
     @property
     def inputs(self) -> int:
-        return self.symbols + 1
+        return self.symbols + 2
 
     @property
     def outputs(self) -> int:
@@ -94,31 +97,46 @@ class Copy(Task):
 
     @property
     def steps(self) -> int:
-        return 2 * self.length + self.longest
+        return self.longest + 2
 
     @property
     def chance(self) -> float:
         return 1.0 / self.symbols
 
+    @property
+    def delays(self) -> list[int]:
+        """The delays of a test: 1, 2, 4 and so on."""
+        return [2**k for k in range(self.longest.bit_length())]
+
     def sample(self, rng: np.random.Generator, size: int, delay: int) -> Batch:
-        """Sequences with one delay, the silent steps between the last symbol and the cue."""
-        shown = np.eye(self.symbols, dtype=np.float32)[rng.integers(self.symbols, size=(self.length, size))]
+        """Sequences with one delay, the steps between the mark and the cue."""
+        marked = self.longest - delay
+        stream = np.eye(self.symbols, dtype=np.float32)[
+            rng.integers(self.symbols, size=(self.steps - 1, size))
+        ]
         inputs = np.zeros((self.steps, size, self.inputs), np.float32)
         targets = np.zeros((self.steps, size, self.outputs), np.float32)
-        start = self.longest - delay
-        inputs[start : start + self.length, :, : self.symbols] = shown
-        inputs[-self.length :, :, -1] = 1.0
-        targets[-self.length :] = shown
+        inputs[:-1, :, : self.symbols] = stream
+        inputs[marked, :, -2] = 1.0
+        inputs[-1, :, -1] = 1.0
+        targets[-1] = stream[marked]
         return Batch(inputs, targets)
 
     def train(self, rng: np.random.Generator, count: int, level: int | None = None) -> Batch:
-        longest = self.reported if level is None else level
+        longest = self.longest if level is None else level
         return self._stacked(
             count, lambda: self.sample(rng, self.batch_size, int(rng.integers(1, longest + 1)))
         )
 
     def test(self, rng: np.random.Generator, level: int | None = None) -> Batch:
-        return self.sample(rng, 256, self.reported if level is None else level)
+        delays = self.delays
+        if level is not None:
+            return self.sample(rng, self.repeats * len(delays), level)
+        each = [self.sample(rng, self.repeats, delay) for delay in delays]
+        return Batch(
+            np.concatenate([b.inputs for b in each], axis=1),
+            np.concatenate([b.targets for b in each], axis=1),
+        )
 
 
 @dataclass(frozen=True)
@@ -183,7 +201,7 @@ class Recordings:
 
 @dataclass(frozen=True)
 class JapaneseVowels(Task):
-    """Nine speakers say a vowel; who was it? Recordings of 7 to 29 frames, answered after the longest would have ended.
+    """Nine speakers say a vowel; who was it? Recordings of 7 to 29 frames, answered some silent frames after the longest.
 
     Twelve coefficients of linear prediction per frame and a line that is on while the recording lasts. The data come with the
     package aeon, in the split of their authors: 270 recordings to train on, 370 to test on. M. Kudo, J. Toyama and M.
@@ -192,13 +210,15 @@ class JapaneseVowels(Task):
 
     name = "vowels"
     title = "Japanese vowels"
+    silence: int = 10
+
     inputs = 13
     outputs = 9
     frames = 29
 
     @property
     def steps(self) -> int:
-        return self.frames + 1
+        return self.frames + self.silence
 
     @property
     def chance(self) -> float:
@@ -207,19 +227,12 @@ class JapaneseVowels(Task):
         return float(np.bincount(speakers).max() / len(speakers))
 
     def recordings(self, split: str) -> Recordings:
-        # Read from the files inside the package; its annotations do not know that two values come back.
-        load: Any = import_module("aeon.datasets").load_japanese_vowels
-        series, labels = load(split=split)
-        padded = np.zeros((len(series), self.frames, 12), np.float32)
-        for row, one in zip(padded, series, strict=True):
-            row[: one.shape[1]] = one.T
-        lengths = np.array([one.shape[1] for one in series])
-        return Recordings(padded, lengths, np.asarray(labels).astype(int) - 1)
+        return _recordings(split)
 
     def batch(self, recordings: Recordings, chosen: np.ndarray) -> Batch:
         inputs = np.zeros((self.steps, len(chosen), self.inputs), np.float32)
-        inputs[:-1, :, :-1] = recordings.series[chosen].swapaxes(0, 1)
-        inputs[:-1, :, -1] = np.arange(self.frames)[:, None] < recordings.lengths[chosen]
+        inputs[: self.frames, :, :-1] = recordings.series[chosen].swapaxes(0, 1)
+        inputs[: self.frames, :, -1] = np.arange(self.frames)[:, None] < recordings.lengths[chosen]
         targets = np.zeros((self.steps, len(chosen), self.outputs), np.float32)
         targets[-1] = np.eye(self.outputs, dtype=np.float32)[recordings.speakers[chosen]]
         return Batch(inputs, targets)
@@ -239,3 +252,15 @@ class JapaneseVowels(Task):
     def test(self, rng: np.random.Generator, level: int | None = None) -> Batch:
         recordings = self.recordings("TEST")
         return self.batch(recordings, np.arange(len(recordings.speakers)))
+
+
+@lru_cache
+def _recordings(split: str) -> Recordings:
+    # Read from the files inside the package; its annotations do not know that two values come back.
+    load: Any = import_module("aeon.datasets").load_japanese_vowels
+    series, labels = load(split=split)
+    padded = np.zeros((len(series), JapaneseVowels.frames, 12), np.float32)
+    for row, one in zip(padded, series, strict=True):
+        row[: one.shape[1]] = one.T
+    lengths = np.array([one.shape[1] for one in series])
+    return Recordings(padded, lengths, np.asarray(labels).astype(int) - 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tasks import Task, accuracy
+from replicas import Replicas
+from tasks import Batch, Task, accuracy
 
 import etcompile
 
@@ -39,6 +41,8 @@ class Outcome:
     level: int | None
     #: The share of units that spike at a step; 0 for models without spikes.
     activity: float
+    #: The weights by path.
+    weights: Mapping[str, Any]
 
 
 class Trainer:
@@ -60,43 +64,79 @@ class Trainer:
         self.rate = brainstate.ShortTermState(jnp.zeros(()))
         self.optimiser = optax.chain(optax.clip_by_global_norm(CLIP), optax.scale_by_adam())
         self.moments = brainstate.ShortTermState(self.optimiser.init(self.values()))
-        self._learn: Any = brainstate.transform.jit(
-            lambda xs, ys: brainstate.transform.for_loop(self._update, xs, ys)
-        )
-        self._twin: Any = make()
+        self._learn: Any = None
         self._answers: Any = None
+        self._twin_params: dict[str, Any] = {}
 
     def values(self) -> dict[str, Any]:
         return {path: state.value for path, state in self.params.items()}
 
-    def start(self, seed: int, rate: float) -> None:
+    def start(self, seed: int, rate: float) -> dict[brainstate.State, Any]:
         """The weights of this seed, the same for every rule, and an optimiser that has seen nothing."""
         brainstate.random.seed(seed)
         fresh = _by_path(self.make())
-        for path, state in self.params.items():
-            state.value = fresh[path].value
-        self.rate.value = jnp.asarray(rate, self.rate.value.dtype)
-        self.moments.value = self.optimiser.init(self.values())
+        params = {path: fresh[path].value for path in self.params}
+        traces = self.step.traces_state.value
+        return {
+            **{state: params[path] for path, state in self.params.items()},
+            self.rate: jnp.asarray(rate, self.rate.value.dtype),
+            self.moments: self.optimiser.init(params),
+            # Rules that draw random signs draw others for every seed.
+            self.step.traces_state: {k: v + (seed << 20) if _is_count(v) else v for k, v in traces.items()},
+        }
 
-    def run(self, seed: int, rate: float, updates: int) -> Outcome:
-        """Train from the weights of ``seed``, and test."""
-        self.start(seed, rate)
-        rng = np.random.default_rng(1000 + seed)
-        level, losses = self.task.first_level, []
-        for _ in range(-(-updates // self.block)):
-            batches = self.task.train(rng, self.block, level)
-            losses.append(float(jnp.mean(self._learn(batches.inputs, batches.targets))))
-            level = self._next_level(level, rng)
-        tested, activity = self.test(np.random.default_rng(seed))
-        last = losses[-max(1, len(losses) // 5) :]
-        return Outcome(tested, float(np.mean(last)), level, activity)
+    def run(self, cases: Sequence[tuple[int, float]], updates: int) -> list[Outcome]:
+        """Train from the weights of each seed with each rate ``(seed, rate)``, all side by side, and test."""
+        self._learn = self._learn or self._replicated()
+        self._learn.start([self.start(*case) for case in cases])
+        rngs = [np.random.default_rng(1000 + seed) for seed, _ in cases]
+        levels: list[int | None] = [self.task.first_level] * len(cases)
+        losses = []
+        blocks = -(-updates // self.block)
+        for done in range(blocks):
+            left = np.full((len(cases), self.block), 1 - done / blocks, np.float32)
+            batches = [
+                self.task.train(rng, self.block, level) for rng, level in zip(rngs, levels, strict=True)
+            ]
+            losses.append(np.mean(self._learn(*_stacked(batches), left), axis=1))
+            # Draws of their own: what a seed is trained on must not depend on what runs beside it.
+            levels = self._next_levels(levels, [np.random.default_rng((seed, done)) for seed, _ in cases])
+        tested, activity = self.test([np.random.default_rng(seed) for seed, _ in cases], [None] * len(cases))
+        last = np.mean(losses[-max(1, len(losses) // 5) :], axis=0)
+        return [
+            Outcome(float(tested[k]), float(last[k]), levels[k], float(activity[k]), weights)
+            for k, weights in enumerate(self._weights(len(cases)))
+        ]
 
-    def _next_level(self, level: int | None, rng: np.random.Generator) -> int | None:
-        if level is None:
-            return None
-        while level < getattr(self.task, "longest", 0) and self.test(rng, level)[0] > MASTERED:
-            level += 1
-        return level
+    def _weights(self, count: int) -> list[dict[str, Any]]:
+        """The weights of each replica by path."""
+        values = {path: jax.device_get(self._learn.values(state)) for path, state in self.params.items()}
+        return [
+            {path: jax.tree.map(operator.itemgetter(k), value) for path, value in values.items()}
+            for k in range(count)
+        ]
+
+    def _replicated(self) -> Replicas:
+        batch = self.task.train(np.random.default_rng(0), self.block, self.task.first_level)
+        return Replicas(
+            lambda *args: brainstate.transform.for_loop(self._update, *args),
+            batch.inputs,
+            batch.targets,
+            np.ones(self.block, np.float32),
+        )
+
+    def _next_levels(self, levels: list[int | None], rngs: Sequence[np.random.Generator]) -> list[int | None]:
+        """Each level goes on as long as its task is mastered, up to the longest."""
+        longest = getattr(self.task, "longest", 0)
+        going = {k for k, level in enumerate(levels) if level is not None and level < longest}
+        while going:
+            right, _ = self.test(rngs, levels)
+            going = {k for k in going if right[k] > MASTERED}
+            levels = [
+                level + 1 if level is not None and k in going else level for k, level in enumerate(levels)
+            ]
+            going = {k for k in going if levels[k] != longest}
+        return levels
 
     def reset(self) -> None:
         """A new sequence, with new random signs for the rules that draw some: their count of steps goes on."""
@@ -104,39 +144,51 @@ class Trainer:
         self.step.reset()
         self.step.traces_state.value = {**self.step.traces_state.value, **counts}
 
-    def _update(self, xs: jax.Array, ys: jax.Array) -> jax.Array:
-        """One batch of whole sequences, one change of the weights."""
+    def _update(self, xs: jax.Array, ys: jax.Array, left: jax.Array) -> jax.Array:
+        """One batch of whole sequences, one change of the weights; ``left`` is the share of the learning rate that is left."""
         self.reset()
         losses, grads = self.gradient(xs, ys)
         before = self.values()
         changes: Any
         changes, self.moments.value = self.optimiser.update(grads, self.moments.value, before)
         for path, state in self.params.items():
-            state.value = jax.tree.map(lambda p, c: p - self.rate.value * c, before[path], changes[path])
+            state.value = jax.tree.map(
+                lambda p, c: p - left * self.rate.value * c, before[path], changes[path]
+            )
         return losses.sum()
 
-    def test(self, rng: np.random.Generator, level: int | None = None) -> tuple[float, float]:
-        """Accuracy, and the share of units that spike (0 without spikes), on a twin of the model."""
-        batch = self.task.test(rng, level)
-        size = batch.inputs.shape[1]
+    def test(
+        self, rngs: Sequence[np.random.Generator], levels: Sequence[int | None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Accuracy of each replica, and the share of units that spike (0 without spikes), on a twin of the model."""
+        batches = [self.task.test(rng, level) for rng, level in zip(rngs, levels, strict=True)]
         if self._answers is None:
-            brainstate.nn.init_all_states(self._twin, batch_size=size)
-            self._twin_params = _by_path(self._twin)
+            twin: Any = self.make()
+            size = batches[0].inputs.shape[1]
+            brainstate.nn.init_all_states(twin, batch_size=size)
 
             def one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-                outputs = self._twin.update(x)
-                return outputs, self._twin.spikes().mean() if hasattr(self._twin, "spikes") else jnp.zeros(())
+                outputs = twin.update(x)
+                return outputs, twin.spikes().mean() if hasattr(twin, "spikes") else jnp.zeros(())
 
-            @brainstate.transform.jit
             def answers(xs: jax.Array) -> tuple[jax.Array, jax.Array]:
-                brainstate.nn.reset_all_states(self._twin, batch_size=size)
+                brainstate.nn.reset_all_states(twin, batch_size=size)
                 return brainstate.transform.for_loop(one, xs)
 
-            self._answers = answers
-        for path, state in self.params.items():
-            self._twin_params[path].value = state.value
-        outputs, activity = self._answers(batch.inputs)
-        return accuracy(np.asarray(outputs), batch.targets), float(np.mean(activity))
+            self._answers, self._twin_params = Replicas(answers, batches[0].inputs), _by_path(twin)
+        self._answers.start(
+            [
+                {self._twin_params[path]: value for path, value in weights.items()}
+                for weights in self._weights(len(batches))
+            ]
+        )
+        outputs, activity = self._answers(_stacked(batches)[0])
+        right = [accuracy(np.asarray(o), b.targets) for o, b in zip(outputs, batches, strict=True)]
+        return np.array(right), np.mean(activity, axis=1)
+
+
+def _stacked(batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
+    return np.stack([b.inputs for b in batches]), np.stack([b.targets for b in batches])
 
 
 def _is_count(trace: Any) -> bool:
