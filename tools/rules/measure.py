@@ -80,20 +80,17 @@ def _measure(task: str, entry: Entry, search: Search, rate: float | None) -> Res
 def _trained(
     trainer: Trainer, entry: Entry, search: Search, rate: float | None, updates: int
 ) -> tuple[float, list[Outcome]]:
-    """The best learning rate, from a search over few seeds unless it is given; and the outcome of each seed with it."""
-    tried = search.seeds[: search.tried]
-    seeds = search.seeds if any(entry.label in rung for rung in EXPECTED) else tried
-    seeds = seeds[: entry.seeds]
+    """The best learning rate, from a search unless it is given; and the outcome of each seed with it."""
+    in_order = any(entry.label in rung for rung in EXPECTED)
+    seeds = (search.seeds if in_order else search.seeds[: search.few])[: entry.seeds]
     if not seeds:
         return 0.0, []
-    if rate is None:
-        cases = [(seed, r) for r in search.rates for seed in tried]
-        found = trainer.run(cases, updates)
-        runs = {r: [o for (_, of), o in zip(cases, found, strict=True) if of == r] for r in search.rates}
-        rate = max(runs, key=lambda r: _quality(runs[r]))
-        if seeds == tried:
-            return rate, runs[rate]
-    return rate, trainer.run([(seed, rate) for seed in seeds], updates)
+    rates = search.rates if rate is None else (rate,)
+    cases = [(seed, r) for r in rates for seed in seeds]
+    found = trainer.run(cases, updates)
+    runs = {r: [o for (_, of), o in zip(cases, found, strict=True) if of == r] for r in rates}
+    best = max(runs, key=lambda r: _quality(runs[r]))
+    return best, runs[best]
 
 
 def _quality(outcomes: list[Outcome]) -> tuple[float, float]:

@@ -35,7 +35,7 @@ def render(results: Results, search: Search, command: str) -> tuple[str, str]:
         command=command,
         rules=_rules(),
         seeds=len(search.seeds),
-        tried=search.tried,
+        few=search.few,
         points=search.points,
         mastered=f"{MASTERED:.0%}",
         longest=_COPY.longest,
