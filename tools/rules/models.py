@@ -19,13 +19,14 @@ class GRUNet(brainstate.nn.Module):
         h[t] = z[t] h[t-1] + (1 - z[t]) c[t]
 
     So no gate of one unit reaches another within the step, which keeps the pattern of ``snap`` small: its paper takes this
-    variant for that reason.
+    variant for that reason. ``keep`` is what the bias of z starts from: the higher, the longer the memory before training.
     """
 
-    def __init__(self, num_in: int, num_hidden: int, num_out: int):
+    def __init__(self, num_in: int, num_hidden: int, num_out: int, keep: float = 0.0):
         super().__init__()
         self.num_hidden = num_hidden
-        self.w = brainstate.nn.Linear(num_in, 3 * num_hidden)
+        bias = jnp.concatenate([jnp.full(num_hidden, keep), jnp.zeros(2 * num_hidden)])
+        self.w = brainstate.nn.Linear(num_in, 3 * num_hidden, b_init=bias)
         normal = brainstate.nn.init.Normal(scale=1 / num_hidden**0.5)
         self.u = brainstate.ParamState(normal((num_hidden, 3 * num_hidden)))
         self.readout = brainstate.nn.Linear(num_hidden, num_out)
