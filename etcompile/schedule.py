@@ -31,6 +31,10 @@ class Schedule:
         What traces are stored in between steps (in chunks: between chunks), ``"bfloat16"`` or ``"float16"`` say. They are
         computed in the model's precision, and rounded when they are stored; sums are taken in float32 at least. None: as
         the model. A trace that is no wider keeps its own dtype; one with filtered inputs in its place has nothing to narrow.
+    keep_traces : bool
+        False: every call of ``scan_value_and_grad`` is a sequence of its own, whose traces start at zero and are given up at its
+        end; states go on. Operations whose traces have no closed form, and would be too large to store, then learn too: the
+        whole sequence is one chunk. Nothing learns step by step.
     mesh : jax.sharding.Mesh, optional
         Devices over which parameters, states and traces are split. How its axes are typed does not matter.
     batch : str or tuple of str, optional
@@ -58,6 +62,7 @@ class Schedule:
     chunk: int | str = "auto"
     memory: int = MEMORY
     trace_dtype: Any = None
+    keep_traces: bool = True
     mesh: Mesh | None = None
     batch: str | tuple[str, ...] | None = None
     units: str | tuple[str, ...] | None = None
@@ -66,6 +71,8 @@ class Schedule:
         check_chunk(self.chunk)
         if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1:
             raise OptionError("memory must be a positive number of bytes.", got=f"memory={self.memory!r}")
+        if not isinstance(self.keep_traces, bool):
+            raise OptionError("keep_traces must be True or False.", got=f"keep_traces={self.keep_traces!r}")
         if self.trace_dtype is not None:
             _check_floating(self.trace_dtype)
         _check_mesh(self)

@@ -19,6 +19,7 @@ from etcompile.ir.verifier import depends_on_loss
 from etcompile.lowering.derivatives import LoweredModel, StepDerivatives
 from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.feedback import check_feedback
+from etcompile.lowering.geometry import SiteGeometry
 from etcompile.lowering.in_place import computed_once, known_after
 from etcompile.lowering.layers import list_shapes, rows_shape
 from etcompile.lowering.placement import Placement, placement_of
@@ -77,7 +78,13 @@ class CausalProgram:
         self.early = [e for e in program.equations if e.name not in late]
         self.late = [e for e in program.equations if e.name in late]
         self._advanced = _made_of_traces(program)
+        #: Whether the traces go on from call to call; otherwise every sequence starts with traces of zero.
+        self.keeps = schedule is None or schedule.keep_traces
         self._rows = carried_rows(program)
+        #: Sites of carried values that are too large to be stored.
+        self.too_large = self._too_large()
+        if not self.keeps:
+            self._rows.update(self._without_too_large())
         dtype = None if schedule is None else schedule.trace_dtype
         self._narrow = {} if dtype is None else self._narrowed(jnp.dtype(dtype))
         check_feedback(self.model, program)
@@ -87,8 +94,18 @@ class CausalProgram:
             self.placement = placement_of(self.model, program, schedule, entries)
 
     def init_traces(self) -> Traces:
-        """Carried values of the program, all zero; ``None`` where an entry is structurally zero or never read."""
+        """What goes from call to call, all zero; ``None`` where an entry is structurally zero or never read."""
+        return self.outlasting(self.fresh_traces())
+
+    def fresh_traces(self) -> Traces:
+        """Carried values of the program before the first step."""
         return self._rounded(dict.fromkeys(self._rows))
+
+    def outlasting(self, traces: Traces) -> Traces:
+        """What of the carried values goes on to the next call; counts always do, or random numbers would be drawn again."""
+        if self.keeps:
+            return traces
+        return {name: v for name, v in traces.items() if self.program.equation(name).type.kind == "count"}
 
     def init_traces_shapes(self) -> Traces:
         """Shapes and dtypes of :meth:`init_traces`, without allocating anything."""
@@ -223,6 +240,23 @@ class CausalProgram:
             )
         narrow = jax.tree.map(lambda d: dtype if jnp.dtype(d).itemsize > dtype.itemsize else d, own)
         return {name: d for name, d in narrow.items() if d != own[name]}
+
+    def _too_large(self) -> dict[str, SiteGeometry]:
+        found = {}
+        for name in self._rows:
+            kind, of = (e := self.program.equation(name)).type.kind, e.type.of
+            site = self.model.traces[of].site if kind == "trace" else self.model.sites.get(of)
+            if kind in ("trace", "factor") and site is not None and site.too_large:
+                found[name] = site
+        return found
+
+    def _without_too_large(self) -> dict[str, Any]:
+        """Rows of the traces that are too large: none is carried, since one chunk starts with zero and leaves nothing."""
+        return {
+            name: jax.tree.map(lambda _: False, self._rows[name])
+            for name in self.too_large
+            if self.program.equation(name).type.kind == "trace"
+        }
 
     def _zeros(self, equation: Equation, rows: Any) -> Any:
         if isinstance(rows, tuple):

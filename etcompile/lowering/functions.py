@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from etcompile.errors import UnsupportedError
+from etcompile.errors import OptionError, UnsupportedError
 from etcompile.frontend.step_model import StepModel
 from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.chunks import ChunkProgram
@@ -49,8 +49,22 @@ class StepFunctions:
         self.causal = causal
         self.model: StepModel = causal.model.analysis.model
         self.placement = causal.placement
+        self._refuse_too_large()
         self._apply = jax.custom_vjp(self._primal)
         self._apply.defvjp(self._forward, self._backward)
+
+    def _refuse_too_large(self) -> None:
+        """Raise :class:`UnsupportedError` where a trace that cannot be stored would have to be."""
+        causal = self.causal
+        for name, site in causal.too_large.items():
+            if causal.program.equation(name).type.kind != "trace" or causal.program.window is not None:
+                raise site.cannot_store("train this parameter by d_rtrl in whole sequences, or exclude it.")
+            if causal.keeps:
+                raise site.cannot_store(
+                    "schedule=etcompile.Schedule(keep_traces=False) learns from whole sequences without storing it; "
+                    "or write the operation as a matmul or convolution."
+                )
+            _ = self._chunks  # raises where the rule's traces cannot be chunked
 
     # -- one step -----------------------------------------------------------------------------------------------
 
@@ -69,7 +83,11 @@ class StepFunctions:
     def _primal(
         self, params: list, states: list, traces: Traces, inputs: list, call: Call
     ) -> tuple[list, list, Traces]:
-        step, new_traces, _ = self.causal.forward(self.causal.model.hoist(params), states, traces, inputs)
+        weights = self.causal.model.hoist(params)
+        if not self.causal.keeps:
+            step = self.causal.model.step(weights, states, inputs)
+            return step.outputs, step.new_states, traces
+        step, new_traces, _ = self.causal.forward(weights, states, traces, inputs)
         return step.outputs, step.new_states, new_traces
 
     def _forward(
@@ -79,6 +97,7 @@ class StepFunctions:
 
     def _backward(self, residuals: tuple, cotangents: tuple) -> tuple:
         check_end(self.causal.program)
+        self.require_kept("the gradient of one step")
         params, states, traces, inputs, call = residuals
         outputs, new_states, _ = cotangents
         step, _, values = self.causal.forward(self.causal.model.hoist(params), states, traces, inputs)
@@ -94,6 +113,16 @@ class StepFunctions:
             moved,
             jax.tree.map(lambda v: _zero_cotangent(jnp.asarray(v)), call),
         )
+
+    def require_kept(self, what: str) -> None:
+        """Raise :class:`OptionError` where no traces go on from call to call."""
+        if not self.causal.keeps:
+            raise OptionError(
+                f"{what} needs the traces of the steps before it.",
+                got="schedule with keep_traces=False",
+                expected="a schedule that keeps them",
+                hint="use scan_value_and_grad on whole sequences.",
+            )
 
     # -- one step with its gradient -----------------------------------------------------------------------------
 
@@ -252,6 +281,11 @@ class StepFunctions:
 
     def chunk_size(self, wanted: int | str, steps: int, memory: int) -> int:
         """Steps to handle together; ``"auto"`` is one by one where the program cannot be chunked."""
+        if self.causal.too_large:
+            if isinstance(wanted, int) and wanted < steps:
+                site = next(iter(self.causal.too_large.values()))
+                raise site.cannot_store("chunk='auto': the whole sequence is one chunk.")
+            return steps
         if isinstance(wanted, int):
             return min(wanted, steps)
         try:
@@ -295,14 +329,16 @@ class StepFunctions:
         return self.placement.hold_params(self.model.flatten_params(params))
 
     def _enter(self, carry: Carry) -> tuple[list[Array], Traces]:
-        """States and traces of a carry, in place."""
+        """States and traces of a carry, in place; new traces where none are kept."""
         states = self.placement.hold_states(self.model.flatten_states(carry.states))
-        return states, self.placement.hold_traces(carry.traces)
+        traces = carry.traces if self.causal.keeps else {**self.causal.fresh_traces(), **carry.traces}
+        return states, self.placement.hold_traces(traces)
 
     def _leave(self, states: list[Array], traces: Traces) -> Carry:
         """The carry of states and traces, in place."""
         held = self.placement.hold_states(states)
-        return Carry(self.model.unflatten_states(held), self.placement.hold_traces(traces))
+        kept = self.causal.outlasting(traces)
+        return Carry(self.model.unflatten_states(held), self.placement.hold_traces(kept))
 
 
 def _in_parts(

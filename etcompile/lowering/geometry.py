@@ -119,15 +119,29 @@ class SiteGeometry:
             return jax.nn.one_hot(x[0][..., 0], self.weight_shape[0], dtype=self.y_dtype)
         return self.jacobian(x)
 
+    @property
+    def too_large(self) -> bool:
+        """Whether a trace has no closed form, and more numbers than one would want to store."""
+        return not self.linear and self._jacobian_size > GENERIC_LIMIT
+
+    @property
+    def _jacobian_size(self) -> int:
+        return int(np.prod(self.y_shape)) * int(np.prod(self.weight_shape))
+
+    def cannot_store(self, hint: str) -> UnsupportedError:
+        """What to raise where a trace that is too large would be stored."""
+        return UnsupportedError(
+            f"the trace of {'+'.join(self.site.params)} at {self.site.primitive} has no closed form: it cannot be stored.",
+            where=self.site.source,
+            got=f"{self._jacobian_size:,} numbers per state",
+            expected=f"at most {GENERIC_LIMIT:,}",
+            hint=hint,
+        )
+
     def jacobian(self, x: tuple[Array, ...]) -> Array:
         """dy/dw of an operation without a closed form, ``[y, weight]``."""
-        size = int(np.prod(self.y_shape)) * int(np.prod(self.weight_shape))
-        if size > GENERIC_LIMIT:
-            raise UnsupportedError(
-                f"the trace of {'+'.join(self.site.params)} at {self.site.primitive} needs {size} numbers per state.",
-                where=self.site.source,
-                hint="run whole sequences in chunks (scan_value_and_grad), or write the operation as a matmul or convolution.",
-            )
+        if self.too_large:
+            raise self.cannot_store("write the operation as a matmul or convolution.")
         *others, weight = x
         return jax.jacrev(lambda w: self.apply(w, tuple(others)))(weight)
 
@@ -328,6 +342,8 @@ class TraceGeometry:
         out = [axes[a] for a in self.order]
         if not jax.tree.leaves(x):
             return jnp.einsum(credits, [0, *axes[:n_y]], [axes[a] for a in self.order])
+        if isinstance(x, tuple) and not self.site.linear:
+            return self._accumulate_jacobians(credits, x)
         if isinstance(x, tuple):
             spread = jax.vmap(lambda x: self.logical(self.site.factor(x)))(x)
         else:
@@ -343,6 +359,18 @@ class TraceGeometry:
             out,
             preferred_element_type=dtype,
         )
+
+    def _accumulate_jacobians(self, credits: Array, x: tuple[Array, ...]) -> Array:
+        """:meth:`accumulate` where the presynaptic value is a Jacobian: one at a time, so that one has to be stored."""
+        *others, weights = x
+
+        def add(total: Array, now: tuple[Array, tuple[Array, ...]]) -> tuple[Array, None]:
+            credit, other = now
+            factor = self.store(self.logical(self.site.factor((*other, weights[0]))))
+            return total + self.spread(credit) * factor, None
+
+        zeros = jnp.zeros(self.shape, _accumulator(jnp.result_type(credits, self.dtype)))
+        return lax.scan(add, zeros, (credits, tuple(others)))[0]
 
     def contract(self, rows: Sequence[tuple[Array, Array]]) -> Array:
         """Sum over states and summed axes of (array over the window) x (trace row): a gradient of the weight."""

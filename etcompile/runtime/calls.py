@@ -27,7 +27,7 @@ def sequence(functions: StepFunctions, loss_fn: Callable, size: int) -> Callable
     """The same over a sequence, ``size`` steps at once; may go on from sums of gradients."""
 
     def whole(p: Any, s: Carry, i: Any, y: Any, c: Call, sums: Sums | None = None) -> Any:
-        if size == 1:
+        if size == 1 and not functions.causal.too_large:
             return functions.scan_value_and_grad(loss_fn, p, s, i, y, c, sums)
         return functions.chunks_value_and_grad(loss_fn, size, p, s, i, y, c, sums)
 

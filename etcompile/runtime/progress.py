@@ -158,7 +158,8 @@ def gradients_in_pieces(
         return losses
 
     steps = jax.tree.leaves(args[0])[0].shape[0]
-    losses = in_pieces(step, piece, args, piece_lengths(steps, chunk), progress, "gradients")
+    lengths = piece_lengths(steps, chunk) if step._functions.causal.keeps else [steps]
+    losses = in_pieces(step, piece, args, lengths, progress, "gradients")
     return losses, step._jit("gradients", step._functions.gradients)(step._access.params(), sums)
 
 

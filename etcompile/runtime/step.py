@@ -278,6 +278,7 @@ class Step:
         """
         _check_callable(loss_fn)
         check_end(self.program)
+        self._functions.require_kept("value_and_grad of one step")
 
         def run(x: Any, *targets: Any, modulator: Any = None) -> tuple[Any, Any]:
             inputs = self._as_inputs(x)
@@ -375,6 +376,7 @@ class Step:
 
         _check_callable(loss_fn)
         check_end(self.program)
+        self._functions.require_kept("learn")
         self._require_arrays()
         return Learner(self, loss_fn, optimizer, update_every)
 
