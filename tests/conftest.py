@@ -30,11 +30,18 @@ def pytest_addoption(parser):
         default=int(os.environ.get("ETCOMPILE_RANDOM_MODELS", "200")),
         help="how many random models the property tests draw",
     )
+    parser.addoption(
+        "--every-rule",
+        action="store_true",
+        help="run every rule in chunks on every model of the zoo, where otherwise they take turns",
+    )
 
 
 def pytest_configure(config):
     # hypothesis reads its settings at decoration time, before fixtures exist.
     os.environ["ETCOMPILE_RANDOM_MODELS"] = str(config.getoption("--random-models"))
+    if config.getoption("--every-rule"):
+        os.environ["ETCOMPILE_EVERY_RULE"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ def bench():
 
 #: Milliseconds of one step, by kind of case and contender.
 TIMES = {
-    "sequence": {"etcompile": 1.0, "step by step": 4.0, "bptt": 1.25, "braintrace": 30.0},
+    "sequence": {"etcompile": 1.0, "step by step": 4.0, "bptt": 1.25, "forward": 0.5, "braintrace": 30.0},
     "update": {"etcompile": 2.0, "braintrace": 8.0},
     "first": {"etcompile": 1.5, "bptt": 1.0, "braintrace": 2.0},
 }
@@ -179,7 +179,7 @@ def test_the_benchmark_runs_alone_and_writes_its_page(tmp_path):
     assert list(results["cases"]) == cases and not any("error" in c for c in results["cases"].values())
     sequence, update = (results["cases"][name] for name in cases)
     losses = {r["who"]: r["loss"] for r in sequence["runs"]}
-    assert set(losses) == {"etcompile", "step by step", "bptt"}
+    assert set(losses) == {"etcompile", "step by step", "bptt", "forward"}
     assert losses["etcompile"] == pytest.approx(losses["bptt"], rel=1e-5)
     assert sequence["agreement"] < 1e-5 and not any(r["zero"] for r in sequence["runs"])
     assert update["bandwidth"] and update["trace_bytes"] > 0

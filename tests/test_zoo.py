@@ -19,12 +19,12 @@ def ids(cases):
     return [c.name for c in cases]
 
 
-def compiled(built):
+def compiled(built, algo="d_rtrl"):
     """The compiled step of a built case, at its random states."""
     model = built.model
     if isinstance(model, Function):
         model = etcompile.from_function(model.fn, model.params, model.state)
-    return etcompile.compile(model, time_slice(built.xs, 0), algo="d_rtrl")
+    return etcompile.compile(model, time_slice(built.xs, 0), algo=algo)
 
 
 def first(tree, n):

@@ -96,6 +96,10 @@ class Analysis:
     def group(self, name: str) -> HiddenGroup:
         return next(g for g in self.groups if g.name == name)
 
+    def new_variables(self, group: HiddenGroup) -> set[int]:
+        """Variables of the body that hold the group's new states."""
+        return {self.model.new_state_vars[s] for s in group.states}
+
     def site(self, name: str) -> Site:
         return next(s for s in self.sites if s.name == name)
 

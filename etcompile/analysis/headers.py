@@ -12,6 +12,7 @@ from etcompile.analysis.groups import HiddenGroup
 from etcompile.analysis.layers import Layer
 from etcompile.analysis.relations import Relation
 from etcompile.analysis.sites import Site
+from etcompile.analysis.within_step import carries_whole_credit, reached_beside
 from etcompile.frontend.jaxpr import Constant, short_dtype
 from etcompile.ir import header as ir
 
@@ -21,7 +22,8 @@ __all__ = ["contracted_shape", "group_dtype", "program_header"]
 def program_header(analysis: Analysis, windows: bool = False) -> ir.Header:
     """Groups, sites, relations and cuts as plain records.
 
-    With ``windows`` every old state counts as one that results read directly: those of a window do, at its later steps.
+    With ``windows`` every old state counts as one that results read directly: those of a window do, at its later steps. No
+    relation is whole then: later steps of the window read what the local Jacobians leave out.
     """
     groups = tuple(_group(analysis, g) for g in analysis.groups)
     if windows:
@@ -30,17 +32,20 @@ def program_header(analysis: Analysis, windows: bool = False) -> ir.Header:
         analysis.model.name,
         groups,
         tuple(_site(analysis, s) for s in analysis.sites),
-        tuple(_relation(analysis, r) for r in analysis.relations),
+        tuple(_relation(analysis, r, windows) for r in analysis.relations),
         analysis.cuts,
         tuple(_layer(analysis, layer) for layer in analysis.layers),
         tuple(ir.Effect(e.name, e.site, e.layer) for e in analysis.effects),
     )
 
 
-def _relation(analysis: Analysis, relation: Relation) -> ir.Relation:
+def _relation(analysis: Analysis, relation: Relation, windows: bool) -> ir.Relation:
     found = analysis.constants.get(relation.name)
     constant = () if found is None else found.classes
-    return ir.Relation(relation.name, relation.site, relation.group, relation.window, relation.rows, constant)
+    whole = not windows and carries_whole_credit(analysis, relation)
+    return ir.Relation(
+        relation.name, relation.site, relation.group, relation.window, relation.rows, constant, whole=whole
+    )
 
 
 def _layer(analysis: Analysis, layer: Layer) -> ir.Layer:
@@ -63,19 +68,12 @@ def _group(analysis: Analysis, group: HiddenGroup) -> ir.Group:
 
 def _bypass(analysis: Analysis, group: HiddenGroup) -> tuple[bool, ...]:
     """Which old states of the group reach a result by a path that avoids the group's new states."""
-    body = analysis.split.body
-    new = {analysis.model.new_state_vars[s] for s in group.states}
-    results = {v for v in body.outputs if not isinstance(v, Constant)} - new
-    flags = []
-    for s in group.states:
-        reached = {analysis.model.state_vars[s]}
-        for operation in body.operations:
-            if operation.name == "stop_gradient":
-                continue
-            if any(v in reached for v in operation.inputs if not isinstance(v, Constant)):
-                reached |= {v for v in operation.outputs if body.avals[v].differentiable and v not in new}
-        flags.append(bool(reached & results))
-    return tuple(flags)
+    results = {v for v in analysis.split.body.outputs if not isinstance(v, Constant)}
+    new = analysis.new_variables(group)
+    return tuple(
+        bool(reached_beside(analysis, analysis.model.state_vars[s], new) & (results - new))
+        for s in group.states
+    )
 
 
 def _site(analysis: Analysis, site: Site) -> ir.Site:

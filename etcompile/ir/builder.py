@@ -387,7 +387,8 @@ class ProgramBuilder:
             A weight gradient, from :meth:`contract` or :meth:`pullback`.
         within : {"auto", "one_step", "rest", "outside", "none"}
             Which credit from within the step is added. ``one_step``: all of it (for a value that holds earlier steps
-            only). ``rest``: what does not pass through L f (for a value that holds this step's L f as well).
+            only). ``rest``: what does not pass through L f (for a value that holds this step's L f as well); nothing for
+            a relation that is ``whole``.
             ``outside``: only that of elements that no trace covers (for a rule with a learning signal of its own).
             ``auto`` is ``rest`` for values made of the true signal, else ``outside``.
         """
@@ -411,11 +412,12 @@ class ProgramBuilder:
         """The program, with the credit within the step added at every site."""
         for site in self.header.sites:
             within = self._within.get(site.name, "one_step")
-            if within == "none":
+            relations = self.header.relations_of(site.name)
+            if within == "none" or (within == "rest" and any(r.whole for r in relations)):
                 continue
             credit = self.one_step(site)
             if within == "rest":
-                for relation in self.header.relations_of(site.name):
+                for relation in relations:
                     credit = credit - self.back(self.signal(relation.group), self.immediate(relation))
             elif within == "outside":
                 credit = self.op("outside", credit)

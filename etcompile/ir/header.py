@@ -63,6 +63,7 @@ class Response:
 class Relation:
     """A site and a group that its result reaches, one position per element, inside ``window`` of y.
 
+    ``whole`` tells that all credit of y within a step comes through the group's new states, and as f says: q = L f.
     ``constant`` holds the different responses of its elements where f is constant in time, else nothing. ``filtered`` counts
     the numbers of the trace in whose place filtered presynaptic values are carried, one for each of ``decays``; 0: the
     trace is kept.
@@ -76,6 +77,7 @@ class Relation:
     constant: tuple[Response, ...] = ()
     filtered: int = 0
     decays: int = 0
+    whole: bool = False
 
     @property
     def shape(self) -> Shape:

@@ -30,7 +30,7 @@ _SITE = re.compile(
     r"  # (?P<primitive>\S+) (?P<source>.*)$"
 )
 _RELATION = re.compile(
-    r"(?P<name>\S+) (?P<site>\S+) -> (?P<group>\S+) window=\[(?P<window>[\d:,]*)\] rows=(?P<rows>[01]+)"
+    r"(?P<name>\S+) (?P<site>\S+) -> (?P<group>\S+) window=\[(?P<window>[\d:,]*)\] rows=(?P<rows>[01]+)(?P<whole> whole)?"
     r"(?: constant=(?P<constant>\S+))?(?: filtered=(?P<filtered>\d+) decays=(?P<decays>\d+))?$"
 )
 _CUT = re.compile(
@@ -155,7 +155,8 @@ def _relation(m: re.Match[str]) -> Relation:
     window = tuple((int(a), int(b)) for a, b in (part.split(":") for part in m["window"].split(",") if part))
     constant = tuple(_response(text) for text in (m["constant"] or "").split(";") if text)
     filtered, decays = int(m["filtered"] or 0), int(m["decays"] or 0)
-    return Relation(m["name"], m["site"], m["group"], window, _flags(m["rows"]), constant, filtered, decays)
+    rows, whole = _flags(m["rows"]), bool(m["whole"])
+    return Relation(m["name"], m["site"], m["group"], window, rows, constant, filtered, decays, whole)
 
 
 def _response(text: str) -> Response:

@@ -82,7 +82,7 @@ def _site(s: Site) -> str:
 
 def _relation(r: Relation) -> str:
     window = ",".join(f"{start}:{stop}" for start, stop in r.window)
-    text = f"{r.name} {r.site} -> {r.group} window=[{window}] rows={_bits(r.rows)}"
+    text = f"{r.name} {r.site} -> {r.group} window=[{window}] rows={_bits(r.rows)}" + " whole" * r.whole
     if r.constant:
         text += f" constant={';'.join(map(_response, r.constant))}"
     return text + (f" filtered={r.filtered} decays={r.decays}" if r.filtered else "")

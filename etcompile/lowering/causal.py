@@ -72,7 +72,7 @@ class CausalProgram:
         schedule: Schedule | None = None,
     ) -> None:
         self.program = program
-        self.model = LoweredModel(analysis)
+        self.model = LoweredModel(analysis, schedule is not None and schedule.mesh is not None)
         self.functions = functions or {}
         late = depends_on_loss(program)
         self.early = [e for e in program.equations if e.name not in late]

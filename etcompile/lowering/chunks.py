@@ -53,8 +53,8 @@ _KINDS = {
     "vector",
     "number",
 }
-#: Steps after which a longer chunk gains little.
-_ENOUGH = 128
+#: Steps after which a longer chunk gains little: with traces to be made at its end, and without, where a cache should hold it.
+_ENOUGH, _ENOUGH_WITHOUT_TRACES = 128, 64
 
 _LINEAR = {"add", "sub", "mul", "div", "copy", "matmul", "outer", "contract", "pullback"}
 
@@ -87,7 +87,9 @@ class ChunkProgram:
         graph = self.model.analysis.split.body
         made = [graph.avals[v] for operation in graph.operations for v in operation.outputs]
         per_step = 2 * sum(a.size * a.dtype.itemsize for a in made)
-        most = max(1, min(_ENOUGH, steps, memory // max(1, per_step)))
+        traces = any(self._by_name[name].type.kind == "trace" for name in self.carried)
+        enough = _ENOUGH if traces else _ENOUGH_WITHOUT_TRACES
+        most = max(1, min(enough, steps, memory // max(1, per_step)))
         whole = next((c for c in range(most, most // 2, -1) if steps % c == 0), None)
         return whole or -(-steps // -(-steps // most))
 

@@ -29,13 +29,17 @@ Row = tuple[Array | None, ...]
 
 
 class LoweredModel:
-    """An analysis with the array geometry of its sites and relations; shared by every step."""
+    """An analysis with the array geometry of its sites and relations; shared by every step.
 
-    def __init__(self, analysis: Analysis) -> None:
+    ``divided``: arrays are split over devices.
+    """
+
+    def __init__(self, analysis: Analysis, divided: bool = False) -> None:
         self.analysis = analysis
+        self.divided = divided
         self.sites: dict[str, SiteGeometry] = {s.name: site_geometry(analysis, s) for s in analysis.sites}
         self.traces: dict[str, TraceGeometry] = {
-            r.name: trace_geometry(analysis, r) for r in analysis.relations
+            r.name: trace_geometry(analysis, r, divided) for r in analysis.relations
         }
         self.frozen = frozenset((s.operation, s.operand) for s in analysis.sites if s.operation >= 0)
         self._shown: dict[str, tuple[Shown, ...]] = {}

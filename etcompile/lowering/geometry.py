@@ -4,11 +4,13 @@ A trace row has, logically, the axes of y's window followed by the contracted ax
 the weight (batch, time folded in, space) are *summed* when a trace becomes a gradient. In memory the contracted axes
 come first, then the summed ones, then the axes that y shares with the weight: for a matrix ``[input, batch, output]``.
 The update of a trace and its contraction then run as one pass over contiguous rows, and the sum over the batch adds whole rows.
+Where more numbers are summed than kept, as over the places of a convolution, the summed axes come last: long rows again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +25,8 @@ from etcompile.analysis.relations import Relation
 from etcompile.analysis.sites import Site
 from etcompile.errors import UnsupportedError
 from etcompile.frontend.jaxpr import Graph, Operation, bind, read
-from etcompile.lowering.in_place import sum_products
+from etcompile.lowering.convolution import kernel_gradient, patches
+from etcompile.lowering.in_place import computed_once, in_rows, sum_products
 
 __all__ = ["SiteGeometry", "TraceGeometry", "gather_positions", "site_geometry"]
 
@@ -154,9 +157,21 @@ class SiteGeometry:
         if not self.linear:
             *others, weight = x
             return jax.vjp(lambda w: self.apply(w, tuple(others)), weight)[1](credit.astype(self.y_dtype))[0]
+        if self._by_patches:
+            return self._pull_patches(x[0][None], credit[None])
         zeros = jax.ShapeDtypeStruct(self.weight_shape, self.weight_dtype)
         transposed = jax.linear_transpose(lambda w: self.apply(w, x), zeros)
         return transposed(credit.astype(self.y_dtype))[0]
+
+    @property
+    def _by_patches(self) -> bool:
+        return self.site.kind == "conv" and jax.default_backend() == "cpu"
+
+    def _pull_patches(self, x: Array, credit: Array) -> Array:
+        """:meth:`pullback_of_steps` of a convolution as a product of patches."""
+        assert self.operation is not None
+        kernel = jax.ShapeDtypeStruct(self.weight_shape, self.weight_dtype)
+        return kernel_gradient(self.operation, x, credit.astype(self.y_dtype), kernel)
 
     def respond(self, v: Array, x: tuple[Array, ...] | Array) -> Array:
         """What a variation of the weight does to y, which is linear in it: the transpose of :meth:`pullback`."""
@@ -165,7 +180,7 @@ class SiteGeometry:
         if not isinstance(x, tuple):
             kind = self.site.kind
             if kind in ("dot_general", "conv"):
-                return self.apply(v, (x.astype(self.other_dtype),))
+                return self.apply(v, (self._operand(x),))
             axes = ([x.ndim - 1], [0]) if kind == "embedding" else v.ndim
             return jnp.tensordot(x, v, axes=axes).astype(self.y_dtype)
         return self.apply(v, x)
@@ -177,6 +192,9 @@ class SiteGeometry:
         """
         if not jax.tree.leaves(x):  # the weight is y itself
             return jnp.sum(credit, axis=0).astype(self.weight_dtype)
+        if self._by_patches:
+            values = x[0] if isinstance(x, tuple) else self._operand(x)
+            return self._pull_patches(values, credit)
         if isinstance(x, tuple) and not self.linear:
             *others, weights = x
             forward = jax.vmap(lambda w, now: self.apply(w, now), in_axes=(None, 0))
@@ -186,12 +204,19 @@ class SiteGeometry:
             pull = jax.linear_transpose(lambda v: jax.vmap(lambda now: self.respond(v, now))(x), weight)
         return pull(credit.astype(self.y_dtype))[0]
 
+    def _operand(self, factor: Array) -> Array:
+        """A factor, which has y's dtype, in that of the operand: real values stay real beside a complex y."""
+        real = jnp.issubdtype(factor.dtype, jnp.complexfloating) and not jnp.issubdtype(
+            self.other_dtype, jnp.complexfloating
+        )
+        return (factor.real if real else factor).astype(self.other_dtype)
+
     def _pull_factor(self, x: Array, credit: Array) -> Array:
         kind = self.site.kind
         if self.operation is None:
             return (x * credit).astype(self.weight_dtype)
         if kind in ("dot_general", "conv"):
-            return self.pullback((x.astype(self.other_dtype),), credit)
+            return self.pullback((self._operand(x),), credit)
         n_y = credit.ndim
         if kind == "embedding":
             n_rows = x.ndim - 1
@@ -243,7 +268,11 @@ class TraceGeometry:
         return self.site.y_dtype
 
     def store(self, value: Array) -> Array:
-        return jnp.transpose(value, self.order) if self.order != tuple(range(len(self.order))) else value
+        if self.order == tuple(range(len(self.order))):
+            return value
+        stored = jnp.transpose(value, self.order)
+        # Laid out once, or XLA would do it again for each number of the contracted axes, and compute what it is made of.
+        return computed_once(stored, stored)
 
     def spread(self, value: Array) -> Array:
         """An array over y's window as one that broadcasts over a trace row in memory."""
@@ -314,25 +343,17 @@ class TraceGeometry:
         return self._window_broadcast(moved.reshape(shape).astype(self.site.y_dtype))
 
     def _conv_presynaptic(self, operation: Operation, x: Array) -> Array:
-        p = operation.params
-        lhs, rhs, out = p["dimension_numbers"]
-        groups = p["feature_group_count"]
-        weight = self.site.weight_shape
-        kernel = tuple(weight[d] for d in rhs[2:])
-        moved = jnp.transpose(x, lhs)  # batch, channel, space
-        patches = lax.conv_general_dilated_patches(
-            moved, kernel, p["window_strides"], p["padding"], lhs_dilation=p["lhs_dilation"], rhs_dilation=p["rhs_dilation"],
-            precision=lax.Precision.HIGHEST,
-        )  # fmt: skip
-        batch, space = patches.shape[0], patches.shape[2:]
-        per_group, outputs = weight[rhs[1]], weight[rhs[0]]
-        split = patches.reshape(batch, groups, per_group, *kernel, *space)
-        wide = jnp.repeat(split, outputs // groups, axis=1) if groups > 1 else split
-        n_k = len(kernel)
-        # axes now: batch, output channel (1 or all), contracted (1 + n_k), space -> y's own order, then contracted
-        by_name = {0: 0, 1: 1, **{2 + s: 2 + 1 + n_k + s for s in range(len(space))}}
-        y_order = [by_name[axis] for axis in np.argsort(out)]
-        logical = jnp.transpose(wide, [*y_order, *range(2, 3 + n_k)])
+        numbers, groups = operation.params["dimension_numbers"], operation.params["feature_group_count"]
+        rhs, weight = numbers.rhs_spec, self.site.weight_shape
+        seen = patches(operation, x, tuple(weight[d] for d in rhs[2:]))
+        n = len(rhs) - 2
+        batch, places, kernel = seen.shape[0], seen.shape[1 : 1 + n], seen.shape[1 + n : -1]
+        split = seen.reshape(batch, *places, *kernel, groups, -1)
+        wide = jnp.repeat(split, weight[rhs[0]] // groups, axis=-2) if groups > 1 else split
+        # y's own order (batch, output channel, places), then the contracted axes (channel, kernel)
+        mine = (0, 1 + 2 * n, *range(1, 1 + n))
+        y_order = [mine[k] for k in np.argsort(numbers.out_spec)]
+        logical = jnp.transpose(wide, [*y_order, 2 + 2 * n, *range(1 + n, 1 + 2 * n)])
         return self._window_broadcast(logical.astype(self.site.y_dtype))
 
     def accumulate(self, credits: Array, x: tuple[Array, ...] | Array) -> Array:
@@ -374,7 +395,8 @@ class TraceGeometry:
 
     def contract(self, rows: Sequence[tuple[Array, Array]]) -> Array:
         """Sum over states and summed axes of (array over the window) x (trace row): a gradient of the weight."""
-        first, last = len(self.contracted), len(self.contracted) + len(self.summed)
+        first = self.order.index(self.summed[0]) if self.summed else len(self.contracted)
+        last = first + len(self.summed)
         sizes = tuple(self.logical_shape[a] for a in self.summed)
         pairs = [
             (_folded(self.spread(credit), first, last, sizes), _folded(row, first, last, sizes))
@@ -415,14 +437,18 @@ def _accumulator(dtype: Any) -> Any:
     return jnp.float32 if jnp.dtype(dtype).itemsize == 2 and jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
-def trace_geometry(analysis: Analysis, relation: Relation) -> TraceGeometry:
+def trace_geometry(analysis: Analysis, relation: Relation, divided: bool) -> TraceGeometry:
     site = analysis.site(relation.site)
     geometry = site_geometry(analysis, site)
     contracted = contracted_shape(analysis, site) or ()
     n_y, n_c = len(geometry.y_shape), len(contracted)
     kept = geometry.kept
     summed = tuple(a for a in range(n_y) if a not in kept)
-    order = (*range(n_y, n_y + n_c), *summed, *kept)
+    sizes = relation.shape
+    # Examples and places would be one axis of rows; split over devices, they stay apart.
+    many, few = (math.prod(sizes[a] for a in axes) for axes in (summed, kept))
+    rows = (*kept, *summed) if many > few and in_rows(many) and not divided else (*summed, *kept)
+    order = (*range(n_y, n_y + n_c), *rows)
     group = analysis.group(relation.group)
     return TraceGeometry(relation, geometry, tuple(range(n_y)), contracted, kept, summed, order, group.shape)
 

@@ -262,7 +262,9 @@ def full_geometry(model: LoweredModel, effect: Effect) -> TraceGeometry:
     window = tuple((0, n) for n in site.y_shape)
     position = np.arange(int(np.prod(site.y_shape, dtype=np.int64))).reshape(site.y_shape)
     group = model.analysis.groups[0].name
-    return trace_geometry(model.analysis, Relation(effect.name, effect.site, group, window, position, (), {}))
+    return trace_geometry(
+        model.analysis, Relation(effect.name, effect.site, group, window, position, (), {}), model.divided
+    )
 
 
 def _row_factor(context: Context, equation: Equation, args: Sequence[Value]) -> Value:

@@ -16,7 +16,7 @@ from machine import Bandwidth
 from memory import resident_growth, temporary
 from models import MODELS, Data, spike_rate
 from process import fresh
-from results import AUTO, BPTT, BRAINTRACE, CAUSAL
+from results import AUTO, BPTT, BRAINTRACE, CAUSAL, FORWARD
 from settings import Settings
 
 __all__ = ["first_gradient", "measure"]
@@ -42,6 +42,8 @@ def _sequence(case: Case, data: Data, settings: Settings) -> dict[str, Any]:
     entries: list[tuple[str, int, Callable[[], Any]]] = []
     auto, back = ours.sequence(step), peers.bptt(data, data.model())
     entries += [(AUTO, n, lambda: auto) for n in lengths] + [(BPTT, n, lambda: back) for n in lengths]
+    only = peers.forward(data, data.model())
+    entries.append((FORWARD, settings.steps, lambda: only))
     if case.rule == "d_rtrl":
         causal = ours.sequence(step, chunk=1)
         entries.append((CAUSAL, settings.steps, lambda: causal))

@@ -10,7 +10,7 @@ from typing import Any
 
 from bars import BARS, Verdict, growth, share
 from chart import chart
-from results import AUTO, BPTT, BRAINTRACE, CAUSAL, Found, found_cases, median_bandwidth
+from results import AUTO, BPTT, BRAINTRACE, CAUSAL, FORWARD, Found, found_cases, median_bandwidth
 
 __all__ = ["reasons", "render", "text_of"]
 
@@ -87,7 +87,7 @@ def text_of(name: str) -> str:
 
 def _sequences(results: Results, rule: str) -> str:
     head = ["model", "batch", "steps", "chunk auto"] + ["step by step"] * (rule == "d_rtrl")
-    head += ["braintrace", "bptt", "floor", "faster than braintrace", "over bptt"]
+    head += ["braintrace", "bptt", "forward", "floor", "faster than braintrace", "over bptt"]
     rows = []
     for f in found_cases(results, "sequence", rule):
         for steps in f.steps:
@@ -105,6 +105,7 @@ def _sequences(results: Results, rule: str) -> str:
                     *causal,
                     _ms(theirs),
                     _ms(back),
+                    _ms(f.milliseconds(FORWARD)),
                     _ms(floor),
                     *ratios,
                 )

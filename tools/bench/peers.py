@@ -18,6 +18,7 @@ from run import Run, update_rate
 __all__ = [
     "bptt",
     "braintrace_updates",
+    "forward",
     "forward_flops",
     "has_braintrace",
     "learner",
@@ -58,6 +59,24 @@ def bptt(data: Data, model: Model) -> Run:
 
         (_, losses), grads = jax.value_and_grad(total, has_aux=True)(params)
         return losses, grads
+
+    jitted = jax.jit(run)
+    return Run(
+        lambda xs, ys: jitted(step.params, step.hidden, xs, ys),
+        lambda xs, ys: jitted.lower(step.params, step.hidden, xs, ys),
+    )
+
+
+def forward(data: Data, model: Model) -> Run:
+    """The losses of a ``lax.scan`` over the ordinary model's step: what every gradient takes at the least."""
+    step = _PureStep(data, model)
+
+    def run(params: dict[str, Array], hidden: list[Array], xs: Array, ys: Array) -> tuple[Array, Any]:
+        def body(hidden: list[Array], item: tuple[Array, Array]) -> tuple[list[Array], Array]:
+            hidden, out = step(params, hidden, item[0])
+            return hidden, loss_fn(out, item[1])
+
+        return jax.lax.scan(body, hidden, (xs, ys))[1], {}
 
     jitted = jax.jit(run)
     return Run(

@@ -9,10 +9,10 @@ from typing import Any
 
 from models import MODELS
 
-__all__ = ["AUTO", "BPTT", "BRAINTRACE", "CAUSAL", "Found", "found_cases", "median_bandwidth"]
+__all__ = ["AUTO", "BPTT", "BRAINTRACE", "CAUSAL", "FORWARD", "Found", "found_cases", "median_bandwidth"]
 
 #: The contenders, as they are called in results.
-AUTO, CAUSAL, BPTT, BRAINTRACE = "etcompile", "step by step", "bptt", "braintrace"
+AUTO, CAUSAL, BPTT, BRAINTRACE, FORWARD = "etcompile", "step by step", "bptt", "braintrace", "forward"
 
 
 @dataclass(frozen=True)
