@@ -95,7 +95,13 @@ RULES = [
 
 
 #: These run with every rule; the other models take turns with the rules.
-FULLY = ["lstm", "two_spiking_layers_and_a_leaky_readout", "embedding", "conv2d_recurrent"]
+FULLY = [
+    "lstm",
+    "two_spiking_layers_and_a_leaky_readout",
+    "embedding",
+    "conv2d_recurrent",
+    "sparse_segment_sum",
+]
 
 
 def models_and_rules():

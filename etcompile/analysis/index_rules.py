@@ -261,9 +261,10 @@ def _transposed(
         return _many(avals, operand)
     known = influence >= 0
     shifted = np.where(known, influence, 0)
-    count, high, low, many = (
-        np.asarray(pull(a)) for a in (known, shifted >> 12, shifted & 4095, influence == MANY)
-    )
+    with jax.ensure_compile_time_eval():  # some questions come up while a step is traced
+        count, high, low, many = (
+            np.asarray(pull(a)) for a in (known, shifted >> 12, shifted & 4095, influence == MANY)
+        )
     position = (high.astype(np.int64) << 12) + low.astype(np.int64)
     return np.where(many + count > 1.5, MANY, np.where(many > 0, MANY, np.where(count > 0, position, NONE)))
 
