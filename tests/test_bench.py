@@ -189,3 +189,10 @@ def test_the_benchmark_runs_alone_and_writes_its_page(tmp_path):
     again = subprocess.run([*command, "--page-only"], capture_output=True, text=True, check=False, env=quick)
     assert again.returncode == 0, again.stderr
     assert target.read_text() == text
+
+
+def test_kernels_of_a_case():
+    command = [sys.executable, str(BENCH), "--quick", "--kernels", "update-gru128-b8-d_rtrl"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "update-gru128-b8-d_rtrl" in done.stdout and "fusion" in done.stdout

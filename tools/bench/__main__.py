@@ -1,7 +1,8 @@
 """``python tools/bench``: measure speed and memory side by side, and write docs/benchmarks.md.
 
 Every case runs in a process of its own, one after the other. Its numbers go to a JSON file beside the page; ``--cases`` measures
-some anew, and the page is written from all. ``--quick`` shows that everything runs.
+some anew, and the page is written from all. ``--quick`` shows that everything runs. ``--kernels`` only tells where the time of
+some cases goes.
 """
 
 from __future__ import annotations
@@ -19,14 +20,20 @@ import page
 from cases import CASES, Case
 from peers import has_braintrace
 from process import fresh
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from settings import FULL, QUICK, Settings
 
 COMMAND = "make bench"
+#: Kernels of a case that are shown.
+_SHOWN = 25
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    if options.kernels:
+        return show_kernels(chosen(options.kernels), QUICK if options.quick else FULL)
     where = options.page or environment.ROOT / ("out/bench" if options.quick else "docs") / "benchmarks.md"
     where.parent.mkdir(parents=True, exist_ok=True)
     store = where.with_suffix(".json")
@@ -60,6 +67,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--page-only", action="store_true", help="write the page from what was measured before"
     )
+    parser.add_argument(
+        "--kernels", nargs="+", metavar="PATTERN", help="show the kernels of these cases by time"
+    )
     parser.add_argument("--page", type=Path, help="the page; JSON and picture go beside it")
     return parser.parse_args(arguments)
 
@@ -71,6 +81,21 @@ def chosen(patterns: list[str]) -> list[Case]:
         names = "\n  ".join(case.name for case in CASES)
         raise SystemExit(f"no case is called {' or '.join(patterns)}; there are:\n  {names}")
     return found
+
+
+def show_kernels(cases: list[Case], settings: Settings) -> int:
+    """Print where the time of each case goes."""
+    for case in cases:
+        found = fresh("kernels:profile", case=case.to_dict(), settings=dataclasses.asdict(settings))
+        if "error" in found:
+            raise SystemExit(found["error"])
+        table = Table(
+            "kernel", "ms per step", "runs per step", title=f"{case.name}: {found['ms']:.3g} ms per step"
+        )
+        for name, ms, runs in found["kernels"][:_SHOWN]:
+            table.add_row(name, f"{ms:.4f}", f"{runs:.3g}")
+        Console().print(table)
+    return 0
 
 
 def kept(store: Path, settings: Settings, cases: list[Case]) -> dict[str, Any]:
