@@ -271,8 +271,9 @@ class TraceGeometry:
         if self.order == tuple(range(len(self.order))):
             return value
         stored = jnp.transpose(value, self.order)
-        # Laid out once, or XLA would do it again for each number of the contracted axes, and compute what it is made of.
-        return computed_once(stored, stored)
+        y_axes = [a for a in self.order if a < len(self.y_axes)]
+        # Turned around once, or XLA would do it again for each number of the contracted axes.
+        return stored if y_axes == sorted(y_axes) else computed_once(stored, stored)
 
     def spread(self, value: Array) -> Array:
         """An array over y's window as one that broadcasts over a trace row in memory."""

@@ -224,6 +224,22 @@ class TraceState(brainstate.ShortTermState):
         self._write_value(traces)
 
 
+#: Bytes up to which an array is copied from numpy's rather than made by a program that has to be compiled first.
+_COPIED = 1 << 26
+
+
+def zeros_of(shapes: Any) -> Any:
+    """Arrays of zeros in the place of shapes."""
+
+    def zeros(s: jax.ShapeDtypeStruct) -> Any:
+        small = s.size * s.dtype.itemsize <= _COPIED
+        if small:  # memory of its own, which may be given away
+            return jax.device_put(np.zeros(s.shape, s.dtype), may_alias=False)
+        return jnp.zeros(s.shape, s.dtype)
+
+    return jax.tree.map(zeros, shapes)
+
+
 def shapes_alone(tree: Any) -> str | None:
     """The path of a leaf that is a shape without an array, or None if there is none."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)

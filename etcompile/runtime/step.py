@@ -14,7 +14,7 @@ from etcompile.lowering.placement import Placement
 from etcompile.lowering.windows import check_end
 from etcompile.report import Report, make_report
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
-from etcompile.runtime.model_states import ModelAccess, TraceState, shapes_alone, state_kinds
+from etcompile.runtime.model_states import ModelAccess, TraceState, shapes_alone, state_kinds, zeros_of
 from etcompile.runtime.progress import gradients_in_pieces, in_pieces, piece_lengths
 from etcompile.runtime.step_data import MultiStepData, has_multi_step, split, unwrap
 from etcompile.schedule import check_chunk, require_divisible_batch
@@ -71,7 +71,8 @@ class Step:
         self._functions = StepFunctions(compiled.causal)
         self._inputs = jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v), jnp.result_type(v)), inputs)
         self._jitted: dict[Any, Callable] = {}
-        self._trace_state = TraceState(compiled.causal.init_traces_shapes())
+        self._trace_shapes = compiled.causal.init_traces_shapes()
+        self._trace_state = TraceState(self._trace_shapes)
         self._allocated = False
         self._abstract = shapes_alone((self._access.params(), self._access.states())) is not None
         if self._placement.mesh is not None:
@@ -396,7 +397,7 @@ class Step:
             with (
                 jax.ensure_compile_time_eval()
             ):  # arrays, also where the first use is inside of a transformation
-                self._trace_state.fill(self._compiled.causal.init_traces())
+                self._trace_state.fill(zeros_of(self._trace_shapes))
             self._allocated = True
         return self._trace_state
 
