@@ -139,15 +139,5 @@ def _relative(a, b):
 
 
 def states(step):
-    """Traces, with their axes in an order that is the same on every number of devices, and model states as they stand."""
-    causal = step._compiled.causal
-
-    def logical(name, value):
-        made = causal.program.equation(name).type
-        if made.kind != "trace":
-            return value
-        order = np.argsort(causal.model.traces[made.of].order)
-        return jax.tree.map(lambda v: np.transpose(v, order), value)
-
-    traces = {name: logical(name, value) for name, value in step.traces.items()}
-    return jax.tree.map(np.asarray, [traces, step._carry().states])
+    """Traces and model states as they stand."""
+    return jax.tree.map(np.asarray, [step.traces, step._carry().states])

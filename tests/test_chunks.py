@@ -118,6 +118,8 @@ def test_other_rules_in_chunks(name, algo, options):
     try:
         wanted = results(name, algo, 1, calls, **options)
     except etcompile.EtcompileError as error:
+        if "shows nothing to the outputs" not in str(error):
+            raise
         pytest.skip(f"refused step by step as well: {error}")
     found = results(name, algo, 3, calls, **options)
     for mine, theirs in zip(found[:2], wanted[:2], strict=True):

@@ -48,7 +48,7 @@ class Shown:
 def shown_by(analysis: Analysis, group: HiddenGroup) -> tuple[Shown, ...]:
     """Values aligned with the group's positions that an operation spreads on its way to the outputs, or that are outputs."""
     body, model = analysis.split.body, analysis.model
-    new = {model.new_state_vars[s] for s in group.states}
+    new = analysis.new_variables(group)
     old = {model.state_vars[s] for s in group.states}
     outputs = {v for v in model.output_vars if not isinstance(v, Constant)}
     live = set(outputs)

@@ -30,6 +30,7 @@ def carries_whole_credit(analysis: Analysis, relation: Relation) -> bool:
     site = analysis.site(relation.site)
     new = analysis.new_variables(group)
     alone = [r.site for r in analysis.relations].count(site.name) == 1
+    # Where y is a new state itself, what reads the state reads y too: its credit cannot be told apart.
     if not alone or relation.masks or site.y in new:
         return False
     if any(c.group == group.name and c.primitive == "positions" for c in analysis.cuts):

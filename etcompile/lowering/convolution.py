@@ -2,7 +2,8 @@
 
 A convolution's kernel sees, at each place of its output, one patch of its input: y[n, s, o] = sum_k patch[n, s, k] kernel[k, o].
 The gradient of the kernel is then one matrix product over batch and places. XLA takes the input for the kernel of a convolution
-as large as the image instead, which on a CPU is tens of times slower.
+as large as the image instead, for which it has no fast kernel on a CPU. JAX's own ``conv_general_dilated_patches`` is a
+convolution as well, with a kernel of ones and zeros: patches here are slices.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from etcompile.frontend.jaxpr import Operation
+from etcompile.lowering.in_place import accumulator
 
 __all__ = ["kernel_gradient", "patches"]
 
@@ -28,25 +30,22 @@ _TOGETHER = 8
 def patches(operation: Operation, x: Array, kernel: tuple[int, ...]) -> Array:
     """What each place of the output sees of ``x``: ``(batch, *places, *kernel, channels)``."""
     p = operation.params
-    lhs = p["dimension_numbers"].lhs_spec
+    lhs, strides, apart = p["dimension_numbers"].lhs_spec, p["window_strides"], p["rhs_dilation"]
     x = jnp.transpose(x, (lhs[0], *lhs[2:], lhs[1]))
-    pads = zip(p["padding"], p["lhs_dilation"], strict=True)
-    x = lax.pad(
-        x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, d - 1) for (low, high), d in pads), (0, 0, 0)]
-    )
-    steps, apart = (1, *p["window_strides"], 1), (0, *p["rhs_dilation"], 0)
+    pads = [(low, high, d - 1) for (low, high), d in zip(p["padding"], p["lhs_dilation"], strict=True)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
     places = [
         max(0, (n - (size - 1) * d - 1) // step + 1)
-        for n, size, d, step in zip(x.shape[1:-1], kernel, apart[1:], steps[1:], strict=False)
+        for n, size, d, step in zip(x.shape[1:-1], kernel, apart, strides, strict=True)
     ]
-    taps = []
-    for tap in itertools.product(*map(range, kernel)):
-        start = [k * d for k, d in zip((0, *tap, 0), apart, strict=True)]
-        count = (x.shape[0], *places, x.shape[-1])
-        stop = [
-            first + max(0, (n - 1) * step + 1) for first, n, step in zip(start, count, steps, strict=True)
-        ]
-        taps.append(lax.slice(x, start, stop, steps))
+
+    def seen_through(tap: tuple[int, ...]) -> Array:
+        seen = x
+        for axis, (k, d, n, step) in enumerate(zip(tap, apart, places, strides, strict=True), start=1):
+            seen = lax.slice_in_dim(seen, k * d, k * d + max(0, (n - 1) * step + 1), step, axis)
+        return seen
+
+    taps = [seen_through(tap) for tap in itertools.product(*map(range, kernel))]
     return jnp.stack(taps, -2).reshape(x.shape[0], *places, *kernel, x.shape[-1])
 
 
@@ -56,7 +55,7 @@ def kernel_gradient(operation: Operation, x: Array, credit: Array, kernel: jax.S
     out, rhs = numbers.out_spec, numbers.rhs_spec
     sizes = tuple(kernel.shape[d] for d in rhs[2:])
     steps, per_group, each = x.shape[0], kernel.shape[rhs[1]], kernel.shape[rhs[0]] // groups
-    wide = jnp.float32 if jnp.dtype(credit.dtype).itemsize == 2 else credit.dtype
+    wide = accumulator(credit.dtype)
 
     def some(x: Array, credit: Array) -> Array:
         seen = jax.vmap(lambda now: patches(operation, now, sizes))(x)

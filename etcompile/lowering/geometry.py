@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import jax
@@ -26,7 +28,7 @@ from etcompile.analysis.sites import Site
 from etcompile.errors import UnsupportedError
 from etcompile.frontend.jaxpr import Graph, Operation, bind, read
 from etcompile.lowering.convolution import kernel_gradient, patches
-from etcompile.lowering.in_place import computed_once, in_rows, sum_products
+from etcompile.lowering.in_place import accumulator, computed_once, in_rows, sum_products
 
 __all__ = ["SiteGeometry", "TraceGeometry", "gather_positions", "site_geometry"]
 
@@ -242,7 +244,7 @@ class TraceGeometry:
     """Layout and arithmetic of the trace of one relation.
 
     ``order`` is the memory order of the logical axes (y's window, then contracted); ``kept`` are the axes of y that are
-    axes of the weight, ``summed`` the others.
+    axes of the weight, ``summed`` the others. ``divided``: arrays are split over devices.
     """
 
     relation: Relation
@@ -253,6 +255,7 @@ class TraceGeometry:
     summed: tuple[int, ...]
     order: tuple[int, ...]
     group_shape: tuple[int, ...]
+    divided: bool
 
     @property
     def logical_shape(self) -> tuple[int, ...]:
@@ -372,7 +375,7 @@ class TraceGeometry:
             spread = jax.vmap(self.logical)(x)
         wide = [a for a in axes if spread.shape[a] > 1 or a > n_y]
         narrow = tuple(a for a in axes if a not in wide)
-        dtype = _accumulator(credits.dtype)
+        dtype = accumulator(credits.dtype)
         return jnp.einsum(
             credits,
             [0, *axes[:n_y]],
@@ -391,21 +394,22 @@ class TraceGeometry:
             factor = self.store(self.logical(self.site.factor((*other, weights[0]))))
             return total + self.spread(credit) * factor, None
 
-        zeros = jnp.zeros(self.shape, _accumulator(jnp.result_type(credits, self.dtype)))
+        zeros = jnp.zeros(self.shape, accumulator(jnp.result_type(credits, self.dtype)))
         return lax.scan(add, zeros, (credits, tuple(others)))[0]
 
     def contract(self, rows: Sequence[tuple[Array, Array]]) -> Array:
         """Sum over states and summed axes of (array over the window) x (trace row): a gradient of the weight."""
-        first = self.order.index(self.summed[0]) if self.summed else len(self.contracted)
-        last = first + len(self.summed)
-        sizes = tuple(self.logical_shape[a] for a in self.summed)
-        pairs = [
-            (_folded(self.spread(credit), first, last, sizes), _folded(row, first, last, sizes))
-            for credit, row in rows
-        ]
-        dtype = _accumulator(jnp.result_type(*[v for pair in pairs for v in pair]))
+        pairs = [(self.spread(credit), row) for credit, row in rows]
+        dtype = accumulator(jnp.result_type(*[v for pair in pairs for v in pair]))
         left = [a for a in self.order if a not in self.summed]
-        return self.to_weight(sum_products(pairs, first, dtype), left)
+        axes = tuple(a for a, logical in enumerate(self.order) if logical in self.summed)
+        if self.divided:  # folded into one axis, examples and places would have to be sent about
+            products = [(credit * row).astype(dtype) for credit, row in pairs]
+            return self.to_weight(jnp.sum(reduce(operator.add, products), axis=axes), left)
+        first = axes[0] if axes else len(self.contracted)
+        sizes = tuple(self.logical_shape[a] for a in self.summed)
+        folded = [tuple(_folded(v, first, first + len(axes), sizes) for v in pair) for pair in pairs]
+        return self.to_weight(sum_products(folded, first, dtype), left)
 
     @property
     def of_weight(self) -> list[int]:
@@ -433,11 +437,6 @@ def _folded(value: Array, first: int, last: int, sizes: tuple[int, ...]) -> Arra
     return full.reshape(*value.shape[:first], -1, *value.shape[last:])
 
 
-def _accumulator(dtype: Any) -> Any:
-    """Sums of 16-bit numbers are taken in float32."""
-    return jnp.float32 if jnp.dtype(dtype).itemsize == 2 and jnp.issubdtype(dtype, jnp.floating) else dtype
-
-
 def trace_geometry(analysis: Analysis, relation: Relation, divided: bool) -> TraceGeometry:
     site = analysis.site(relation.site)
     geometry = site_geometry(analysis, site)
@@ -446,12 +445,13 @@ def trace_geometry(analysis: Analysis, relation: Relation, divided: bool) -> Tra
     kept = geometry.kept
     summed = tuple(a for a in range(n_y) if a not in kept)
     sizes = relation.shape
-    # Examples and places would be one axis of rows; split over devices, they stay apart.
     many, few = (math.prod(sizes[a] for a in axes) for axes in (summed, kept))
-    rows = (*kept, *summed) if many > few and in_rows(many) and not divided else (*summed, *kept)
+    rows = (*kept, *summed) if many > few and in_rows(many) else (*summed, *kept)
     order = (*range(n_y, n_y + n_c), *rows)
     group = analysis.group(relation.group)
-    return TraceGeometry(relation, geometry, tuple(range(n_y)), contracted, kept, summed, order, group.shape)
+    return TraceGeometry(
+        relation, geometry, tuple(range(n_y)), contracted, kept, summed, order, group.shape, divided
+    )
 
 
 def _kept_axes(body: Graph, site: Site, n_y: int) -> tuple[int, ...]:

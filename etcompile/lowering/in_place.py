@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["computed_once", "known_after", "sum_products", "undivided_sums"]
+__all__ = ["accumulator", "computed_once", "in_rows", "known_after", "sum_products", "undivided_sums"]
 
 Array = Any
 
@@ -75,9 +75,14 @@ def undivided_sums() -> Iterator[None]:
         _UNDIVIDED.reset(token)
 
 
+def accumulator(dtype: Any) -> Any:
+    """Sums of 16-bit numbers are taken in float32."""
+    return jnp.float32 if jnp.dtype(dtype).itemsize == 2 and jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
 def in_rows(count: int) -> int:
     """The length of the rows, side by side, in which so many numbers are summed; 0: they do not divide into such rows."""
-    return next((n for n in (16, 8, 32, 12, 20, 24, 28, 10, 14, 18) if count % n == 0), 0)
+    return next((n for n in (16, *range(32, 7, -1)) if count % n == 0), 0)
 
 
 def sum_products(pairs: Sequence[tuple[Array, Array]], axis: int, dtype: Any) -> Array:

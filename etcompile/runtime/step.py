@@ -414,7 +414,7 @@ class Step:
             if self._allocated:
                 counts = {e.name for e in self.program.equations if e.type.kind == "count"}
                 kept = {name: value for name, value in self.traces_state.value.items() if name in counts}
-                self.traces_state.value = {**self._compiled.causal.init_traces(), **kept}
+                self.traces_state.value = {**zeros_of(self._trace_shapes), **kept}
             self.place_states()
             return
         assert batch_size is not None

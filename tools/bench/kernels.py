@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import statistics
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -60,4 +61,4 @@ def profile(case: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
             spent[name] += event["dur"]
             count[name] += 1
     kernels = [[name, us / 1e3 / steps, count[name] / steps] for name, us in spent.most_common()]
-    return {"case": case, "ms": 1e3 * sorted(seconds)[len(seconds) // 2] / steps, "kernels": kernels}
+    return {"ms": 1e3 * statistics.median(seconds) / steps, "kernels": kernels}

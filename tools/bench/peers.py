@@ -60,11 +60,7 @@ def bptt(data: Data, model: Model) -> Run:
         (_, losses), grads = jax.value_and_grad(total, has_aux=True)(params)
         return losses, grads
 
-    jitted = jax.jit(run)
-    return Run(
-        lambda xs, ys: jitted(step.params, step.hidden, xs, ys),
-        lambda xs, ys: jitted.lower(step.params, step.hidden, xs, ys),
-    )
+    return step.started(run)
 
 
 def forward(data: Data, model: Model) -> Run:
@@ -78,11 +74,7 @@ def forward(data: Data, model: Model) -> Run:
 
         return jax.lax.scan(body, hidden, (xs, ys))[1], {}
 
-    jitted = jax.jit(run)
-    return Run(
-        lambda xs, ys: jitted(step.params, step.hidden, xs, ys),
-        lambda xs, ys: jitted.lower(step.params, step.hidden, xs, ys),
-    )
+    return step.started(run)
 
 
 def forward_flops(data: Data, model: Model) -> float:
@@ -105,6 +97,14 @@ class _PureStep:
         self._names = [paths[id(s)] if isinstance(s, brainstate.ParamState) else None for s in states]
         self.params = {n: s.value for n, s in zip(self._names, states, strict=True) if n is not None}
         self.hidden = [s.value for n, s in zip(self._names, states, strict=True) if n is None]
+
+    def started(self, run: Callable[..., tuple[Array, Any]]) -> Run:
+        """``run(params, hidden, xs, ys)`` from the model's own values."""
+        jitted = jax.jit(run)
+        return Run(
+            lambda xs, ys: jitted(self.params, self.hidden, xs, ys),
+            lambda xs, ys: jitted.lower(self.params, self.hidden, xs, ys),
+        )
 
     def __call__(self, params: dict[str, Array], hidden: list[Array], x: Array) -> tuple[list[Array], Array]:
         rest = iter(hidden)
