@@ -14,8 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from etcompile.analysis.index_rules import ELEMENTWISE
-from etcompile.cost.operations import ALIASES, EXPENSIVE, MOVES, REDUCTIONS, operations
+from etcompile.cost.operations import ALIASES, EXPENSIVE, MOVES, ONE_BY_ONE, REDUCTIONS, operations
 from etcompile.frontend.jaxpr import inner_jaxpr, scan_signature
 
 __all__ = ["Graph", "Loop", "Node", "flatten"]
@@ -212,7 +211,7 @@ class _Builder:
             if operands[0] in self.uniform:
                 return [self._same(operands[0], outs[0])]
             return self.node(name, "light", operands[:1], outs, read=(min(size, self.sizes[operands[0]]),))
-        if name in ELEMENTWISE or name in ("clamp",):
+        if name in ONE_BY_ONE:
             return [self._elementwise(name, operands, avals, outs[0], flops, series)]
         if name in MOVES:
             return self.node(name, "light", operands, outs)

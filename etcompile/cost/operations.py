@@ -14,7 +14,7 @@ import numpy as np
 
 from etcompile.analysis.index_rules import ELEMENTWISE
 
-__all__ = ["ALIASES", "EXPENSIVE", "MOVES", "REDUCTIONS", "TRANSCENDENTAL", "operations"]
+__all__ = ["ALIASES", "EXPENSIVE", "MOVES", "ONE_BY_ONE", "REDUCTIONS", "TRANSCENDENTAL", "operations"]
 
 #: Results share the memory of their operand, or are removed by the compiler.
 ALIASES = frozenset(
@@ -28,6 +28,9 @@ TRANSCENDENTAL = frozenset(
     expm1 lgamma log log1p log2 logistic pow rsqrt sin sinh sqrt tan tanh igamma igammac polygamma zeta
     regularized_incomplete_beta""".split()  # noqa: SIM905
 )
+
+#: An element of the result needs one element of each operand.
+ONE_BY_ONE = ELEMENTWISE | {"clamp", "bitcast_convert_type"}
 
 #: Not computed twice to save memory.
 EXPENSIVE = TRANSCENDENTAL | {"div", "rem"}
@@ -66,7 +69,7 @@ def operations(
         return out * (max(0, y.bit_length() - 1 + y.bit_count() - 1) + (params["y"] < 0)), 0
     if name in TRANSCENDENTAL:
         return 0, out
-    if name in ELEMENTWISE:
+    if name in ONE_BY_ONE:
         return out, 0
     if name in REDUCTIONS:
         return max(0, math.prod(inputs[0].shape) - out), 0

@@ -20,10 +20,10 @@ from etcompile.lowering.derivatives import LoweredModel, StepDerivatives
 from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.feedback import check_feedback
 from etcompile.lowering.geometry import SiteGeometry
-from etcompile.lowering.in_place import computed_once, known_after
 from etcompile.lowering.layers import list_shapes, rows_shape
 from etcompile.lowering.placement import Placement, placement_of
 from etcompile.lowering.snap import snap_shape
+from etcompile.lowering.update_order import updated_in_order
 from etcompile.schedule import Schedule
 
 __all__ = ["CausalProgram"]
@@ -168,27 +168,12 @@ class CausalProgram:
         old = self.wide(traces)
         values = evaluate(quiet, [e for e in self.early if e.name not in self._advanced], {}, old)
         values = evaluate(context, [e for e in self.late if e.name not in self._advanced], values, old)
-        values = self._after_readers(step, values)
-        values = evaluate(quiet, [e for e in self.early if e.name in self._advanced], values, old)
-        values = evaluate(context, [e for e in self.late if e.name in self._advanced], values, old)
+        updated = updated_in_order(context, values, old)
+        values.update(updated)
+        left = self._advanced - updated.keys()
+        values = evaluate(quiet, [e for e in self.early if e.name in left], values, old)
+        values = evaluate(context, [e for e in self.late if e.name in left], values, old)
         return value, self._totals(values, old), step, self.stored(values)
-
-    def _after_readers(self, step: StepDerivatives, values: dict[str, Any]) -> dict[str, Any]:
-        """Immediate Jacobians that are known only when all contractions with their old trace are done."""
-        readers: dict[str, list[Equation]] = {}
-        for e in self.program.equations:
-            if e.op == "contract" and e.name not in self._advanced and values[e.name] is not None:
-                readers.setdefault(self.program.equation(e.refs[1].name).type.of, []).append(e)
-        late: dict[str, Any] = {}
-        for e in self.program.equations:
-            if e.op != "outer" or e.type.of not in readers:
-                continue
-            name = e.refs[0].name
-            weight = step.tape.read(self.model.traces[e.type.of].site.site.weight)
-            late.update((r.name, computed_once(values[r.name], weight)) for r in readers[e.type.of])
-            done = [late[r.name] for r in readers[e.type.of]]
-            late[name] = jax.tree.map(lambda v, done=done: known_after(v, done), values[name])
-        return {**values, **late}
 
     def _totals(self, full: dict[str, Any], traces: Traces) -> dict[str, Array]:
         """Site gradients from the values of a step."""

@@ -1,0 +1,130 @@
+"""Traces updated in place: each row after the last reader of its old values.
+
+XLA updates an array of a loop in place where it can prove that all who read the old values are done, and copies it at every step
+where it cannot. The old values of a trace row are read
+
+* by contractions with the learning signal of this step: these go first;
+* by the updates of rows that D couples to it: row k reads row j where D[k, j] is not zero. So rows go in an order in which
+  readers come before what they read. Where rows read each other in a circle one of them is copied: each of the new ones needs
+  all old ones;
+* by whoever reads the new values, since XLA computes them again for each reader: so they are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from etcompile.ir.program import Equation
+from etcompile.lowering.evaluate import Context, evaluate
+from etcompile.lowering.in_place import computed_once, known_after
+
+__all__ = ["updated_in_order"]
+
+Value = Any
+Matrix = Sequence[Sequence[Value]]
+
+#: Ops of which row k reads nothing but row k of this step's values.
+_ROW_BY_ROW = ("outer", "matmul", "add", "sub", "mul", "div", "copy")
+
+
+def updated_in_order(
+    context: Context, values: Mapping[str, Value], old: Mapping[str, Value]
+) -> dict[str, Value]:
+    """New traces, and the contractions that they wait for.
+
+    ``values`` are those of this step known so far: all that is not made of this step's traces. ``old`` are those carried to
+    it. Traces of rules that read them otherwise than by contractions are left out.
+    """
+    step = context.step
+    assert step is not None
+    found: dict[str, Value] = {}
+    for relation in context.program.header.relations:
+        traces = [
+            e for e in context.program.equations if (e.type.kind, e.type.of) == ("trace", relation.name)
+        ]
+        names = {e.name for e in traces}
+        readers = [
+            e
+            for e in context.program.equations
+            if e.name not in names and any(r.name in names for r in e.refs)
+        ]
+        if not _row_by_row(traces, names, values) or any(e.op != "contract" for e in readers):
+            continue
+        weight = step.tape.read(context.model.traces[relation.name].site.site.weight)
+        first = [e.name for e in readers if values.get(e.name) is not None]
+        done = {name: computed_once(values[name], weight) for name in first}
+        found.update(done)
+        found.update(_rows_in_order(context, traces, values, old, list(done.values())))
+    return found
+
+
+def _row_by_row(traces: Sequence[Equation], names: Collection[str], values: Mapping[str, Value]) -> bool:
+    """Whether every row follows from its own values of this step and the old ones of any row."""
+    return all(
+        e.op in _ROW_BY_ROW
+        and all(r.delay or r.name in names or r.name in values for r in e.refs)
+        and not (e.op == "matmul" and not e.refs[1].delay)
+        for e in traces
+    )
+
+
+def _rows_in_order(
+    context: Context,
+    traces: Sequence[Equation],
+    values: Mapping[str, Value],
+    old: Mapping[str, Value],
+    done: list[Value],
+) -> dict[str, Value]:
+    """The traces of one relation, where ``done`` is what must be known before."""
+    if not traces:
+        return {}
+    added = {e.refs[0].name for e in traces if e.op == "outer"}
+    decays = {e.refs[0].name for e in traces if e.op == "matmul"}
+    read_now = {r.name for e in context.program.equations for r in e.refs if not r.delay}
+    count = traces[0].type.shape[0]
+    order = _readers_first(count, [values[name] for name in decays])
+    rows: dict[str, list[Value]] = {e.name: [None] * count for e in traces}
+    for place, k in enumerate(order):
+        grows = any(values[name][k] is not None for name in added)
+        now = {name: _only(values[name], k, done) for name in added}
+        now.update({name: _only_line(values[name], k, () if grows else done) for name in decays})
+        reads = [values[d][k][j] for d in decays for j in order[place + 1 :]]
+        waited_for = any(d is not None for d in reads) and not context.model.divided
+        for e in traces:
+            now.update(evaluate(context, [e], {**values, **now}, old))
+            row, before = (v and v[k] for v in (now[e.name], old.get(e.name)))
+            if row is not None and before is not None and (waited_for or e.name in read_now):
+                row = computed_once(row, before)
+                now[e.name] = tuple(row if j == k else v for j, v in enumerate(now[e.name]))
+                done = [*done, row[0]] if waited_for else done
+            rows[e.name][k] = row
+    return {name: tuple(found) for name, found in rows.items()}
+
+
+def _readers_first(count: int, decays: Sequence[Matrix]) -> list[int]:
+    """Rows in an order in which each comes before the others that it reads, unless they read each other in a circle."""
+
+    def readers(j: int, of: Sequence[int]) -> int:
+        return sum(k != j and any(decay[k][j] is not None for decay in decays) for k in of)
+
+    order: list[int] = []
+    left = list(range(count))
+    while left:
+        order.append(min(left, key=lambda j: readers(j, left)))
+        left.remove(order[-1])
+    return order
+
+
+def _only(f: Sequence[Value], k: int, done: Sequence[Value]) -> tuple[Value, ...]:
+    """Row ``k`` of f alone, known after ``done``."""
+    return tuple(known_after(v, done) if j == k and v is not None else None for j, v in enumerate(f))
+
+
+def _only_line(decay: Matrix, k: int, done: Sequence[Value]) -> tuple[tuple[Value, ...], ...]:
+    """Row ``k`` of D alone, known after ``done``."""
+    return tuple(_only_all(line, done) if i == k else (None,) * len(line) for i, line in enumerate(decay))
+
+
+def _only_all(line: Sequence[Value], done: Sequence[Value]) -> tuple[Value, ...]:
+    return tuple(None if v is None else known_after(v, done) for v in line)

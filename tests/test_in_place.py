@@ -1,0 +1,99 @@
+"""Traces are updated where they lie: what the compiled loop copies at every step."""
+
+import re
+
+import brainstate
+import jax
+import jax.numpy as jnp
+import pytest
+
+import etcompile
+
+BATCH, INPUTS, UNITS, OUT, STEPS = 4, 24, 48, 5, 6
+
+
+@jax.custom_jvp
+def spike(v):
+    return (v > 0).astype(v.dtype)
+
+
+@spike.defjvp
+def _surrogate(primals, tangents):
+    return spike(*primals), tangents[0] / (1 + 10 * jnp.abs(primals[0])) ** 2
+
+
+def leaky(p, s, x):
+    h = jax.nn.sigmoid(p["d"]) * s["h"] + x @ p["w"]
+    return {"h": h}, jnp.tanh(h) @ p["readout"]
+
+
+def gated(p, s, x):
+    z, c = jnp.split(jnp.concatenate([x, s["h"]], -1) @ p["w2"], 2, -1)
+    h = s["h"] + jax.nn.sigmoid(z) * (jnp.tanh(c) - s["h"])
+    return {"h": h}, h @ p["readout"]
+
+
+def chain(p, s, x):
+    """The trace of the first state is read by the second's, that by the third's."""
+    a = jax.nn.sigmoid(p["d"]) * s["a"] + x @ p["w"]
+    b = 0.8 * s["b"] * (1 - s["b"]) + jnp.tanh(s["a"])
+    c = 0.7 * s["c"] * (1 - s["c"]) + s["b"]
+    return {"c": c, "a": a, "b": b}, c @ p["readout"]
+
+
+def adaptive(p, s, x):
+    """Current, then membrane and adaptation, of which each reads the other."""
+    z = spike(s["v"] - 1 - 0.1 * s["a"])
+    i = 0.8 * s["i"] + x @ p["w"]
+    v = 0.9 * s["v"] * (1 - z) + s["i"]
+    a = 0.95 * s["a"] + z
+    return {"v": v, "a": a, "i": i}, spike(v - 1 - 0.1 * a) @ p["readout"]
+
+
+#: The model, and how many rows of a trace have to be copied.
+MODELS = {"leaky": (leaky, "h", 0), "gated": (gated, "h", 0), "chain": (chain, "abc", 0), "adaptive": (adaptive, "via", 1)}  # fmt: skip
+
+
+#: Their gradients read old traces; new ones; those of a filter behind them.
+RULES = [{"algo": "d_rtrl"}, {"algo": "rflo"}, {"algo": "e_prop", "kappa": 0.7}]
+
+
+def compiled(fn, states, **options):
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    shapes = {"w": (INPUTS, UNITS), "w2": (INPUTS + UNITS, 2 * UNITS), "d": (UNITS,), "readout": (UNITS, OUT)}
+    params = {name: 0.1 * jax.random.normal(next(keys), shape) for name, shape in shapes.items()}
+    used = {"leaky": "w d readout", "gated": "w2 readout", "chain": "w d readout", "adaptive": "w readout"}
+    params = {name: params[name] for name in used[fn.__name__].split()}
+    state = {name: jnp.zeros((BATCH, UNITS)) for name in states}
+    return etcompile.compile(
+        etcompile.from_function(fn, params, state), jnp.zeros((BATCH, INPUTS)), **options
+    )
+
+
+def loops(text):
+    """The bodies of the loops of a compiled program."""
+    computations = dict(re.findall(r"^(?:ENTRY )?(%[\w.\-]+) .*?\{\n(.*?)^\}", text, re.M | re.S))
+    return [computations[name] for name in re.findall(r"\bbody=(%[\w.\-]+)", text)]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts what XLA does on a CPU")
+@pytest.mark.parametrize("options", RULES, ids=lambda options: options["algo"])
+@pytest.mark.parametrize("name", MODELS)
+def test_no_trace_is_copied_that_need_not_be(name, options):
+    fn, states, unavoidable = MODELS[name]
+    step = compiled(fn, states, **options)
+    run = step.scan_value_and_grad(lambda out, y: jnp.mean((out - y) ** 2), chunk=1)
+    xs, ys = jnp.ones((STEPS, BATCH, INPUTS)), jnp.zeros((STEPS, BATCH, OUT))
+    text = brainstate.transform.jit(run).lower(xs, ys).compile().as_text()
+    large = {v.shape for v in jax.tree.leaves(step.traces) if v.ndim == 3}
+    assert large
+    shapes = ["f64[" + ",".join(map(str, shape)) + "]" for shape in large]
+    (body,) = loops(text)
+    assert any(f"= {shape}" in body for shape in shapes)
+    copies = [
+        line
+        for line in body.splitlines()
+        for s in shapes
+        if re.search(re.escape(f"= {s}") + r"\S* copy\(", line)
+    ]
+    assert len(copies) == unavoidable, "\n".join(copies)
