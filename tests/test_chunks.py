@@ -112,18 +112,44 @@ def models_and_rules():
                 yield (case.name, *rule)
 
 
-@pytest.mark.parametrize(("name", "algo", "options"), list(models_and_rules()))
-def test_other_rules_in_chunks(name, algo, options):
-    calls = TWO_CALLS if name in FULLY else ONE_CALL
+def step_by_step(name, algo, calls, **options):
+    """What chunks are held against; a rule may refuse a model, in chunks or not."""
     try:
-        wanted = results(name, algo, 1, calls, **options)
+        return results(name, algo, 1, calls, **options)
     except etcompile.EtcompileError as error:
         if "shows nothing to the outputs" not in str(error):
             raise
-        pytest.skip(f"refused step by step as well: {error}")
+        return pytest.skip(f"refused step by step as well: {error}")
+
+
+@pytest.mark.parametrize(("name", "algo", "options"), list(models_and_rules()))
+def test_other_rules_in_chunks(name, algo, options):
+    calls = TWO_CALLS if name in FULLY else ONE_CALL
+    wanted = step_by_step(name, algo, calls, **options)
     found = results(name, algo, 3, calls, **options)
     for mine, theirs in zip(found[:2], wanted[:2], strict=True):
         assert relative_error(mine, theirs) < wanted[2]
+
+
+@pytest.fixture
+def single_precision():
+    """Everything in float32, whatever a model asks for."""
+    jax.config.update("jax_enable_x64", False)
+    yield
+    jax.config.update("jax_enable_x64", True)
+
+
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype:UserWarning")
+@pytest.mark.usefixtures("single_precision")
+@pytest.mark.parametrize(
+    ("name", "algo", "options"), [(case.name, *RULES[k % len(RULES)]) for k, case in enumerate(CASES)]
+)
+def test_every_model_in_chunks_in_float32(name, algo, options):
+    wanted = step_by_step(name, algo, ONE_CALL, **options)
+    found = results(name, algo, 3, ONE_CALL, **options)
+    assert not {v.dtype for v in jax.tree.leaves(found[0])} & {jnp.dtype("float64"), jnp.dtype("complex128")}
+    for mine, theirs in zip(found[:2], wanted[:2], strict=True):
+        assert relative_error(mine, theirs) < 1e-5
 
 
 def test_chunks_of_an_uncut_model_are_backpropagation():
