@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from zoo.spiking import spike
 
 import etcompile
 from etcompile.cost.cost import measured, priced
@@ -46,16 +47,6 @@ def lstm(batch=8, n_in=64, n=128):
 
     params = shapes(w=(n_in + n, 4 * n), bias=(4 * n,), readout=(n, OUT))
     return fn, params, shapes(h=(batch, n), c=(batch, n)), Shape((batch, n_in), jnp.float32)
-
-
-@jax.custom_jvp
-def spike(v):
-    return (v > 0).astype(v.dtype)
-
-
-@spike.defjvp
-def _surrogate(primals, tangents):
-    return spike(*primals), tangents[0] / (1 + 10 * jnp.abs(primals[0])) ** 2
 
 
 def spiking(batch=8, n_in=64, n=192):

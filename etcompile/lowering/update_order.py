@@ -49,7 +49,7 @@ def updated_in_order(
             for e in context.program.equations
             if e.name not in names and any(r.name in names for r in e.refs)
         ]
-        if not _row_by_row(traces, names, values) or any(e.op != "contract" for e in readers):
+        if not traces or not _row_by_row(traces, names, values) or any(e.op != "contract" for e in readers):
             continue
         weight = step.tape.read(context.model.traces[relation.name].site.site.weight)
         first = [e.name for e in readers if values.get(e.name) is not None]
@@ -77,8 +77,6 @@ def _rows_in_order(
     done: list[Value],
 ) -> dict[str, Value]:
     """The traces of one relation, where ``done`` is what must be known before."""
-    if not traces:
-        return {}
     added = {e.refs[0].name for e in traces if e.op == "outer"}
     decays = {e.refs[0].name for e in traces if e.op == "matmul"}
     read_now = {r.name for e in context.program.equations for r in e.refs if not r.delay}
@@ -123,8 +121,5 @@ def _only(f: Sequence[Value], k: int, done: Sequence[Value]) -> tuple[Value, ...
 
 def _only_line(decay: Matrix, k: int, done: Sequence[Value]) -> tuple[tuple[Value, ...], ...]:
     """Row ``k`` of D alone, known after ``done``."""
-    return tuple(_only_all(line, done) if i == k else (None,) * len(line) for i, line in enumerate(decay))
-
-
-def _only_all(line: Sequence[Value], done: Sequence[Value]) -> tuple[Value, ...]:
-    return tuple(None if v is None else known_after(v, done) for v in line)
+    line = tuple(None if v is None else known_after(v, done) for v in decay[k])
+    return tuple(line if i == k else (None,) * len(line) for i in range(len(decay)))
