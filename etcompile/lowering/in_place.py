@@ -88,7 +88,7 @@ def in_rows(count: int) -> int:
 def sum_products(pairs: Sequence[tuple[Array, Array]], axis: int, dtype: Any) -> Array:
     """The sum of products, over pairs and over one axis; the first of a pair may have ones to broadcast.
 
-    XLA's reduction on a CPU goes along the summed axis one number at a time; adding whole rows is ten times
+    XLA's reduction on a CPU goes along the summed axis one number at a time; adding whole rows is much
     faster. Rows are taken before they are multiplied, so that no product is ever written to memory.
     """
     n = pairs[0][1].shape[axis]
