@@ -16,6 +16,12 @@ if metadata.version("jaxlib").startswith("0.10."):
     # Later ones know no such flag, and stop at an unknown one.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
+# They run tiny programs once, so LLVM need not make them fast. What XLA does with them, fusion and copies included, stays.
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    + os.environ.get("XLA_FLAGS", "")
+)
+
 import brainstate
 import jax
 
