@@ -18,7 +18,7 @@ from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram
 from etcompile.pass_manager import PassManager, PassRecord
 from etcompile.registry import pipeline
-from etcompile.runtime.model_states import ModelAccess, access, state_kinds
+from etcompile.runtime.model_states import ModelAccess, access
 from etcompile.runtime.step import Step
 from etcompile.schedule import Schedule, as_schedule
 
@@ -33,7 +33,6 @@ class Compiled:
     program: TraceProgram
     records: tuple[PassRecord, ...]
     causal: CausalProgram
-    state_kinds: tuple[str, tuple[tuple[str, str], ...]]
     leaves_out: str
     schedule: Schedule
 
@@ -125,9 +124,7 @@ def compile(
 
         program, records = manager.run(empty, passes, gradients)
         causal = CausalProgram(program, analysis, algorithm.functions, how)
-        return Compiled(
-            analysis, program, records, causal, state_kinds(live.states()), algorithm.leaves_out, how
-        )
+        return Compiled(analysis, program, records, causal, algorithm.leaves_out, how)
 
     before = snapshot(model) if is_module(model) else {}
     try:

@@ -20,6 +20,7 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax._src.core import trace_state_clean
 from jax.core import Tracer
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Operation",
     "bind",
     "flatten_jaxpr",
+    "in_transformation",
     "inner_jaxpr",
     "is_traced",
     "jvp_graph",
@@ -158,6 +160,11 @@ class Graph:
 def is_traced(value: Any) -> bool:
     """Whether a value is known only inside of a transformation, such as ``jit``."""
     return isinstance(value, Tracer)
+
+
+def in_transformation() -> bool:
+    """Whether code runs under a transformation of JAX, such as ``jit`` or ``vmap``, rather than plainly."""
+    return not trace_state_clean()
 
 
 def read(env: dict[int, Any], operand: Operand) -> Any:

@@ -37,8 +37,13 @@ class ModuleStates:
         )
 
 
-def initialise(model: Any, batch_size: int) -> None:
-    """Create or re-create the model's states for a batch size, as ``brainstate.nn.init_all_states`` does."""
+def initialise(model: Any, batch_size: int, keep: bool = False) -> None:
+    """Create or re-create the model's states for a batch size, as ``brainstate.nn.init_all_states`` does.
+
+    With ``keep`` the ``State`` objects stay, with the new values in them: functions that the user compiled around them go on with
+    these. Trained parameters keep their values then, and so do long-term states of the same shape.
+    """
+    before = snapshot(model) if keep else {}
     try:
         brainstate.nn.init_all_states(model, batch_size=batch_size)
     except Exception as error:
@@ -47,6 +52,24 @@ def initialise(model: Any, batch_size: int) -> None:
             got=f"{type(error).__name__}: {error}",
             expected="init_state(batch_size=None) methods that create every state",
         ) from error
+    now = snapshot(model) if keep else {}
+    for path, (state, value) in now.items():
+        old, old_value = before.get(path, (None, None))
+        if old is None or type(old) is not type(state):
+            continue
+        if state is not old and not _put(model, path, old):
+            continue
+        old.value = old_value if _outlives(old, old_value, value) else value
+
+
+def _outlives(state: Any, old: Any, new: Any) -> bool:
+    """Whether a value goes on where the states around it are made anew."""
+    if isinstance(state, brainstate.ParamState):
+        return True
+    same = jax.tree.structure(old) == jax.tree.structure(new) and all(
+        jnp.shape(a) == jnp.shape(b) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    )
+    return same and not short_lived(state)
 
 
 def abstract_states(model: Any, batch_size: int) -> dict[str, Any]:
@@ -180,21 +203,41 @@ def _refuse_created_states(name: str, model: Any, before: dict[str, Any]) -> Non
 
 def _forget(model: Any, path: str, old: Any) -> None:
     """Undo an attribute that a failed trace left on the model."""
-    *parents, last = path.split(".")
-    owner = model
     try:
-        for part in parents:
-            owner = (
-                owner[int(part)]
-                if part.isdigit()
-                else (owner[part] if isinstance(owner, dict) else getattr(owner, part))
-            )
-        if old is None:
-            delattr(owner, last)
-        else:
-            setattr(owner, last, old)
+        _put(model, path, old)
     except (AttributeError, KeyError, IndexError, TypeError):
         return
+
+
+def _put(model: Any, path: str, state: Any) -> bool:
+    """Make ``state`` what lies at a path of the model (None: nothing); False where that is in a tuple."""
+    *parents, last = path.split(".")
+    owner = model
+    for part in parents:
+        owner = owner[_index(owner, part)] if _is_container(owner) else getattr(owner, part)
+    if isinstance(owner, tuple):
+        return False
+    if _is_container(owner):
+        if state is None:
+            del owner[_index(owner, last)]
+        else:
+            owner[_index(owner, last)] = state
+    elif state is None:
+        delattr(owner, last)
+    else:
+        setattr(owner, last, state)
+    return True
+
+
+def _is_container(owner: Any) -> bool:
+    return isinstance(owner, (dict, list, tuple))
+
+
+def _index(owner: Any, part: str) -> Any:
+    """A key of a dict or an index of a list from its part of a path."""
+    if not isinstance(owner, dict):
+        return int(part)
+    return next((key for key in owner if str(key) == part), part)
 
 
 def _written_at(closed: Any, found: Any, state: Any) -> str | None:

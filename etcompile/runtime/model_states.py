@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -19,19 +19,27 @@ from etcompile.frontend.module import (
     abstract_states,
     initialise,
     is_module,
+    restore,
     short_lived,
+    snapshot,
     trace_module,
 )
-from etcompile.frontend.step_model import TracedStep, leaf_names
+from etcompile.frontend.step_model import TracedStep
 from etcompile.frontend.user_code import user_frame
+from etcompile.runtime.variants import kinds_of
 
-__all__ = ["ModelAccess", "TraceState", "access"]
+__all__ = ["ModelAccess", "access", "shapes_alone"]
 
 
 class ModelAccess(Protocol):
-    """Reads and writes parameters and states of a live model; ``initial`` is what a reset goes back to."""
+    """Reads and writes parameters and states of a live model.
+
+    ``initial`` is what a reset goes back to; it is kept in a brainstate state, so that a function that a transformation compiled
+    finds what it is now. ``found`` is what :meth:`trace` found; it belongs to a compilation.
+    """
 
     initial: Any
+    found: Any
 
     def trace(self, inputs: tuple[Any, ...]) -> TracedStep: ...
 
@@ -50,7 +58,13 @@ class ModelAccess(Protocol):
 
     def remember(self) -> None: ...
 
-    def reset(self, batch_size: int | None) -> bool: ...
+    def kinds(self) -> Hashable: ...
+
+    def restart(self) -> None: ...
+
+    def resize(self, batch_size: int) -> None: ...
+
+    def unchanged_on_error(self) -> AbstractContextManager[None]: ...
 
     def resized(self, batch_size: int) -> AbstractContextManager[None]: ...
 
@@ -76,7 +90,15 @@ class ModuleAccess:
 
     module: Any
     found: ModuleStates | None = None
-    initial: dict[str, Any] = dataclasses.field(default_factory=dict)
+    initial_state: brainstate.LongTermState = dataclasses.field(default_factory=lambda: _initial({}))
+
+    @property
+    def initial(self) -> dict[str, Any]:
+        return self.initial_state.value
+
+    @initial.setter
+    def initial(self, values: dict[str, Any]) -> None:
+        self.initial_state.value = values
 
     def trace(self, inputs: tuple[Any, ...]) -> TracedStep:
         traced, self.found = trace_module(self.module, inputs)
@@ -112,13 +134,33 @@ class ModuleAccess:
     def remember(self) -> None:
         self.initial = {p: s.value for p, s in self._states.states.items() if short_lived(s)}
 
-    def reset(self, batch_size: int | None) -> bool:
-        if batch_size is None:
-            for path, value in self.initial.items():
-                self._states.states[path].value = value
-            return False
-        initialise(self.module, batch_size)
-        return True
+    def kinds(self) -> Hashable:
+        """Shapes and dtypes of all that the module holds beside its parameters."""
+        held = {
+            p: v for p, (s, v) in snapshot(self.module).items() if not isinstance(s, brainstate.ParamState)
+        }
+        return kinds_of(held)
+
+    def restart(self) -> None:
+        for path, value in self.initial.items():
+            self._states.states[path].value = value
+
+    def resize(self, batch_size: int) -> None:
+        initialise(self.module, batch_size, keep=True)
+
+    @contextmanager
+    def unchanged_on_error(self) -> Iterator[None]:
+        """An exception leaves states, what was found and initial values as they were."""
+        before, found, initial = snapshot(self.module), self.found, self.initial
+        outside = {} if found is None else {s: s.value for s in found.states.values()}
+        try:
+            yield
+        except BaseException:
+            restore(self.module, before)
+            for state, value in outside.items():
+                state.value = value
+            self.found, self.initial = found, initial
+            raise
 
     @contextmanager
     def resized(self, batch_size: int) -> Iterator[None]:
@@ -142,7 +184,16 @@ class FunctionAccess:
     """A plain function with its parameters and state, kept in brainstate states so that transformations see them."""
 
     model: FunctionModel
-    initial: Any = None
+    found: None = None
+    initial_state: brainstate.LongTermState = dataclasses.field(default_factory=lambda: _initial(None))
+
+    @property
+    def initial(self) -> Any:
+        return self.initial_state.value
+
+    @initial.setter
+    def initial(self, values: Any) -> None:
+        self.initial_state.value = values
 
     def trace(self, inputs: tuple[Any, ...]) -> TracedStep:
         try:
@@ -180,11 +231,25 @@ class FunctionAccess:
     def remember(self) -> None:
         self.initial = self.model.state
 
-    def reset(self, batch_size: int | None) -> bool:
-        if batch_size is not None:
-            self.initial = jax.tree.map(lambda v: _resized(v, batch_size), self.initial)
+    def kinds(self) -> Hashable:
+        """Shapes and dtypes of the state."""
+        return kinds_of(self.model.state)
+
+    def restart(self) -> None:
         self.model.state = self.initial
-        return batch_size is not None
+
+    def resize(self, batch_size: int) -> None:
+        self.model.state = jax.tree.map(lambda v: _resized(v, batch_size), self.initial)
+
+    @contextmanager
+    def unchanged_on_error(self) -> Iterator[None]:
+        """An exception leaves the state and its initial value as they were."""
+        before, initial = self.model.state, self.initial
+        try:
+            yield
+        except BaseException:
+            self.model.state, self.initial = before, initial
+            raise
 
     @contextmanager
     def resized(self, batch_size: int) -> Iterator[None]:
@@ -197,6 +262,10 @@ class FunctionAccess:
             yield
         finally:
             self.model.state = before
+
+
+def _initial(values: Any) -> brainstate.LongTermState:
+    return brainstate.LongTermState(values, name="initial values")
 
 
 def _resized(value: Any, batch_size: int) -> Any:
@@ -213,42 +282,8 @@ def _resized(value: Any, batch_size: int) -> Any:
     return jnp.broadcast_to(value[:1], (batch_size, *rows.shape[1:]))
 
 
-class TraceState(brainstate.ShortTermState):
-    """Traces as a brainstate state, so that brainstate's transformations carry them.
-
-    It is made with the shapes of the traces; :meth:`fill` puts the arrays in, before the value is first read.
-    """
-
-    def fill(self, traces: Any) -> None:
-        """Put arrays in the place of shapes, unseen by a transformation that is tracing: to it they were always there."""
-        self._write_value(traces)
-
-
-#: Bytes up to which an array is copied from numpy's rather than made by a program that has to be compiled first.
-_COPIED = 1 << 26
-
-
-def zeros_of(shapes: Any) -> Any:
-    """Arrays of zeros in the place of shapes."""
-
-    def zeros(s: jax.ShapeDtypeStruct) -> Any:
-        small = s.size * s.dtype.itemsize <= _COPIED
-        if small:  # memory of its own, which may be given away
-            return jax.device_put(np.zeros(s.shape, s.dtype), may_alias=False)
-        return jnp.zeros(s.shape, s.dtype)
-
-    return jax.tree.map(zeros, shapes)
-
-
 def shapes_alone(tree: Any) -> str | None:
     """The path of a leaf that is a shape without an array, or None if there is none."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     found = (jax.tree_util.keystr(path) for path, v in leaves if isinstance(v, jax.ShapeDtypeStruct))
     return next(found, None)
-
-
-def state_kinds(states: Any) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Structure, and shape and dtype of every leaf by path."""
-    leaves, tree = jax.tree.flatten(states)
-    kinds = (f"{v.dtype} {tuple(v.shape)}" if hasattr(v, "dtype") else type(v).__name__ for v in leaves)
-    return str(tree), tuple(zip(leaf_names(states), kinds, strict=True))

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from etcompile.errors import CarryError, InputError, ModelError
+from etcompile.errors import CarryError, InputError, ModelError, OptionError
+from etcompile.frontend.jaxpr import in_transformation
+from etcompile.frontend.step_model import leaf_names
 from etcompile.lowering.functions import Call, Carry, StepFunctions
 from etcompile.lowering.placement import Placement
 from etcompile.lowering.windows import check_end
 from etcompile.report import Report, make_report
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
-from etcompile.runtime.model_states import ModelAccess, TraceState, shapes_alone, state_kinds, zeros_of
+from etcompile.runtime.model_states import ModelAccess, shapes_alone
 from etcompile.runtime.progress import gradients_in_pieces, in_pieces, piece_lengths
 from etcompile.runtime.step_data import MultiStepData, has_multi_step, split, unwrap
+from etcompile.runtime.trace_state import TraceState
+from etcompile.runtime.variants import Key, Variant, Variants, kinds_of, shapes_of
 from etcompile.schedule import check_chunk, require_divisible_batch
 
 if TYPE_CHECKING:
@@ -30,9 +34,6 @@ if TYPE_CHECKING:
     from etcompile.runtime.learn import Learner
 
 __all__ = ["Step"]
-
-#: Jitted functions kept per step, one for each loss function seen.
-_CACHE_SIZE = 64
 
 
 class Step:
@@ -63,20 +64,65 @@ class Step:
     ) -> None:
         self._access = access
         self._build = build
-        self._install(build(access, inputs), inputs)
+        self._variants = Variants()
+        self._now: Variant
+        self._use(shapes_of(inputs))
         access.remember()
+        self.place_states()
+
+    # -- compilations -------------------------------------------------------------------------------------------
+
+    def _switches(self) -> Hashable:
+        """Settings outside of the model that change what it computes: part of what a compilation is for."""
+        return ()
+
+    def _use(self, inputs: tuple[Any, ...]) -> None:
+        """Take the compilation for these shapes of inputs, for the model's states and the switches as they are.
+
+        It is found among those kept, or made. An error leaves everything as it was.
+        """
+        key = Key(kinds_of(inputs), self._access.kinds(), self._switches())
+        variant = self._variants.find(key)
+        if variant is None:
+            found = self._access.found
+            try:
+                variant = self._made(self._build(self._access, inputs), inputs)
+            finally:
+                self._access.found = found
+            self._variants.add(key, variant)
+        self._take(variant)
+
+    def _made(self, compiled: Compiled, inputs: tuple[Any, ...]) -> Variant:
+        shapes = compiled.causal.init_traces_shapes()
+        return Variant(
+            compiled,
+            inputs,
+            self._access.found,
+            kinds_of(self._access.states()),
+            self._variants.traces(shapes),
+        )
+
+    def _take(self, variant: Variant) -> None:
+        self._access.found = variant.found
+        self._now = variant
+        self._abstract = shapes_alone((self._access.params(), self._access.states())) is not None
 
     def _install(self, compiled: Compiled, inputs: tuple[Any, ...]) -> None:
-        self._compiled = compiled
-        self._functions = StepFunctions(compiled.causal)
-        self._inputs = jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v), jnp.result_type(v)), inputs)
-        self._jitted: dict[Any, Callable] = {}
-        self._trace_shapes = compiled.causal.init_traces_shapes()
-        self._trace_state = TraceState(self._trace_shapes)
-        self._allocated = False
-        self._abstract = shapes_alone((self._access.params(), self._access.states())) is not None
-        if self._placement.mesh is not None:
-            self.place_states()
+        """Run something else that was compiled for the same states."""
+        self._take(self._made(compiled, shapes_of(inputs)))
+
+    @property
+    def _compiled(self) -> Compiled:
+        return self._now.compiled
+
+    @property
+    def _functions(self) -> StepFunctions:
+        return self._now.functions
+
+    @property
+    def _inputs(self) -> tuple[Any, ...]:
+        """Shapes of the inputs of one step."""
+        return self._now.inputs
 
     # -- what the step is ---------------------------------------------------------------------------------------
 
@@ -390,37 +436,66 @@ class Step:
         return self._access.by_param_state(grads)
 
     @property
-    def traces_state(self) -> Any:
+    def traces_state(self) -> TraceState:
         """The brainstate state that holds the traces, for transformations that need it by name."""
-        if not self._allocated:
-            self._require_arrays()
-            with (
-                jax.ensure_compile_time_eval()
-            ):  # arrays, also where the first use is inside of a transformation
-                self._trace_state.fill(zeros_of(self._trace_shapes))
-            self._allocated = True
-        return self._trace_state
+        self._require_arrays()
+        return self._now.traces
 
     def reset(self, batch_size: int | None = None) -> None:
         """Model states and traces back to their initial values; with ``batch_size``, for another batch size.
 
         Initial values are those the states had when the model was compiled (long-term and random states keep theirs, and so
-        does the count of steps by which a rule draws random numbers).
+        does the count of steps by which a rule draws random numbers). With ``batch_size`` they are made anew, by the model's
+        ``init_state`` methods. What was compiled is kept for every batch size: a change back, or a last batch that is smaller,
+        compiles nothing that was seen before.
         """
-        if batch_size is not None:
-            _check_batch(batch_size)
-            require_divisible_batch(self._compiled.schedule, batch_size)
-        if not self._access.reset(batch_size):
-            if self._allocated:
-                counts = {e.name for e in self.program.equations if e.type.kind == "count"}
-                kept = {name: value for name, value in self.traces_state.value.items() if name in counts}
-                self.traces_state.value = {**zeros_of(self._trace_shapes), **kept}
+        if batch_size is None:
+            self._access.restart()
+            self._clear_traces(self._counts())
             self.place_states()
             return
-        assert batch_size is not None
-        resized = self._resized_inputs(batch_size)
-        self._install(self._build(self._access, resized), resized)
-        self._access.remember()
+        _check_batch(batch_size)
+        require_divisible_batch(self._compiled.schedule, batch_size)
+        if in_transformation():
+            raise OptionError(
+                "step.reset(batch_size=...) does not work inside of jit and other transformations: it makes other states.",
+                got=f"batch_size={batch_size}",
+                expected="step.reset() there",
+                hint="call step.reset(batch_size=...) outside, before the transformed function.",
+            )
+        before, counts = self._now, self._counts()
+        try:
+            with self._access.unchanged_on_error():
+                self._access.resize(batch_size)
+                self._use(self._resized_inputs(batch_size))
+                self._access.remember()
+                if self._now is not before:
+                    before.traces.release()
+                self._clear_traces(counts)
+                self.place_states()
+        except BaseException:
+            self._now = before
+            raise
+
+    def _counts(self) -> dict[str, Any]:
+        """Counts of steps by which the rule draws random numbers, as they stand; nothing before the first use."""
+        names = [e.name for e in self.program.equations if e.type.kind == "count"]
+        if not names or self._abstract or not (self._now.traces.allocated or in_transformation()):
+            return {}
+        traces = self._now.traces.value
+        return {name: traces[name] for name in names if name in traces}
+
+    def _clear_traces(self, counts: dict[str, Any]) -> None:
+        """Zero traces, with these counts of steps."""
+        if self._abstract:
+            return
+        state = self._now.traces
+        if in_transformation():  # what a compiled function does at its first call it does at every one
+            state.value = {**state.zeros(), **counts}
+            return
+        state.release()  # zeros at the next use
+        if counts:
+            state.value = {**state.value, **counts}
 
     # -- plumbing -----------------------------------------------------------------------------------------------
 
@@ -453,22 +528,29 @@ class Step:
     def _carry(self) -> Carry:
         self._require_arrays()
         states = self._access.states()
-        kinds = state_kinds(states)
-        if kinds != self._compiled.state_kinds:
-            name = self._functions.model.name
-            now, then = dict(kinds[1]), dict(self._compiled.state_kinds[1])
-            path = next((p for p in then if now.get(p) != then[p]), "")
-            raise CarryError(
-                f"state {path} of {name} is not what it was when the model was compiled.",
-                got=str(now.get(path, kinds[0])),
-                expected=str(then.get(path, self._compiled.state_kinds[0])),
-                hint="call step.reset(batch_size=...) to change the batch size; compile again for another dtype.",
+        kinds = kinds_of(states)
+        if kinds != self._now.kinds:
+            raise self._other_states(states, kinds)
+        return Carry(states, self._now.traces.value)
+
+    def _other_states(self, states: Any, kinds: Any) -> CarryError:
+        (tree, leaves), (now, found) = self._now.kinds, kinds
+        path, got, expected = "", str(now), str(tree)
+        if tree == now:
+            name, a, b = next(
+                (n, a, b) for n, a, b in zip(leaf_names(states), leaves, found, strict=True) if a != b
             )
-        return Carry(states, self.traces_state.value)
+            path, got, expected = f" {name}", *(f"{dtype} {shape}" for shape, dtype in (b, a))
+        return CarryError(
+            f"state{path} of {self._functions.model.name} is not what it was when the model was compiled.",
+            got=got,
+            expected=expected,
+            hint="call step.reset(batch_size=...) to change the batch size; compile again for another dtype.",
+        )
 
     def _set_carry(self, carry: Carry) -> None:
         self._access.set_states(carry.states)
-        self.traces_state.value = carry.traces
+        self._now.traces.value = carry.traces
 
     def _guarded(
         self, fn: Callable, carry: Carry, inputs: tuple, targets: tuple, call: Call, time: int = 1
@@ -503,11 +585,7 @@ class Step:
         return place.put_params(self._access.params()), moved, place.put_batch(data, time)
 
     def _jit(self, key: Any, fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
-        if key not in self._jitted:
-            while len(self._jitted) >= _CACHE_SIZE:
-                self._jitted.pop(next(iter(self._jitted)))
-            self._jitted[key] = jax.jit(fn, donate_argnums=donate)
-        return self._jitted[key]
+        return self._now.jit(key, fn, donate)
 
     def _as_inputs(self, x: Any) -> tuple[Any, ...]:
         """The model's inputs from the one argument of the drivers: a tuple where the model takes several."""

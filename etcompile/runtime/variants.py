@@ -1,0 +1,122 @@
+"""What a step keeps of every compilation: one per set of shapes and switches, found again when they come back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from etcompile.lowering.functions import StepFunctions
+from etcompile.runtime.trace_state import TraceState
+
+if TYPE_CHECKING:
+    from etcompile.compiler import Compiled
+
+__all__ = ["Key", "Variant", "Variants", "kinds_of", "shapes_of"]
+
+#: Compilations kept per step; beyond that the one that was used longest ago is dropped.
+_KEPT = 16
+
+#: Jitted functions kept per compilation, one for each loss function seen.
+_JITTED = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What a compilation is for: any of these differs, and another one is needed.
+
+    Attributes
+    ----------
+    inputs, states : hashable
+        Structure, shapes and dtypes.
+    switches : hashable
+        Settings outside of the model that change what it computes.
+    """
+
+    inputs: Hashable
+    states: Hashable
+    switches: Hashable = ()
+
+
+class Variant:
+    """One compilation with everything made for it.
+
+    Attributes
+    ----------
+    compiled : Compiled
+    functions : StepFunctions
+    inputs : tuple of pytrees
+        Shapes of the inputs of one step.
+    found : object
+        What the way to the model's states found when it traced the model.
+    kinds : tuple
+        Structure, shapes and dtypes of the states that it carries.
+    traces : TraceState
+        Shared by compilations whose traces have the same shapes.
+    """
+
+    def __init__(
+        self, compiled: Compiled, inputs: tuple[Any, ...], found: Any, kinds: Any, traces: TraceState
+    ) -> None:
+        self.compiled = compiled
+        self.functions = StepFunctions(compiled.causal)
+        self.inputs = inputs
+        self.found = found
+        self.kinds = kinds
+        self.traces = traces
+        self._jitted: dict[Any, Callable] = {}
+
+    def jit(self, key: Any, fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
+        """``fn`` jitted, or what was jitted before under the same key."""
+        if key not in self._jitted:
+            while len(self._jitted) >= _JITTED:
+                self._jitted.pop(next(iter(self._jitted)))
+            self._jitted[key] = jax.jit(fn, donate_argnums=donate)
+        return self._jitted[key]
+
+
+class Variants:
+    """The compilations of one step by :class:`Key`, and the states that hold traces by shape."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Key, Variant] = {}
+        self._traces: dict[Hashable, TraceState] = {}
+
+    def find(self, key: Key) -> Variant | None:
+        """The compilation for a key, if it is kept."""
+        variant = self._kept.pop(key, None)
+        if variant is not None:
+            self._kept[key] = variant  # the last is the one used last
+        return variant
+
+    def add(self, key: Key, variant: Variant) -> None:
+        """Keep a compilation."""
+        self._kept.pop(key, None)
+        while len(self._kept) >= _KEPT:
+            self._kept.pop(next(iter(self._kept)))
+        self._kept[key] = variant
+
+    def traces(self, shapes: dict[str, Any]) -> TraceState:
+        """The one state for traces of these shapes: functions that the user compiled around it find it again."""
+        key = kinds_of(shapes)
+        if key not in self._traces:
+            self._traces[key] = TraceState(shapes)
+        return self._traces[key]
+
+
+def shapes_of(tree: Any) -> Any:
+    """A tree of shapes in the place of arrays and numbers."""
+    return jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v), _dtype(v)), tree)
+
+
+def kinds_of(tree: Any) -> tuple[Any, tuple[tuple[tuple[int, ...], Any], ...]]:
+    """Structure, and shape and dtype of every leaf."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((jnp.shape(v), _dtype(v)) for v in leaves)
+
+
+def _dtype(value: Any) -> Any:
+    return value.dtype if hasattr(value, "dtype") else jnp.result_type(value)
