@@ -7,11 +7,12 @@ from typing import Any
 
 import brainstate
 import jax
+import jax.numpy as jnp
 
 from etcompile.errors import ModelError
 from etcompile.frontend.step_model import TracedStep, leaf_names
 
-__all__ = ["FunctionModel", "from_function"]
+__all__ = ["FunctionModel", "from_function", "own_copy"]
 
 
 class FunctionModel:
@@ -63,6 +64,8 @@ def from_function(fn: Callable[..., tuple[Any, Any]], params: Any, state: Any) -
     state : pytree of arrays
         The initial state, in the shapes and dtypes that ``fn`` returns.
 
+        Parameters and state are copied: the arrays given stay the caller's, who may donate them.
+
         With a ``jax.ShapeDtypeStruct`` in the place of an array, of parameters or state, the model can be compiled and
         looked at (``report()``, ``cost()``), whatever its size, but not run.
 
@@ -91,7 +94,15 @@ def from_function(fn: Callable[..., tuple[Any, Any]], params: Any, state: Any) -
 
 
 def _array(value: Any) -> Any:
-    return value if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)) else jax.numpy.asarray(value)
+    """An array of the model's own, so that whoever gave it may give its buffer away."""
+    return value if isinstance(value, jax.ShapeDtypeStruct) else own_copy(value)
+
+
+def own_copy(value: Any) -> Any:
+    """A copy with a buffer of its own and a dtype that gives way to no other's."""
+    if isinstance(value, jax.Array) and not value.weak_type:
+        return jnp.copy(value)
+    return jnp.array(value, jnp.result_type(value))
 
 
 def trace_function(model: FunctionModel, inputs: tuple[Any, ...], state: Any = None) -> TracedStep:
@@ -117,9 +128,7 @@ def trace_function(model: FunctionModel, inputs: tuple[Any, ...], state: Any = N
                 expected=str(jax.tree.structure(old)),
                 hint="return every state, also one that did not change; a state cannot be created during a step.",
             )
-        kept["out"] = jax.tree.map(
-            lambda v: jax.ShapeDtypeStruct(jax.numpy.shape(v), jax.numpy.result_type(v)), out
-        )
+        kept["out"] = jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v), jnp.result_type(v)), out)
         return [*jax.tree.leaves(out), *jax.tree.leaves(new)]
 
     leaves, tree = jax.tree.flatten(shapes)

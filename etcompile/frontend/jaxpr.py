@@ -33,6 +33,7 @@ __all__ = [
     "flatten_jaxpr",
     "in_transformation",
     "inner_jaxpr",
+    "is_staged",
     "is_traced",
     "jvp_graph",
 ]
@@ -165,6 +166,11 @@ def is_traced(value: Any) -> bool:
 def in_transformation() -> bool:
     """Whether code runs under a transformation of JAX, such as ``jit`` or ``vmap``, rather than plainly."""
     return not trace_state_clean()
+
+
+def is_staged() -> bool:
+    """Whether what code does now is written down, to happen whenever the traced function runs: in ``jit`` or ``scan``."""
+    return is_traced(jnp.zeros(()))
 
 
 def read(env: dict[int, Any], operand: Operand) -> Any:

@@ -8,9 +8,10 @@ from typing import Any
 import brainstate
 import jax
 import jax.numpy as jnp
+from brainstate._state import TRACE_CONTEXT
 
 from etcompile.errors import EtcompileError, InputError, ModelError
-from etcompile.frontend.jaxpr import run_jaxpr, source_line
+from etcompile.frontend.jaxpr import in_transformation, is_staged, is_traced, run_jaxpr, source_line
 from etcompile.frontend.step_model import TracedStep
 from etcompile.frontend.user_code import user_frame
 
@@ -101,6 +102,13 @@ def restore(model: Any, before: dict[str, tuple[Any, Any]]) -> None:
             _forget(model, path, before[path][0])
     for state, value in before.values():
         state.value = value
+
+
+def not_recorded(values: Any) -> bool:
+    """Whether states cannot be written, since a transformation of which brainstate knows nothing makes what is written."""
+    if not in_transformation() or TRACE_CONTEXT.state_stack:
+        return False
+    return is_staged() or any(is_traced(v) for v in jax.tree.leaves(values))
 
 
 def short_lived(state: Any) -> bool:

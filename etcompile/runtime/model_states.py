@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from etcompile.errors import CarryError, EtcompileError, InputError, ModelError
-from etcompile.frontend.function import FunctionModel, trace_function
+from etcompile.frontend.function import FunctionModel, from_function, own_copy, trace_function
 from etcompile.frontend.module import (
     ModuleStates,
     abstract_states,
@@ -67,6 +68,8 @@ class ModelAccess(Protocol):
     def unchanged_on_error(self) -> AbstractContextManager[None]: ...
 
     def resized(self, batch_size: int) -> AbstractContextManager[None]: ...
+
+    def copied(self, memo: dict[int, Any]) -> ModelAccess: ...
 
 
 def access(model: Any) -> ModelAccess:
@@ -178,6 +181,16 @@ class ModuleAccess:
                 state.restore_value(before[path])
             self.found = found
 
+    def copied(self, memo: dict[int, Any]) -> ModuleAccess:
+        """The same for a deep copy of the module; states outside of it are shared."""
+        module = copy.deepcopy(self.module, memo)
+        for state, _ in snapshot(module).values():
+            state.restore_value(jax.tree.map(own_copy, state.value))
+        assert self.found is not None
+        new = ModuleAccess(module, self.found.refreshed(module))
+        new.initial = self.initial
+        return new
+
 
 @dataclasses.dataclass(eq=False)
 class FunctionAccess:
@@ -262,6 +275,13 @@ class FunctionAccess:
             yield
         finally:
             self.model.state = before
+
+    def copied(self, memo: dict[int, Any]) -> FunctionAccess:
+        """The same with parameters and state of its own."""
+        model = self.model
+        new = FunctionAccess(from_function(model.fn, model.params, model.state))
+        new.initial = self.initial
+        return new
 
 
 def _initial(values: Any) -> brainstate.LongTermState:

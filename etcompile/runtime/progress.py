@@ -150,7 +150,7 @@ def gradients_in_pieces(
 
     def piece(inputs: Any, targets: Any, call: Any) -> Array:
         nonlocal sums
-        carry = step._carry()
+        carry = step._carry(give_away=True)
         losses, sums, carry = run(
             step._access.params(), carry.states, carry.traces, sums, inputs, targets, call
         )

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from etcompile.errors import CarryError, InputError, ModelError, OptionError
-from etcompile.frontend.jaxpr import in_transformation
+from etcompile.errors import CarryError, InputError, ModelError, OptionError, UnsupportedError
+from etcompile.frontend.function import own_copy
+from etcompile.frontend.jaxpr import in_transformation, is_traced
+from etcompile.frontend.module import not_recorded
 from etcompile.frontend.step_model import leaf_names
 from etcompile.lowering.functions import Call, Carry, StepFunctions
 from etcompile.lowering.placement import Placement
@@ -151,7 +153,22 @@ class Step:
     @property
     def traces(self) -> dict[str, Any]:
         """The traces as they stand; copies, safe to keep."""
-        return jax.tree.map(jnp.array, self.traces_state.value)
+        self._require_arrays()
+        return jax.tree.map(jnp.array, self._now.traces.own())
+
+    @property
+    def params(self) -> Any:
+        """Values of the trained parameters, with the structure of the gradients; may be set, all at once.
+
+        Of a module a dict by dotted path, of a plain function the tree that it was given. They are the model's own arrays: what
+        is donated to a jitted function (``donate_argnums``) has to be set again before the next step.
+        """
+        return self._access.params()
+
+    @params.setter
+    def params(self, values: Any) -> None:
+        self._functions.model.flatten_params(values)
+        self._access.set_params(values)
 
     def report(self) -> Report:
         """What is trained how, what is cut, and how much memory the traces take."""
@@ -232,33 +249,67 @@ class Step:
             f"cuts={len(header.cuts)}, exact={self.exact}{devices})"
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Step:
+        """A step of a deep copy of the model, with states and traces as they stand; nothing is analysed again."""
+        new = object.__new__(Step)
+        memo[id(self)] = new
+        new._access = self._access.copied(memo)
+        new._build = self._build
+        new._variants = Variants()
+        now, compiled = self._now, self._now.compiled
+        traces = new._variants.traces(compiled.causal.init_traces_shapes())
+        new._take(Variant(compiled, now.inputs, new._access.found, now.kinds, traces))
+        new._variants.add(Key(kinds_of(now.inputs), new._access.kinds(), new._switches()), new._now)
+        if now.traces.allocated:
+            traces.set_own(jax.tree.map(jnp.copy, now.traces.own()))
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse: a step holds compiled functions of the running process."""
+        raise UnsupportedError(
+            "a compiled step cannot be pickled, nor copied by copy.copy.",
+            got=repr(self),
+            expected="etcompile.Checkpoints to save a run; copy.deepcopy(step) for a second one",
+            hint="in another process compile the model there, and restore a checkpoint or set step.params.",
+        )
+
     # -- pure functions -----------------------------------------------------------------------------------------
 
     def init_carry(self, batch_size: int | None = None) -> Carry:
         """A fresh carry: the model's initial states and zero traces.
 
-        With ``batch_size`` the states and traces are made for that batch size, without touching the model's own; the
-        step must have been compiled for it.
+        Its arrays are copies, so they may be donated. ``batch_size`` only says what is expected: it must be the one that the
+        step is compiled for now, see :meth:`reset`.
         """
         if batch_size is not None:
-            sizes = {leaf.aval.shape[0] for leaf in self._functions.model.inputs if leaf.aval.shape}
-            if sizes and batch_size not in sizes:
+            _check_batch(batch_size)
+            size = self._functions.causal.model.examples
+            if size != batch_size:
                 raise CarryError(
                     "this step was compiled for another batch size.",
                     got=f"batch_size={batch_size}",
-                    expected=f"batch_size={sorted(sizes)[0]}",
+                    expected="no batch_size: the step has no batch axis"
+                    if size is None
+                    else f"batch_size={size}",
                     hint="call step.reset(batch_size=...) first.",
                 )
         self._require_arrays()
         states = self._access.states()
         initial = getattr(self._access, "initial", None)
         states = {**states, **initial} if isinstance(states, dict) and isinstance(initial, dict) else initial
-        return self._placed(Carry(states, self._compiled.causal.init_traces()), ())[1]
+        states = jax.tree.map(own_copy, self._alive(states, "initial state "))
+        place = self._placement
+        held = place.put_states(states, self._functions.model.complex_states)
+        return Carry(held, dict(place.put_traces(self._compiled.causal.init_traces())))
 
     def apply(
         self, params: Any, carry: Carry, *inputs: Any, target: Any = None, modulator: Any = None
     ) -> tuple[Carry, Any]:
         """The pure step ``(params, carry, *inputs) -> (carry, out)``; jit, vmap, scan and differentiate it as you like.
+
+        Derivatives are reverse mode, ``jax.grad`` and ``jax.vjp``: the online gradient is made from the cotangent of the result.
+        Forward mode (``jax.jvp``, ``jax.linearize``, ``jax.jacfwd``) has no meaning here, and JAX refuses it with a word of
+        ``custom_vjp``; for forward mode through time differentiate the model itself.
 
         ``target`` and ``modulator`` are for rules that read them, where the step is differentiated.
         """
@@ -330,7 +381,7 @@ class Step:
         def run(x: Any, *targets: Any, modulator: Any = None) -> tuple[Any, Any]:
             inputs = self._as_inputs(x)
             self._functions.model.flatten_inputs(inputs)
-            carry = self._carry()
+            carry = self._carry(give_away=True)
             fn = self._jit(
                 ("value_and_grad", loss_fn), apart(one_step(self._functions, loss_fn)), donate=(DONATED,)
             )
@@ -371,7 +422,7 @@ class Step:
         ) -> tuple[Any, Any]:
             inputs = self._as_inputs(xs)
             self._check_sequence(inputs, targets)
-            carry = self._carry()
+            carry = self._carry(give_away=True)
             size = self._functions.chunk_size(wanted, _steps(inputs), self._compiled.schedule.memory)
             key, call = ("scan", loss_fn, size), _call(None, modulator)
             whole = sequence(self._functions, loss_fn, size)
@@ -390,7 +441,7 @@ class Step:
         def run(xs: Any, *targets: Any, progress: bool | Progress = False) -> tuple[Any, Any]:
             inputs = self._as_inputs(xs)
             self._check_sequence(inputs, targets)
-            carry = self._carry()
+            carry = self._carry(give_away=True)
             key = ("windows", loss_fn, window)
             if progress is not False:
                 size = window or _steps(inputs)
@@ -429,6 +480,7 @@ class Step:
 
     def check_sequence(self, xs: Any, targets: tuple[Any, ...]) -> None:
         """Raise :class:`InputError` unless inputs and targets fit this step and each other; time is axis 0."""
+        self._refuse_unrecorded((xs, targets))
         self._check_sequence(self._as_inputs(xs), targets)
 
     def by_param_state(self, grads: Any) -> dict[str, Any]:
@@ -449,6 +501,7 @@ class Step:
         ``init_state`` methods. What was compiled is kept for every batch size: a change back, or a last batch that is smaller,
         compiles nothing that was seen before.
         """
+        self._refuse_unrecorded(())
         if batch_size is None:
             self._access.restart()
             self._clear_traces(self._counts())
@@ -482,7 +535,7 @@ class Step:
         names = [e.name for e in self.program.equations if e.type.kind == "count"]
         if not names or self._abstract or not (self._now.traces.allocated or in_transformation()):
             return {}
-        traces = self._now.traces.value
+        traces = self._now.traces.own()
         return {name: traces[name] for name in names if name in traces}
 
     def _clear_traces(self, counts: dict[str, Any]) -> None:
@@ -491,11 +544,11 @@ class Step:
             return
         state = self._now.traces
         if in_transformation():  # what a compiled function does at its first call it does at every one
-            state.value = {**state.zeros(), **counts}
+            state.set_own({**state.zeros(), **counts})
             return
         state.release()  # zeros at the next use
         if counts:
-            state.value = {**state.value, **counts}
+            state.set_own({**state.own(), **counts})
 
     # -- plumbing -----------------------------------------------------------------------------------------------
 
@@ -525,13 +578,27 @@ class Step:
                 hint="report() and cost() need no arrays; to run, compile a model that has its parameters and states.",
             )
 
-    def _carry(self) -> Carry:
+    def _carry(self, give_away: bool = False) -> Carry:
+        """States and traces as they stand; to ``give_away`` are buffers of traces that nobody else holds."""
         self._require_arrays()
         states = self._access.states()
         kinds = kinds_of(states)
         if kinds != self._now.kinds:
             raise self._other_states(states, kinds)
-        return Carry(states, self._now.traces.value)
+        self._alive(self._now.traces.own(), "trace ")
+        return Carry(self._alive(states, "state "), self._now.traces.own(give_away))
+
+    def _alive(self, tree: Any, what: str) -> Any:
+        """The tree; :class:`CarryError` where an array of it was given away."""
+        for k, leaf in enumerate(jax.tree.leaves(tree)):
+            if isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted():
+                raise CarryError(
+                    f"{what}{leaf_names(tree)[k]} of {self._functions.model.name} is an array that was deleted.",
+                    got="a buffer that was donated to a jitted function, or was lost in a call that failed while it ran",
+                    expected="arrays of the model's own",
+                    hint="donate copies (step.init_carry(), jnp.copy); step.reset() brings states and traces back.",
+                )
+        return tree
 
     def _other_states(self, states: Any, kinds: Any) -> CarryError:
         (tree, leaves), (now, found) = self._now.kinds, kinds
@@ -549,8 +616,19 @@ class Step:
         )
 
     def _set_carry(self, carry: Carry) -> None:
+        self._refuse_unrecorded(carry)
         self._access.set_states(carry.states)
-        self._now.traces.value = carry.traces
+        self._now.traces.set_own(carry.traces)
+
+    def _refuse_unrecorded(self, values: Any) -> None:
+        """Raise :class:`UnsupportedError` in a transformation of JAX's own, in which writes of states would be lost."""
+        if not_recorded(values):
+            raise UnsupportedError(
+                f"a step of {self._functions.model.name} is called inside of jax.jit, jax.lax.scan, jax.vmap or jax.grad.",
+                got="a transformation of JAX's own, which does not see the states",
+                expected="brainstate's, which do: brainstate.transform.jit, for_loop, grad",
+                hint="or use the pure function: carry, out = step.apply(step.params, carry, x) from step.init_carry().",
+            )
 
     def _guarded(
         self, fn: Callable, carry: Carry, inputs: tuple, targets: tuple, call: Call, time: int = 1
@@ -579,10 +657,12 @@ class Step:
 
     def _placed(self, carry: Carry, data: Any, time: int = 0) -> tuple[Any, Carry, Any]:
         """Parameters, carry and the data of a call on the schedule's mesh; all as they are where there is none."""
+        self._refuse_unrecorded(data)
         place, model = self._placement, self._functions.model
         states = place.put_states(carry.states, model.complex_states)
         moved = Carry(states, dict(place.put_traces(carry.traces)))
-        return place.put_params(self._access.params()), moved, place.put_batch(data, time)
+        params = self._alive(self._access.params(), "parameter ")
+        return place.put_params(params), moved, place.put_batch(data, time)
 
     def _jit(self, key: Any, fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
         return self._now.jit(key, fn, donate)

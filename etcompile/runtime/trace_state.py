@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from etcompile.frontend.jaxpr import in_transformation, is_traced
+
 __all__ = ["TraceState", "zeros_of"]
 
 #: Bytes up to which an array is copied from numpy's rather than made by a program that has to be compiled first.
@@ -21,6 +23,9 @@ class TraceState(brainstate.ShortTermState):
     Whoever reads or writes the value first, be it a transformation that collects its states, finds arrays. These are put in
     unseen by a transformation that is tracing: to it they were always there.
 
+    A step gives the buffers of its traces away to the next one. Whatever went through ``value`` may be held by others as well,
+    so it is copied first, once; what the step alone has seen (:meth:`own`, :meth:`set_own`) is not.
+
     Parameters
     ----------
     shapes : dict of str to ShapeDtypeStruct
@@ -28,20 +33,35 @@ class TraceState(brainstate.ShortTermState):
 
     shapes: dict[str, Any]
     allocated: bool
+    shared: bool
 
     def __init__(self, shapes: dict[str, Any]) -> None:
         super().__init__(shapes)
-        vars(self).update(shapes=shapes, allocated=False)
+        vars(self).update(shapes=shapes, allocated=False, shared=False)
 
     @property
     def value(self) -> Any:
-        self._allocate()
-        return brainstate.State.value.fget(self)  # type: ignore[attr-defined]
+        vars(self)["shared"] = True
+        return self.own()
 
     @value.setter
     def value(self, v: Any) -> None:
+        self.set_own(v)
+        vars(self)["shared"] = True
+
+    def own(self, give_away: bool = False) -> Any:
+        """The traces, for who lets nobody else have them; to ``give_away`` are buffers that nobody else holds."""
         self._allocate()
-        brainstate.State.value.fset(self, v)  # type: ignore[attr-defined]
+        traces = brainstate.State.value.fget(self)  # type: ignore[attr-defined]
+        if not give_away or not (self.shared or in_transformation()):
+            return traces
+        return jax.tree.map(lambda v: v if is_traced(v) else jnp.copy(v), traces)
+
+    def set_own(self, traces: Any) -> None:
+        """Put in traces that nobody else has."""
+        self._allocate()
+        brainstate.State.value.fset(self, traces)  # type: ignore[attr-defined]
+        vars(self)["shared"] = False
 
     def _allocate(self) -> None:
         if not self.allocated:
@@ -49,7 +69,7 @@ class TraceState(brainstate.ShortTermState):
                 jax.ensure_compile_time_eval()
             ):  # arrays, also where the first use is inside of a transformation
                 self._write_value(self.zeros())
-            vars(self)["allocated"] = True
+            vars(self).update(allocated=True, shared=False)
 
     def zeros(self) -> Any:
         """New arrays of zeros."""
