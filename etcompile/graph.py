@@ -9,6 +9,7 @@ import networkx as nx
 import numpy as np
 
 from etcompile.frontend.jaxpr import Constant, Graph, Operation
+from etcompile.paths import user_line
 
 if TYPE_CHECKING:
     from etcompile.analysis.analysis import Analysis
@@ -210,7 +211,7 @@ class _Builder:
 
     def _operation(self, site: Site, label: str, source: str, y: int) -> str:
         node = self._node(
-            site.name, kind="operation", label=label, primitive=label, source=_user_line(source), shape=self.body.avals[y].shape,
+            site.name, kind="operation", label=label, primitive=label, source=user_line(source), shape=self.body.avals[y].shape,
             site=site.name, sites=(site.name,), relation=self._relations(site.name),
         )  # fmt: skip
         self.operations[site.name] = node
@@ -300,7 +301,7 @@ class _Builder:
                 for head in heads:
                     self.graph.add_edge(
                         tail, paths[head], kind="cut", cut=cut.name, group=cut.group or None, origins=cut.origins,
-                        primitive=cut.primitive, source=_user_line(cut.source), meaning=cut.meaning, part=cut.part,
+                        primitive=cut.primitive, source=user_line(cut.source), meaning=cut.meaning, part=cut.part,
                     )  # fmt: skip
 
     def _cut_operands(self) -> list:
@@ -325,11 +326,6 @@ class _Builder:
         there = self.graph.get_edge_data(tail, head, default={}).values()
         if not any(edge["kind"] == kind for edge in there):
             self.graph.add_edge(tail, head, kind=kind)
-
-
-def _user_line(source: str) -> str:
-    """The user's line without the library line behind it: ``a.py:3`` of ``a.py:3 (b.py:9)``."""
-    return source.split(" (")[0]
 
 
 def _variables(operands: Iterable) -> list[int]:

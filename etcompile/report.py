@@ -12,6 +12,7 @@ from etcompile.analysis.analysis import Analysis
 from etcompile.frontend.jaxpr import full_dtype
 from etcompile.ir.header import Cut
 from etcompile.ir.program import TraceProgram
+from etcompile.paths import natural_key, short_list
 
 __all__ = ["GroupLine", "ParameterLine", "Report", "make_report"]
 
@@ -55,12 +56,14 @@ class ParameterLine:
     saved_bytes: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
     """The analysis and the program in a form to read, or to query with :meth:`to_dict`.
 
-    ``leaves_out`` says what the rule approximates beside the cuts; ``devices`` where arrays lie on a mesh: the mesh, then each
-    array with the mesh axes behind the sizes that they split.
+    The text is short: where a cut ends the credit of many states and parameters it names their modules, and of a source line the
+    user's part; the attributes and :meth:`to_dict` hold all. ``leaves_out`` says what the rule approximates beside the cuts;
+    ``trace_owners`` whose each trace is; ``devices`` where arrays lie on a mesh: the mesh, then each array with the mesh axes
+    behind the sizes that they split.
     """
 
     model: str
@@ -73,6 +76,7 @@ class Report:
     cuts: tuple[Cut, ...]
     traces: Mapping[str, int]
     devices: tuple[str, ...] = ()
+    trace_owners: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def trace_bytes(self) -> int:
@@ -92,53 +96,16 @@ class Report:
             "cuts": [dataclasses.asdict(c) for c in self.cuts],
             "traces": dict(self.traces),
             "trace_bytes": self.trace_bytes,
+            "trace_owners": dict(self.trace_owners),
             "devices": list(self.devices),
         }
 
     def __str__(self) -> str:
-        lines = [f"{self.model} compiled with {self.algorithm}"]
-        verdict = (
-            "equals backpropagation through time"
-            if self.exact
-            else "approximates backpropagation through time"
-        )
-        lines.append(f"  gradient   {verdict}; {len(self.cuts)} cut(s); traces {_bytes(self.trace_bytes)}")
-        if self.leaves_out:
-            lines.append(f"  rule       {self.leaves_out}")
-        lines.append("  hidden groups")
-        lines += [f"    {g.name}  {', '.join(g.states)}  {list(g.shape)}" for g in self.groups]
-        lines.append("  states")
-        lines += [f"    {s.path}: {'hidden' if s.hidden else 'not hidden'} ({s.reason})" for s in self.states]
-        lines.append("  parameters")
-        width = max((len(p.path) for p in self.parameters), default=0)
-        for p in self.parameters:
-            size = f", {_bytes(p.trace_bytes)}" if p.trace_bytes else ""
-            lines.append(f"    {p.path.ljust(width)}  {p.how}{size}{f' ({p.part})' if p.part else ''}")
-            if p.decays:
-                count = "1 decay" if p.decays == 1 else f"{p.decays} decays"
-                lines.append(
-                    f"    {' ' * width}  its trace is factorised into filtered inputs, {count}: {_bytes(p.saved_bytes)} less"
-                )
-        if self.traces:
-            lines.append("  traces")
-            lines += [f"    {name}  {_bytes(size)}" for name, size in self.traces.items()]
-        if self.devices:
-            lines.append("  devices")
-            lines += [f"    {line}" for line in self.devices]
-        lines.append("  cuts" if self.cuts else "  cuts: none")
-        for cut in self.cuts:
-            lines.append(f"    {cut.name}  {cut.source}  {cut.primitive}: {', '.join(cut.origins)}")
-            lines.append(f"        {cut.meaning}" + ("" if cut.part == "all" else f" ({cut.part})"))
-        return "\n".join(lines)
+        from etcompile.report_text import report_text
 
+        return report_text(self)
 
-def _bytes(size: int) -> str:
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{size} B"
+    __repr__ = __str__
 
 
 def parameter_lines(
@@ -154,7 +121,7 @@ def parameter_lines(
     step = "one step" if program.window is None else windowed
     used = {e.type.of for e in program.equations} | {str(a) for e in program.equations for a in e.args}
     lines = []
-    for leaf in analysis.model.params:
+    for leaf in sorted(analysis.model.params, key=lambda leaf: natural_key(leaf.path)):
         sites = [s for s in analysis.sites if leaf.path in s.params]
         relations = [
             r
@@ -234,9 +201,29 @@ def make_report(
             GroupLine(g.name, tuple(analysis.state_name(s) for s in g.states), g.shape)
             for g in analysis.groups
         ),
-        states=tuple(StateLine(r.path, r.hidden, r.reason) for r in analysis.roles),
+        states=tuple(
+            StateLine(r.path, r.hidden, r.reason)
+            for r in sorted(analysis.roles, key=lambda r: natural_key(r.path))
+        ),
         parameters=parameter_lines(analysis, program, sizes),
         cuts=program.header.cuts,
-        traces=sizes,
+        traces=dict(sorted(sizes.items(), key=lambda item: natural_key(item[0]))),
         devices=devices,
+        trace_owners={name: _owner(program, name) for name in sizes},
     )
+
+
+def _owner(program: TraceProgram, name: str) -> str:
+    """Whose a carried value is: a weight and where it acts, a group's states, a layer; else what kind of value it is."""
+    header, kind = program.header, program.equation(name).type
+    params = {s.name: short_list(s.params) for s in header.sites}
+    for r in header.relations:
+        if r.name == kind.of:
+            return f"{params[r.site]} in {r.group}"
+    for e in header.effects:
+        if e.name == kind.of:
+            return f"{params[e.site]} in {e.layer}"
+    for g in header.groups:
+        if g.name == kind.of:
+            return f"{g.name}: {short_list([path for path, _ in g.states])}"
+    return params.get(kind.of) or kind.of or kind.kind

@@ -29,6 +29,7 @@ from etcompile.frontend.jaxpr import Constant, Graph
 from etcompile.frontend.step_model import StepModel
 from etcompile.graph import connected_components
 from etcompile.ir.header import Cut
+from etcompile.paths import natural_key
 
 __all__ = ["Analysis", "analyse"]
 
@@ -121,6 +122,7 @@ def analyse(model: StepModel, exclude: Sequence[str] = ()) -> Analysis:
     links = _links(model, found, hidden)
     shapes = {k: model.states[k].aval.shape for k in hidden}
     components = connected_components(hidden, [(link.origin, link.target) for link in links])
+    components = sorted(components, key=lambda found: min(natural_key(model.states[s].path) for s in found))
     groups, misplaced = [], []
     for members in components:
         for maps in align(members, shapes, [x for x in links if x.origin in members and x.target in members]):
@@ -323,7 +325,7 @@ def _meaning(primitive: str, group: str, origin_groups: set[str], params: Sequen
             if weights
             else f"{own}: its credit ends after one step"
         )
-    others = sorted(origin_groups - {group})
+    others = sorted(origin_groups - {group}, key=natural_key)
     if others:
         losses.append(
             f"{', '.join(others)} reaches {group} through {how}: within the step only, no memory of it in {group}"

@@ -66,7 +66,7 @@ class Gradient:
     value: Ref
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TraceProgram:
     """An online-learning rule for one model.
 
@@ -118,3 +118,5 @@ class TraceProgram:
         from etcompile.ir.printer import format_program
 
         return format_program(self)
+
+    __repr__ = __str__

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import graphviz
 
+from etcompile.paths import short_text
 from etcompile.viz.graph import Cut
 from etcompile.viz.labels import markup, plain, wrap
 from etcompile.viz.style import EDGES, NODES, QUIET, VERMILLION
@@ -107,7 +108,7 @@ def _table(cuts: Sequence[Cut]) -> str:
         + _cell(wrap(", ".join(names), 20), VERMILLION)
         + _cell(wrap(primitive, 18))
         + _cell(wrap(source, 24))
-        + _cell(wrap(meaning, 46))
+        + _cell(wrap(short_text(meaning), 46))
         + "</tr>"
         for (primitive, source, meaning), names in rows.items()
     )

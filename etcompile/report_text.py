@@ -1,0 +1,73 @@
+"""The report as text: short where the record is long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from etcompile.paths import short_list, short_text, user_line
+
+if TYPE_CHECKING:
+    from etcompile.ir.header import Cut
+    from etcompile.report import ParameterLine, Report
+
+__all__ = ["report_text"]
+
+
+def report_text(report: Report) -> str:
+    """What ``print(step.report())`` shows."""
+    return "\n".join(_lines(report))
+
+
+def _lines(report: Report) -> Iterator[str]:
+    yield f"{report.model} compiled with {report.algorithm}"
+    verdict = (
+        "equals backpropagation through time" if report.exact else "approximates backpropagation through time"
+    )
+    yield f"  gradient   {verdict}; {len(report.cuts)} cut(s); traces {_bytes(report.trace_bytes)}"
+    if report.leaves_out:
+        yield f"  rule       {report.leaves_out}"
+    yield "  hidden groups"
+    for g in report.groups:
+        yield f"    {g.name}  {', '.join(g.states)}  {list(g.shape)}"
+    yield "  states"
+    for s in report.states:
+        yield f"    {s.path}: {'hidden' if s.hidden else 'not hidden'} ({s.reason})"
+    yield "  parameters"
+    width = max((len(p.path) for p in report.parameters), default=0)
+    for p in report.parameters:
+        yield from _parameter(p, width)
+    if report.traces:
+        yield "  traces"
+    for name, size in report.traces.items():
+        owner = report.trace_owners.get(name)
+        yield f"    {name}  {_bytes(size)}" + (f"  {owner}" if owner else "")
+    if report.devices:
+        yield "  devices"
+        yield from (f"    {line}" for line in report.devices)
+    yield "  cuts" if report.cuts else "  cuts: none"
+    for cut in report.cuts:
+        yield from _cut(cut)
+
+
+def _parameter(p: ParameterLine, width: int) -> Iterator[str]:
+    size = f", {_bytes(p.trace_bytes)}" if p.trace_bytes else ""
+    yield f"    {p.path.ljust(width)}  {p.how}{size}{f' ({p.part})' if p.part else ''}"
+    if p.decays:
+        count = "1 decay" if p.decays == 1 else f"{p.decays} decays"
+        saved = _bytes(p.saved_bytes)
+        yield f"    {' ' * width}  its trace is factorised into filtered inputs, {count}: {saved} less"
+
+
+def _cut(cut: Cut) -> Iterator[str]:
+    yield f"    {cut.name}  {user_line(cut.source)}  {cut.primitive}: {short_list(cut.origins)}"
+    yield f"        {short_text(cut.meaning)}" + ("" if cut.part == "all" else f" ({cut.part})")
+
+
+def _bytes(size: int) -> str:
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{size} B"
