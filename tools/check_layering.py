@@ -38,7 +38,7 @@ RULES = (
     Rule(
         what="jax internals",
         names=("jax.extend", "jax._src", "jax.interpreters", "jax.core", "jaxlib"),
-        allowed=("etcompile/frontend/jaxpr.py",),
+        allowed=("etcompile/frontend/jaxpr.py", "etcompile/frontend/implementations.py"),
     ),
     Rule(
         what="brainstate's tracing",

@@ -24,7 +24,7 @@ MANY = -2
 #: Operations whose result element depends on the operand elements at the same index only.
 ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp complex conj
-    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
+    convert_element_type copy copy_p cos cosh declared_derivative digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
     heaviside_surrogate_gradient igamma igammac igamma_grad_a imag integer_pow is_finite le lgamma log log1p log2 logistic lt
     max min mul name ne neg nextafter not one_minus_square optimization_barrier or polygamma population_count pow pvary real
     reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic

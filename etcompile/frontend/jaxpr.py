@@ -3,17 +3,19 @@
 A :class:`Graph` is what the rest of the compiler sees of a model: numbered variables, operations in program order,
 each with its primitive, its parameters and the user's source line. Calls (``jit``, ``remat``, ``closed_call``) are
 inlined, ``scan`` of fixed length is unrolled, ``cond`` becomes a selection between its inlined branches, and every
-implicit broadcast of an element-wise operation is made explicit. What is left has no inner programs except
-``custom_jvp_call``, ``custom_vjp_call``, ``while`` and primitives that nobody has seen before.
+implicit broadcast of an element-wise operation is made explicit. Primitives of other libraries are replaced by what they
+compute, with the derivative that they declare. What is left has no inner programs except ``custom_jvp_call``,
+``custom_vjp_call``, ``while`` and primitives that have no implementation in jax.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.extend.core as jex_core
@@ -22,6 +24,10 @@ import numpy as np
 from jax import lax
 from jax._src.core import trace_state_clean
 from jax.core import Tracer
+from jax.interpreters import ad, batching, mlir
+
+from etcompile.frontend.implementations import traced_implementation
+from etcompile.frontend.user_code import user_line
 
 __all__ = [
     "Aval",
@@ -51,6 +57,8 @@ _INLINED = {
     "checkpoint",
     "core_closed_call",
     "run_state",
+    "custom_vmap_call",
+    "composite",
 }
 #: Never computed while compiling, though their operands are constant: broadcasts would only make large constants.
 _KEPT = {"broadcast_in_dim", "while", "custom_vjp_call", "custom_jvp_call"}
@@ -195,42 +203,32 @@ def _aval(value: Any) -> Aval:
 # source lines
 
 
-_PACKAGES = tuple(os.path.dirname(module.__file__ or "") + os.sep for module in (jax, np))
-_LIBRARIES = tuple(
-    os.sep + name + os.sep
-    for name in ("brainstate", "saiunit", "brainunit", "braintools", "brainpy", "brainevent", "brainpy_state")
-)
-_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+#: The first frame here called the model; what is further out called the compiler.
+_FRONTEND = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 def source_line(source_info: Any) -> str:
     """``file:line`` of the innermost frame in the user's own code; in a library's code if there is no other."""
-    traceback = getattr(source_info, "traceback", None)
-    if traceback is None:
-        return "?"
-    library = None
-    for frame in traceback.frames:
-        name = frame.file_name
-        if name.startswith((*_PACKAGES, _HERE, "<")):
-            continue
-        text = f"{os.path.basename(name)}:{frame.line_num}"
-        if any(part in name for part in _LIBRARIES):
-            library = library or text
-            continue
-        if f"{os.sep}lib{os.sep}python" in name and "site-packages" not in name:
-            continue
-        return text if library is None else f"{text} ({library})"
-    return library or "?"
+    found = getattr(source_info, "traceback", None)
+    frames = [] if found is None else [(frame.file_name, frame.line_num) for frame in found.frames]
+    model = itertools.takewhile(lambda frame: not frame[0].startswith(_FRONTEND), frames)
+    return user_line(model) or "?"
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # flattening
 
+#: What is looked for inside of another library's primitive: nothing, so that it stays; what it computes; or that with the
+#: derivative that the primitive declares.
+_Inside = Literal["nothing", "values", "derivatives"]
+
 
 class _Builder:
     """Collects variables and operations while jaxprs are inlined into it."""
 
-    def __init__(self) -> None:
+    def __init__(self, inside: _Inside = "derivatives") -> None:
+        self.inside: _Inside = inside
+        self.seen: dict[int, tuple[Any, _Insight | None]] = {}
         self.avals: list[Aval] = []
         self.operations: list[Operation] = []
         self.parameter_only: set[int] = set()
@@ -285,8 +283,63 @@ class _Builder:
             return self.select_branches(eqn, inputs, where, source)
         if name in _BROADCASTING:
             inputs = self.same_shape(inputs, where)
+        elif self.inside != "nothing":
+            found = self.look_inside(eqn, inputs, where)
+            if found is not None:
+                return found
         avals = [Aval(tuple(v.aval.shape), v.aval.dtype) for v in eqn.outvars]
+        if not any(a.differentiable for a in avals) and all(isinstance(i, Constant) for i in inputs):
+            # indices at once: what a sparse product is depends on them
+            operation = Operation(
+                eqn.primitive, dict(eqn.params), tuple(inputs), tuple(range(len(avals))), where
+            )
+            values = _computed(operation, avals)
+            if values is not None:
+                return list(values)
         return list(self.emit(eqn.primitive, dict(eqn.params), inputs, avals, where))
+
+    def look_inside(self, eqn: Any, inputs: list[Operand], where: str) -> list[Operand] | None:
+        """Inline what another library's primitive computes; None where that cannot be known."""
+        if id(eqn) not in self.seen:  # the body of an unrolled scan comes by many times
+            operation = Operation(eqn.primitive, dict(eqn.params), tuple(inputs), (), where)
+            self.seen[id(eqn)] = eqn, _insight(operation, [self.aval(i) for i in inputs], self.inside)
+        insight = self.seen[id(eqn)][1]
+        return None if insight is None else self.inline_insight(insight, inputs, where)
+
+    def inline_insight(self, insight: _Insight, inputs: Sequence[Operand], where: str) -> list[Operand]:
+        def still(operand: Operand) -> Operand:
+            if isinstance(operand, Constant) or not self.aval(operand).differentiable:
+                return operand
+            return self.call(lax.stop_gradient, [operand], where)[0]
+
+        entered = [still(v) if k in insight.own else v for k, v in enumerate(inputs)]
+        values = self.inline(insight.implementation, entered, where)
+        if insight.tangent is None:
+            return values
+        moved = self.inline_graph(
+            insight.tangent, [*map(still, inputs), *[inputs[k] for k in insight.moving]], where
+        )
+        linear = iter(moved)
+        return [
+            self.emit(declared_derivative_p, {}, [value, next(linear)], [self.aval(value)], where)[0]
+            if self.aval(value).differentiable
+            else value
+            for value in values
+        ]
+
+    def inline_graph(self, graph: Graph, inputs: Sequence[Operand], where: str) -> list[Operand]:
+        env: dict[int, Operand] = dict(zip(graph.inputs, inputs, strict=True))
+
+        def get(operand: Operand) -> Operand:
+            return operand if isinstance(operand, Constant) else env[operand]
+
+        for operation in graph.operations:
+            avals = [graph.avals[v] for v in operation.outputs]
+            outputs = self.emit(
+                operation.primitive, operation.params, list(map(get, operation.inputs)), avals, where
+            )
+            env.update(zip(operation.outputs, outputs, strict=True))
+        return [get(o) for o in graph.outputs]
 
     def same_shape(self, inputs: list[Operand], where: str) -> list[Operand]:
         shapes = [self.aval(i).shape for i in inputs]
@@ -370,7 +423,7 @@ def _closed(jaxpr: Any) -> Any:
 
 def inner_jaxpr(params: dict[str, Any]) -> Any:
     """The closed jaxpr of a call-like primitive, or None."""
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
         if key in params:
             return _closed(params[key])
     return None
@@ -405,9 +458,9 @@ def run_jaxpr(closed: Any, *args: Any) -> list[Any]:
     return list(jex_core.jaxpr_as_fun(closed)(*args))
 
 
-def flatten_jaxpr(closed: Any, n_params: int = 0) -> Graph:
+def flatten_jaxpr(closed: Any, n_params: int = 0, inside: _Inside = "derivatives") -> Graph:
     """Flatten a closed jaxpr, whose first ``n_params`` inputs are parameters; operations that nothing needs are dropped."""
-    builder = _Builder()
+    builder = _Builder(inside)
     inputs = tuple(builder.variable(Aval(tuple(v.aval.shape), v.aval.dtype)) for v in closed.jaxpr.invars)
     builder.parameter_only.update(inputs[:n_params])
     outputs = builder.inline(closed, inputs)
@@ -424,25 +477,30 @@ def _folded(graph: Graph) -> Graph:
     def get(operand: Operand) -> Operand:
         return operand if isinstance(operand, Constant) else known.get(operand, operand)
 
-    with jax.ensure_compile_time_eval():
-        for operation in graph.operations:
-            inputs = tuple(get(i) for i in operation.inputs)
-            foldable = (
-                all(isinstance(i, Constant) for i in inputs)
-                and operation.outputs
-                and not has_effects(operation)
-            )
-            if foldable and (operation.name not in _KEPT or _small_broadcast(graph, operation)):
-                values = bind(operation, [i.value for i in inputs if isinstance(i, Constant)])
-                known.update(zip(operation.outputs, map(Constant, values), strict=True))
-            else:
-                kept.append(dataclasses.replace(operation, inputs=inputs))
+    for operation in graph.operations:
+        operation = dataclasses.replace(operation, inputs=tuple(get(i) for i in operation.inputs))
+        values = _computed(operation, [graph.avals[v] for v in operation.outputs])
+        if values is None:
+            kept.append(operation)
+        else:
+            known.update(zip(operation.outputs, values, strict=True))
     return dataclasses.replace(graph, operations=tuple(kept), outputs=tuple(get(o) for o in graph.outputs))
 
 
-def _small_broadcast(graph: Graph, operation: Operation) -> bool:
+def _computed(operation: Operation, avals: Sequence[Aval]) -> list[Constant] | None:
+    """The results of an operation on constants; None where it is not one, or must stay."""
+    values = [i.value for i in operation.inputs if isinstance(i, Constant)]
+    if len(values) < len(operation.inputs) or not operation.outputs or has_effects(operation):
+        return None
+    if operation.name in _KEPT and not _small_broadcast(operation, avals):
+        return None
+    with jax.ensure_compile_time_eval():
+        return list(map(Constant, bind(operation, values)))
+
+
+def _small_broadcast(operation: Operation, avals: Sequence[Aval]) -> bool:
     """Broadcast indices are wanted as constants; large arrays of numbers are not."""
-    aval = graph.avals[operation.outputs[0]]
+    (aval, *_) = avals
     return operation.name == "broadcast_in_dim" and (not aval.differentiable or aval.size <= 256)
 
 
@@ -522,28 +580,34 @@ def jvp_graph(operation: Operation, avals: Sequence[Aval], wrt: Sequence[int]) -
     Inputs are all primal operands, then the tangents of the operands in ``wrt``; outputs are the tangents of the
     differentiable outputs.
     """
+    closed = _tangent_jaxpr(lambda *values: bind(operation, values), avals, wrt)
+    return None if closed is None else flatten_jaxpr(closed)
+
+
+def _tangent_jaxpr(fn: Callable[..., Sequence[Any]], avals: Sequence[Aval], wrt: Sequence[int]) -> Any | None:
+    """The tangent map of a function of arrays like ``avals``; None where it has none on these types."""
 
     def tangent(*args: Any) -> list[Any]:
         primals, tangents = args[: len(avals)], args[len(avals) :]
 
-        def fn(*moving: Any) -> list[Any]:
+        def moved(*moving: Any) -> list[Any]:
             values = list(primals)
             for k, v in zip(wrt, moving, strict=True):
                 values[k] = v
-            return [o for o in bind(operation, values) if jnp.issubdtype(o.dtype, jnp.inexact)]
+            return [o for o in fn(*values) if jnp.issubdtype(o.dtype, jnp.inexact)]
 
-        return jax.jvp(fn, tuple(primals[k] for k in wrt), tuple(tangents))[1]
+        return jax.jvp(moved, tuple(primals[k] for k in wrt), tuple(tangents))[1]
 
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in itertools.chain(avals, (avals[k] for k in wrt))]
     try:
-        return flatten_jaxpr(jax.make_jaxpr(tangent)(*shapes))
-    except (
-        Exception
-    ):  # no JVP rule, or one that fails on these types: the caller treats the operation as opaque
+        return jax.make_jaxpr(tangent)(*shapes)
+    except Exception:  # no JVP rule, or one that fails: the caller treats the operation as opaque
         return None
 
 
-def vjp_graph(operation: Operation, avals: Sequence[Aval], wrt: Sequence[int]) -> Graph | None:
+def vjp_graph(
+    operation: Operation, avals: Sequence[Aval], wrt: Sequence[int], inside: _Inside = "derivatives"
+) -> Graph | None:
     """The cotangent map of one operation as a graph, or None where it cannot be transposed.
 
     Inputs are all primal operands, then the cotangents of the differentiable outputs; outputs are the cotangents of the
@@ -564,6 +628,195 @@ def vjp_graph(operation: Operation, avals: Sequence[Aval], wrt: Sequence[int]) -
             primals, cts = args[: len(avals)], args[len(avals) :]
             return list(jax.vjp(lambda *m: fn(primals, *m), *[primals[k] for k in wrt])[1](list(cts)))
 
-        return flatten_jaxpr(jax.make_jaxpr(cotangents)(*shapes, *outs))
+        return flatten_jaxpr(jax.make_jaxpr(cotangents)(*shapes, *outs), inside=inside)
     except Exception:  # not differentiable backwards: the caller treats the operation as opaque
         return None
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# inside of other libraries' primitives
+
+#: ``(value, linear) -> value`` whose derivative is that of ``value + linear``: a value with a derivative of its own.
+declared_derivative_p = jex_core.Primitive("declared_derivative")
+declared_derivative_p.def_impl(lambda value, linear: value)
+declared_derivative_p.def_abstract_eval(lambda value, linear: value)
+ad.defjvp(declared_derivative_p, lambda t, value, linear: t, lambda t, value, linear: t)
+
+
+def _batched_derivative(args: Sequence[Any], dims: Sequence[int | None]) -> tuple[Any, int]:
+    (size,) = {a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None}
+    moved = [
+        jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
+        for a, d in zip(args, dims, strict=True)
+    ]
+    return declared_derivative_p.bind(*moved), 0
+
+
+batching.primitive_batchers[declared_derivative_p] = _batched_derivative
+mlir.register_lowering(
+    declared_derivative_p, mlir.lower_fun(lambda value, linear: value, multiple_results=False)
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Insight:
+    """What a primitive of another library computes, and where its derivative is its own.
+
+    Attributes
+    ----------
+    implementation : closed jaxpr
+    own : tuple of int
+        Operands by which the primitive's derivative is not seen to be that of the implementation.
+    moving : tuple of int
+        Those of them by which the primitive has a derivative at all.
+    tangent : Graph or None
+        The primitive's tangents: of all operands and the tangents of those in ``moving``.
+    """
+
+    implementation: Any
+    own: tuple[int, ...] = ()
+    moving: tuple[int, ...] = ()
+    tangent: Graph | None = None
+
+
+def _insight(operation: Operation, avals: Sequence[Aval], inside: _Inside) -> _Insight | None:
+    """Look into another library's primitive; None where that shows nothing, or not what jax would differentiate.
+
+    A surrogate derivative must never be lost. So an operand keeps the derivative of the implementation only if both tangent
+    maps are the same program, or if the primitive declares that it is linear in the operand. Any other operand has the
+    derivative that the primitive's own rule gives, of which the implementation then only makes the value. Last, the whole is
+    compared with the primitive's own reverse derivative: where a primitive declares another transpose, as feedback alignment
+    does, that is its derivative.
+    """
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+    implementation = traced_implementation(operation.primitive, operation.params, shapes)
+    if implementation is None:
+        return None
+    results = jax.eval_shape(lambda *v: bind(operation, v), *shapes)
+    found = [(tuple(v.aval.shape), v.aval.dtype) for v in implementation.jaxpr.outvars]
+    if found != [(tuple(r.shape), r.dtype) for r in results]:
+        return None
+    plain = _Insight(implementation)
+    wrt = [
+        k for k, a in enumerate(avals) if a.differentiable and not isinstance(operation.inputs[k], Constant)
+    ]
+    if inside == "values" or not wrt or not any(jnp.issubdtype(r.dtype, jnp.inexact) for r in results):
+        return plain
+    declared = _tangent_jaxpr(lambda *values: bind(operation, values), avals, wrt)
+    if declared is None:
+        return None
+    if _same_program(declared, _tangent_jaxpr(functools.partial(run_jaxpr, implementation), avals, wrt)):
+        return plain
+    own, moving = [], []
+    for k in wrt:
+        alone = _tangent_jaxpr(lambda *values: bind(operation, values), avals, [k])
+        graph = flatten_jaxpr(alone, inside="nothing")
+        if not _is_linear(graph, operation, k):
+            own.append(k)
+            if not all(isinstance(v, Constant) for v in graph.outputs):
+                moving.append(k)
+    tangent = None
+    if moving:
+        closed = _tangent_jaxpr(lambda *values: bind(operation, values), avals, moving)
+        tangent = flatten_jaxpr(closed, inside="values")
+    insight = _Insight(implementation, tuple(own), tuple(moving), tangent)
+    if operation.name in _WRONG_TRANSPOSE or _is_its_derivative(insight, operation, avals, wrt):
+        return insight
+    tangent = _transposed_reverse(operation, avals, wrt)
+    return None if tangent is None else _Insight(implementation, tuple(wrt), tuple(wrt), tangent)
+
+
+#: Primitives of ``jax.experimental.sparse`` whose transpose is wrong where the matrix stands on the right: jax forgets the
+#: flag. Their tangents are right, and the only thing that they can mean.
+_WRONG_TRANSPOSE = ("csr_matvec", "csr_matmat", "coo_matvec", "coo_matmat")
+
+
+def _transposed_reverse(operation: Operation, avals: Sequence[Aval], wrt: Sequence[int]) -> Graph | None:
+    """The tangent map whose transpose is the primitive's reverse derivative."""
+    own = vjp_graph(operation, avals, wrt, inside="values")
+    if own is None:
+        return None
+    cotangents = [own.avals[v] for v in own.inputs[len(avals) :]]
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (*avals, *(avals[k] for k in wrt))]
+
+    def tangent(*args: Any) -> list[Any]:
+        primals, moved = args[: len(avals)], args[len(avals) :]
+        into = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in cotangents]
+        return list(jax.linear_transpose(lambda *c: own.evaluate(*primals, *c), *into)(list(moved)))
+
+    try:
+        return flatten_jaxpr(jax.make_jaxpr(tangent)(*shapes), inside="values")
+    except Exception:  # made of operations that cannot be transposed back: it stays opaque
+        return None
+
+
+def _same_program(first: Any, second: Any) -> bool:
+    return (
+        second is not None
+        and str(first) == str(second)
+        and len(first.consts) == len(second.consts)
+        and all(a is b or np.array_equal(a, b) for a, b in zip(first.consts, second.consts, strict=True))
+    )
+
+
+def _is_linear(graph: Graph, operation: Operation, operand: int) -> bool:
+    """Whether a tangent map is the operation itself, applied to the tangent in place of the operand."""
+    tangent = graph.inputs[-1]
+    wanted = [tangent if k == operand else v for k, v in enumerate(graph.inputs[:-1])]
+    made = [o for o in graph.operations if not set(graph.outputs).isdisjoint(o.outputs)]
+    if len(made) != 1 or made[0].primitive is not operation.primitive:
+        return False
+    (one,) = made
+    live = [v for v in one.outputs if graph.avals[v].differentiable]
+    return (
+        list(graph.outputs) == live
+        and list(one.inputs) == wanted
+        and one.params.keys() == operation.params.keys()
+        and all(v is operation.params[k] or v == operation.params[k] for k, v in one.params.items())
+    )
+
+
+def _is_its_derivative(
+    insight: _Insight, operation: Operation, avals: Sequence[Aval], wrt: Sequence[int]
+) -> bool:
+    """Compare with the primitive's own reverse derivative at random numbers or, for products of events, at zeros and ones."""
+    own = vjp_graph(operation, avals, wrt, inside="values")
+    if own is None:
+        return True  # no reverse derivative: the forward one is all that the primitive declares
+    builder = _Builder()
+    inputs = [builder.variable(a) for a in avals]
+    outputs = builder.inline_insight(insight, inputs, "?")
+    graph = Graph(tuple(builder.avals), tuple(inputs), tuple(builder.operations), tuple(outputs))
+    draw = np.random.default_rng(0)
+
+    def agrees(events: bool) -> bool:
+        def random(aval: Aval) -> Any:
+            numbers = draw.standard_normal(aval.shape) if aval.differentiable else np.zeros(aval.shape)
+            return jnp.asarray(numbers, aval.dtype)
+
+        values = [
+            i.value if isinstance(i, Constant) else random(a)
+            for i, a in zip(operation.inputs, avals, strict=True)
+        ]
+        if events:
+            values = [v if isinstance(i, Constant) else jnp.asarray(v > 0, v.dtype)
+                      for i, v in zip(operation.inputs, values, strict=True)]  # fmt: skip
+        cotangents = [random(own.avals[v]) for v in own.inputs[len(avals) :]]
+
+        def moved(*moving: Any) -> list[Any]:
+            full = list(values)
+            for k, v in zip(wrt, moving, strict=True):
+                full[k] = v
+            return [o for o in graph.evaluate(*full) if jnp.issubdtype(o.dtype, jnp.inexact)]
+
+        found = jax.vjp(moved, *[values[k] for k in wrt])[1](cotangents)
+        wanted = own.evaluate(*values, *cotangents)
+        return all(_close(a, b) for a, b in zip(found, wanted, strict=True))
+
+    with jax.ensure_compile_time_eval():
+        return agrees(events=False) or agrees(events=True)
+
+
+def _close(found: Any, wanted: Any) -> bool:
+    size = jnp.maximum(jnp.abs(wanted).max(initial=0), 1)
+    return bool(jnp.abs(found - wanted).max(initial=0) <= 10 * jnp.sqrt(jnp.finfo(wanted.dtype).eps) * size)

@@ -1,20 +1,82 @@
-"""Where in the user's own code an error was raised."""
+"""Which line of code is the user's own."""
 
 from __future__ import annotations
 
 import os
+import sys
+import sysconfig
 import traceback
+from collections.abc import Iterable
 
-__all__ = ["user_frame"]
+__all__ = ["user_frame", "user_line"]
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_STANDARD = tuple(
+    os.path.realpath(path) + os.sep
+    for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    if path
+)
+_INSTALLED = tuple(os.sep + name + os.sep for name in ("site-packages", "dist-packages"))
+#: Libraries from whose parts people build models. Any installed package counts as a library; these do so too where they are
+#: installed from a checkout, and where no other package is in sight.
+_KNOWN = (
+    "jax", "jaxlib", "numpy", "brainstate", "saiunit", "brainunit", "braintools", "brainpy", "brainpy_state", "brainevent",
+    "braintrace", "flax", "equinox", "haiku", "optax", "diffrax", "lineax", "optimistix", "spyx", "snnax", "snntorch",
+    "jaxtyping", "chex", "einops", "dm_pix", "penzai", "keras",
+)  # fmt: skip
+#: Where brainstate calls the ``update`` of any module.
+_CALLS = os.path.join("brainstate", "nn", "_module.py")
+#: Code typed into an interpreter has no file.
+_TYPED = ("<stdin>", "<ipython-input")
+
+
+def user_line(frames: Iterable[tuple[str, int]]) -> str | None:
+    """``file:line`` of the first frame, innermost first, in the user's own code.
+
+    The line of a library that it called stands behind it in brackets. Where every frame is a library's, the first one of
+    a package that is not known for layers is taken for the user's own package, installed; else the last one, which is the
+    layer that the user took.
+    """
+    library = package = layer = None
+    for name, number in frames:
+        if _is_machinery(name):
+            continue
+        text = f"{os.path.basename(name)}:{number}"
+        known = _is_known(name)
+        if not known and not any(part in name for part in _INSTALLED):
+            return text if library is None else f"{text} ({library})"
+        library = library or text
+        if not known and package is None:
+            package = text if library == text else f"{text} ({library})"
+        if not name.endswith(_CALLS):
+            layer = text if library == text else f"{text} ({library})"
+    return package or layer or library
 
 
 def user_frame(error: Exception) -> str | None:
     """``file:line`` of the innermost frame that is neither ours nor a library's."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        ours = frame.filename.startswith(_HERE)
-        library = "site-packages" in frame.filename or f"{os.sep}lib{os.sep}python" in frame.filename
-        if not ours and not library and not frame.filename.startswith("<"):
-            return f"{os.path.basename(frame.filename)}:{frame.lineno}"
-    return None
+    frames = [(f.filename, f.lineno or 0) for f in reversed(traceback.extract_tb(error.__traceback__))]
+    found = user_line(frames)
+    return None if found is None else found.split(" (")[0]
+
+
+def _is_machinery(name: str) -> bool:
+    """Frames that never say where in a model something is: ours, jax's and Python's own."""
+    if name.startswith("<"):
+        return not name.startswith(_TYPED)
+    if name.startswith((_HERE, *_roots(("jax", "jaxlib", "numpy")))):
+        return True
+    return name.startswith(_STANDARD) and not any(part in name for part in _INSTALLED)
+
+
+def _is_known(name: str) -> bool:
+    return any(
+        part + package + os.sep in name for part in _INSTALLED for package in _KNOWN
+    ) or name.startswith(_roots(_KNOWN))
+
+
+def _roots(packages: Iterable[str]) -> tuple[str, ...]:
+    """Folders of those packages that are in use."""
+    modules = [sys.modules.get(name) for name in packages]
+    files = [getattr(module, "__file__", None) for module in modules]
+    return tuple(os.path.dirname(file) + os.sep for file in files if file)
