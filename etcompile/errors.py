@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointError",
     "DependencyError",
     "EtcompileError",
+    "ForeignWriteWarning",
     "InputError",
     "ModelError",
     "OptionError",
@@ -91,3 +92,7 @@ class PassError(EtcompileError, RuntimeError):
 
 class UnsupportedError(EtcompileError, NotImplementedError):
     """Something that the chosen schedule or rule cannot compute; the message names one that can."""
+
+
+class ForeignWriteWarning(UserWarning):
+    """A state of a compiled model was assigned outside of its step, so its traces may not fit it."""

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src.core import trace_state_clean
+from jax._src.core import trace_ctx, trace_state_clean
 from jax.core import Tracer
 from jax.interpreters import ad, batching, mlir
 
@@ -36,6 +37,7 @@ __all__ = [
     "Operand",
     "Operation",
     "bind",
+    "current_trace",
     "flatten_jaxpr",
     "in_transformation",
     "inner_jaxpr",
@@ -174,6 +176,11 @@ def is_traced(value: Any) -> bool:
 def in_transformation() -> bool:
     """Whether code runs under a transformation of JAX, such as ``jit`` or ``vmap``, rather than plainly."""
     return not trace_state_clean()
+
+
+def current_trace() -> weakref.ref:
+    """What traces code now, plain running included: the same one for all of a function, another one for a loop's body."""
+    return weakref.ref(trace_ctx.trace)
 
 
 def is_staged() -> bool:

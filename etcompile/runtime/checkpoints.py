@@ -15,6 +15,7 @@ import numpy as np
 from etcompile.errors import CheckpointError, DependencyError, OptionError
 from etcompile.frontend.jaxpr import Constant
 from etcompile.frontend.step_model import leaf_names
+from etcompile.lowering.functions import Carry
 from etcompile.runtime.progress import refuse_traced
 
 if TYPE_CHECKING:
@@ -253,8 +254,7 @@ def _set(run: Step | Learner, parts: dict[str, Any]) -> None:
 
     step = run.step if isinstance(run, Learner) else run
     step._access.set_params(parts["params"])
-    step._access.set_states(parts["states"])
-    step.traces_state.value = parts["traces"]
+    step._set_carry(Carry(parts["states"], parts["traces"]))
     step._access.initial = parts["initial"]
     if isinstance(run, Learner):
         for name, state in run.saved_states().items():

@@ -59,6 +59,8 @@ class ModelAccess(Protocol):
 
     def remember(self) -> None: ...
 
+    def hidden_states(self) -> dict[str, Any]: ...
+
     def kinds(self) -> Hashable: ...
 
     def restart(self) -> None: ...
@@ -136,6 +138,10 @@ class ModuleAccess:
 
     def remember(self) -> None:
         self.initial = {p: s.value for p, s in self._states.states.items() if short_lived(s)}
+
+    def hidden_states(self) -> dict[str, Any]:
+        """The ``State`` objects that go back to initial values at a reset."""
+        return {p: s for p, s in self._states.states.items() if short_lived(s)}
 
     def kinds(self) -> Hashable:
         """Shapes and dtypes of all that the module holds beside its parameters."""
@@ -243,6 +249,10 @@ class FunctionAccess:
 
     def remember(self) -> None:
         self.initial = self.model.state
+
+    def hidden_states(self) -> dict[str, Any]:
+        """The ``State`` object that goes back to its initial value at a reset."""
+        return {"": self.model.state_state}
 
     def kinds(self) -> Hashable:
         """Shapes and dtypes of the state."""

@@ -18,6 +18,7 @@ from etcompile.lowering.placement import Placement
 from etcompile.lowering.windows import check_end
 from etcompile.report import Report, make_report
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
+from etcompile.runtime.foreign_writes import ForeignWrites
 from etcompile.runtime.model_states import ModelAccess, shapes_alone
 from etcompile.runtime.progress import gradients_in_pieces, in_pieces, piece_lengths
 from etcompile.runtime.step_data import MultiStepData, has_multi_step, split, unwrap
@@ -65,12 +66,32 @@ class Step:
         inputs: tuple[Any, ...],
     ) -> None:
         self._access = access
-        self._build = build
+        self._compile = build
+        self._writes = ForeignWrites(self._clear_for_others)
         self._variants = Variants()
         self._now: Variant
         self._use(shapes_of(inputs))
         access.remember()
+        self._watch()
         self.place_states()
+
+    def _watch(self) -> None:
+        """Follow who else writes the states that traces belong to."""
+        model = self._functions.model
+        carried = [model.states[k].path for g in self._compiled.analysis.groups for k in g.states]
+        states = {
+            path: state
+            for path, state in self._access.hidden_states().items()
+            if any(path in ("", name) or name.startswith(path + ".") for name in carried)
+        }
+        self._writes.watch(model.name, states)
+
+    def _build(self, access: ModelAccess, inputs: tuple[Any, ...]) -> Compiled:
+        with self._writes.own():
+            return self._compile(access, inputs)
+
+    def _clear_for_others(self) -> None:
+        self._clear_traces(self._counts())
 
     # -- compilations -------------------------------------------------------------------------------------------
 
@@ -254,7 +275,8 @@ class Step:
         new = object.__new__(Step)
         memo[id(self)] = new
         new._access = self._access.copied(memo)
-        new._build = self._build
+        new._compile = self._compile
+        new._writes = ForeignWrites(new._clear_for_others)
         new._variants = Variants()
         now, compiled = self._now, self._now.compiled
         traces = new._variants.traces(compiled.causal.init_traces_shapes())
@@ -262,6 +284,8 @@ class Step:
         new._variants.add(Key(kinds_of(now.inputs), new._access.kinds(), new._switches()), new._now)
         if now.traces.allocated:
             traces.set_own(jax.tree.map(jnp.copy, now.traces.own()))
+        new._watch()
+        new._writes.copied(self._writes)
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -503,8 +527,10 @@ class Step:
         """
         self._refuse_unrecorded(())
         if batch_size is None:
-            self._access.restart()
+            with self._writes.own():
+                self._access.restart()
             self._clear_traces(self._counts())
+            self._writes.settled()
             self.place_states()
             return
         _check_batch(batch_size)
@@ -518,13 +544,14 @@ class Step:
             )
         before, counts = self._now, self._counts()
         try:
-            with self._access.unchanged_on_error():
+            with self._writes.own(), self._access.unchanged_on_error():
                 self._access.resize(batch_size)
                 self._use(self._resized_inputs(batch_size))
                 self._access.remember()
                 if self._now is not before:
                     before.traces.release()
                 self._clear_traces(counts)
+                self._writes.settled()
                 self.place_states()
         except BaseException:
             self._now = before
@@ -585,7 +612,9 @@ class Step:
         kinds = kinds_of(states)
         if kinds != self._now.kinds:
             raise self._other_states(states, kinds)
+        self._watch()
         self._alive(self._now.traces.own(), "trace ")
+        self._writes.check(states, through=self._now.traces.shared)
         return Carry(self._alive(states, "state "), self._now.traces.own(give_away))
 
     def _alive(self, tree: Any, what: str) -> Any:
@@ -617,8 +646,10 @@ class Step:
 
     def _set_carry(self, carry: Carry) -> None:
         self._refuse_unrecorded(carry)
-        self._access.set_states(carry.states)
-        self._now.traces.set_own(carry.traces)
+        with self._writes.own():
+            self._access.set_states(carry.states)
+            self._now.traces.set_own(carry.traces)
+        self._writes.left(carry.states)
 
     def _refuse_unrecorded(self, values: Any) -> None:
         """Raise :class:`UnsupportedError` in a transformation of JAX's own, in which writes of states would be lost."""

@@ -1,0 +1,201 @@
+"""Who writes a model's states beside the step: resets by brainstate's functions, another step, assignments by hand.
+
+Traces hold derivatives of the states as the step left them. A write by somebody else does not change the traces, so it has to be
+noticed: brainstate tells of every write of a state, also while a function is traced, and the frame that wrote tells which kind it
+is. What a transformation writes when it ends is the outcome of writes that were seen while it was traced.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+
+from etcompile.errors import CarryError, ForeignWriteWarning
+from etcompile.frontend.jaxpr import current_trace, is_traced
+
+__all__ = ["ForeignWrites"]
+
+#: Methods of brainstate's modules that start a sequence anew.
+_RESETS = frozenset({"reset_state", "init_state", "reset_all_states", "init_all_states"})
+
+#: Where writes of states pass through, without being who writes.
+_PASSED = ("brainstate._state", __name__)
+
+#: Functions of this package that write values which they take back, or put back what was there.
+_UNDONE = frozenset({"trace_module", "abstract_states", "restore"})
+
+#: What writes the outcome of a traced function.
+_ENDS = ("brainstate.transform", "brainstate._state")
+
+
+class ForeignWrites:
+    """The writes of a step's states by others since its traces were last theirs.
+
+    Parameters
+    ----------
+    clear : callable
+        Makes the traces zero, here and now: inside of a transformation as a part of what is traced.
+    """
+
+    def __init__(self, clear: Callable[[], None]) -> None:
+        self._name = ""
+        self._clear = clear
+        self._watched: dict[int, tuple[weakref.ref, str]] = {}
+        self._reset: set[str] = set()
+        self._other_step = False
+        self._quiet = 0
+        self._left: tuple[Any, ...] | None = None
+        self._fresh: weakref.ref | None = current_trace()
+
+    @property
+    def fresh(self) -> bool:
+        """Whether no step ran since the traces were made zero, in what is traced now: they hold no credit."""
+        return self._fresh is not None and self._fresh() is current_trace()()
+
+    def copied(self, other: ForeignWrites) -> None:
+        """Be as fresh as another."""
+        self._fresh = other._fresh
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Meanwhile writes are the step's own."""
+        self._quiet += 1
+        try:
+            yield
+        finally:
+            self._quiet -= 1
+
+    def watch(self, name: str, states: dict[str, Any]) -> None:
+        """Follow a model's ``State`` objects by path; an object that was not there before is a state made anew."""
+        self._name = name
+        for path, state in states.items():
+            known = self._watched.get(id(state))
+            if known is not None and known[0]() is state:
+                continue
+            if any(other == path for _, other in self._watched.values()):
+                self._watched = {k: v for k, v in self._watched.items() if v[1] != path}
+                if not self.fresh:
+                    self._reset.add(path)
+            self._watched[id(state)] = (weakref.ref(state), path)
+            state.register_hook("write_after", _Notice(self))
+        if self._reset:
+            self._all_reset()
+
+    def settled(self) -> None:
+        """States and traces belong together again: after a reset."""
+        self._reset.clear()
+        self._other_step, self._left, self._fresh = False, None, current_trace()
+
+    def left(self, states: Any) -> None:
+        """The step leaves these states."""
+        self._fresh = None
+        leaves = tuple(jax.tree.leaves(states))
+        self._left = None if any(is_traced(v) for v in leaves) else leaves
+
+    def check(self, states: Any, through: bool) -> None:
+        """Raise :class:`CarryError` where the traces do not belong to the states.
+
+        ``through``: they went through a transformation since the step left them, so that other arrays mean nothing.
+        """
+        if self._reset:
+            path, others = sorted(self._reset)[0], {p for _, p in self._watched.values()} - self._reset
+            raise CarryError(
+                f"state {path} of {self._name} was reset, but not {', '.join(sorted(others))}.",
+                got="traces that hold what earlier steps left in all of them",
+                expected="a reset of all states, or of none",
+                hint="step.reset() starts all of them anew, brainstate.nn.reset_all_states(model) does so as well.",
+            )
+        moved = self._left is not None and not through and self._shares() and self._differs(states)
+        if (self._other_step or moved) and not self.fresh:
+            raise CarryError(
+                f"another step compiled from the same {self._name} has moved its states since the last call of this one.",
+                got="traces of this step that hold derivatives of other states",
+                expected="one step at a time from a reset on",
+                hint="call step.reset() before changing over, or compile a copy: copy.deepcopy(model).",
+            )
+
+    def _differs(self, states: Any) -> bool:
+        now, then = jax.tree.leaves(states), self._left or ()
+        if any(is_traced(v) for v in now):
+            return False
+        return len(now) == len(then) and any(a is not b for a, b in zip(now, then, strict=True))
+
+    def _shares(self) -> bool:
+        """Whether another step lives on one of the states."""
+        mine = [ref() for ref, _ in self._watched.values()]
+        return any(w is not self for state in mine if state is not None for w in _watching(state))
+
+    def _noticed(self, state: Any) -> None:
+        ref, path = self._watched.get(id(state), (lambda: None, ""))
+        if self._quiet or ref() is not state or self.fresh:
+            return
+        writer = _writer(sys._getframe(2))
+        if writer is None or _module(writer).startswith(_ENDS):
+            return
+        ours = [f.f_code.co_name for f in _outwards(writer) if _module(f).startswith("etcompile.")]
+        if ours:
+            self._other_step |= not _UNDONE.intersection(ours)
+        elif any(f.f_code.co_name in _RESETS for f in _outwards(writer)):
+            self._reset.add(path)
+            self._all_reset()
+        else:
+            warnings.warn(
+                f"state {path} of {self._name} was assigned at {_place(writer)}, outside of the step: the traces stay, as if its "
+                "value had been shifted by a constant. step.reset() starts a new sequence.",
+                ForeignWriteWarning,
+                stacklevel=2,
+            )
+
+    def _all_reset(self) -> None:
+        if self._reset >= {path for _, path in self._watched.values()}:
+            self._clear()
+            self.settled()
+
+
+class _Notice:
+    """What brainstate calls after a write; it keeps no step alive."""
+
+    def __init__(self, writes: ForeignWrites) -> None:
+        self.writes = weakref.ref(writes)
+
+    def __call__(self, context: Any) -> None:
+        writes, state = self.writes(), context.state
+        if writes is not None and state is not None:
+            writes._noticed(state)
+
+
+def _watching(state: Any) -> list[ForeignWrites]:
+    """Everybody alive who follows a state."""
+    callbacks = (hook.callback for hook in state.list_hooks("write_after"))
+    found = (c.writes() for c in callbacks if isinstance(c, _Notice))
+    return [w for w in found if w is not None]
+
+
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _module(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "")
+
+
+def _writer(frame: FrameType) -> FrameType | None:
+    """The frame that wrote: the first one outside of the machinery, or the end of a transformation."""
+    for f in _outwards(frame):
+        if f.f_code.co_name.startswith("assign_state_vals") or not _module(f).startswith(_PASSED):
+            return f
+    return None
+
+
+def _place(frame: FrameType) -> str:
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
