@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 from typing import Any
 
 import brainstate
@@ -24,18 +25,42 @@ def is_module(model: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModuleStates:
-    """The ``State`` objects of a module by dotted path: trained parameters, and everything else the step touches."""
+    """The ``State`` objects of a module by dotted path: trained parameters, and everything else the step touches.
+
+    ``inside`` are the paths of those that are attributes of the module.
+    """
 
     params: dict[str, Any]
     states: dict[str, Any]
+    inside: frozenset[str]
 
     def refreshed(self, model: Any) -> ModuleStates:
         """The same paths with the ``State`` objects that the model holds now."""
+        if all(_lies_at(model, parts) is state for parts, state in self._places):
+            return self
         now = {".".join(map(str, path)): state for path, state in model.states().items()}
         return ModuleStates(
             {p: now.get(p, s) for p, s in self.params.items()},
             {p: now.get(p, s) for p, s in self.states.items()},
+            self.inside,
         )
+
+    @cached_property
+    def _places(self) -> list[tuple[list[str], Any]]:
+        """Where each ``State`` object of the model lies."""
+        held = {**self.params, **self.states}
+        return [(path.split("."), state) for path, state in held.items() if path in self.inside]
+
+
+def _lies_at(model: Any, parts: list[str]) -> Any:
+    """What lies at a path of the model, or None."""
+    owner = model
+    for part in parts:
+        try:
+            owner = owner[_index(owner, part)] if _is_container(owner) else getattr(owner, part)
+        except (AttributeError, LookupError, ValueError):
+            return None
+    return owner
 
 
 def initialise(model: Any, batch_size: int, keep: bool = False) -> None:
@@ -171,7 +196,7 @@ def trace_module(model: Any, inputs: tuple[Any, ...]) -> tuple[TracedStep, Modul
         name, ordered, example_params, example_states, example[2], jax.tree.map(_shape, out_shape), owners
     )
     return traced, ModuleStates(
-        {p: params[p] for p in sorted(params)}, {p: states[p] for p in sorted(states)}
+        {p: params[p] for p in sorted(params)}, {p: states[p] for p in sorted(states)}, frozenset(before)
     )
 
 
@@ -245,7 +270,7 @@ def _index(owner: Any, part: str) -> Any:
     """A key of a dict or an index of a list from its part of a path."""
     if not isinstance(owner, dict):
         return int(part)
-    return next((key for key in owner if str(key) == part), part)
+    return part if part in owner else next((key for key in owner if str(key) == part), part)
 
 
 def _written_at(closed: Any, found: Any, state: Any) -> str | None:

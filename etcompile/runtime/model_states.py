@@ -113,7 +113,8 @@ class ModuleAccess:
     def _states(self) -> ModuleStates:
         """The states by path, looked up anew: init_state() makes new objects."""
         assert self.found is not None
-        return self.found.refreshed(self.module)
+        self.found = self.found.refreshed(self.module)
+        return self.found
 
     @property
     def param_states(self) -> dict[str, Any]:
@@ -133,7 +134,8 @@ class ModuleAccess:
         return {p: s.value for p, s in self._states.states.items()}
 
     def set_states(self, values: Any) -> None:
-        for path, state in self._states.states.items():
+        assert self.found is not None  # and looked up by the states() of the same call
+        for path, state in self.found.states.items():
             state.value = values[path]
 
     def remember(self) -> None:
