@@ -24,6 +24,9 @@ from etcompile.schedule import Schedule, as_schedule
 
 __all__ = ["Compiled", "compile"]
 
+#: What a pass after the rule does to the gradient, by its declaration.
+_EFFECT = {"approximates": "approximates the gradient", "changes": "changes the gradient"}
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Compiled:
@@ -34,6 +37,7 @@ class Compiled:
     records: tuple[PassRecord, ...]
     causal: CausalProgram
     leaves_out: str
+    changes: bool
     schedule: Schedule
 
 
@@ -122,9 +126,22 @@ def compile(
 
             return trial_gradients(program, analysis, algorithm.functions)
 
-        program, records = manager.run(empty, passes, gradients)
+        def backpropagation() -> Mapping[str, Any]:
+            from etcompile.lowering.trial import trial_backpropagation
+
+            return trial_backpropagation(analysis)
+
+        program, records = manager.run(empty, passes, gradients, backpropagation)
+        lossy = [p for p in passes[1:] if p.preserves != "gradients" and not getattr(p, "keeps_exact", False)]
+        losses = [algorithm.losses(empty.header), *(f"pass {p.name} {_EFFECT[p.preserves]}" for p in lossy)]
+        if lossy:
+            program = dataclasses.replace(program, exact=False)
         causal = CausalProgram(program, analysis, algorithm.functions, how)
-        return Compiled(analysis, program, records, causal, algorithm.leaves_out, how)
+        said, changes = (
+            "; ".join(filter(None, losses)),
+            any(p.preserves == "changes" for p in (algorithm, *lossy)),
+        )
+        return Compiled(analysis, program, records, causal, said, changes, how)
 
     before = snapshot(model) if is_module(model) else {}
     try:

@@ -58,7 +58,8 @@ class PassManager:
     print_after : {None, "changes", "all"}
         Print the program after every pass, or only after those that changed it.
     check : bool
-        Also run the program before and after each pass that declares ``preserves = "gradients"`` and compare.
+        Also run the program before and after each pass that declares ``preserves = "gradients"`` and compare; and
+        compare a program that claims to be exact, after the rule, with backpropagation through time.
     tolerance : float
         Largest relative difference of gradients that ``check`` accepts.
     emit : callable
@@ -75,7 +76,11 @@ class PassManager:
             raise OptionError("print_after must be None, 'changes' or 'all'.", got=repr(self.print_after))
 
     def run(
-        self, program: TraceProgram, passes: Sequence[Pass], gradients: GradientRunner | None = None
+        self,
+        program: TraceProgram,
+        passes: Sequence[Pass],
+        gradients: GradientRunner | None = None,
+        backpropagation: Callable[[], Mapping[str, Any]] | None = None,
     ) -> tuple[TraceProgram, tuple[PassRecord, ...]]:
         """Run ``passes`` on ``program``; returns the program and one record per pass.
 
@@ -105,6 +110,22 @@ class PassManager:
                 old = ran[1] if ran is not None and ran[0] == program else gradients(program)
                 ran = new, gradients(new)
                 self._compare(item, records, old, ran[1])
+            if (
+                self.check
+                and not number
+                and new.exact
+                and new.window is None
+                and gradients
+                and backpropagation
+            ):
+                ran = new, gradients(new)
+                self._compare(
+                    item,
+                    records,
+                    backpropagation(),
+                    ran[1],
+                    "it claims to be exact, but differs from backpropagation through time in",
+                )
             seconds = time.perf_counter() - started
             changed = new != program
             records.append(
@@ -122,7 +143,12 @@ class PassManager:
             raise _failure(item, records, f"the program is not well formed {when} it. {error}") from error
 
     def _compare(
-        self, item: Pass, records: Sequence[PassRecord], old: Mapping[str, Any], new: Mapping[str, Any]
+        self,
+        item: Pass,
+        records: Sequence[PassRecord],
+        old: Mapping[str, Any],
+        new: Mapping[str, Any],
+        complaint: str = "it declares preserves='gradients', but changes",
     ) -> None:
         import numpy as np
 
@@ -134,7 +160,7 @@ class PassManager:
                 raise _failure(
                     item,
                     records,
-                    f"it declares preserves='gradients', but changes the gradient of {path} by {difference:.2g} (relative)",
+                    f"{complaint} the gradient of {path} by {difference:.2g} (relative)",
                 )
 
 

@@ -43,9 +43,9 @@ class Algorithm:
     def preserves(self) -> str:
         return self.rule.preserves
 
-    @property
-    def leaves_out(self) -> str:
-        return self.rule.leaves_out
+    def losses(self, header: Header) -> str:
+        """What the rule loses on this model beside the cuts, in words."""
+        return self.rule.losses(header, dict(self.options))
 
     def __call__(self, program: TraceProgram) -> TraceProgram:
         builder = ProgramBuilder(self.name, program.header)
@@ -62,14 +62,20 @@ class Rule:
     write: Callable[..., None]
     exact: str | Callable[..., bool]
     preserves: str
-    leaves_out: str = ""
+    leaves_out: str | Callable[..., str] = ""
 
     def exact_for(self, header: Header, options: Mapping[str, Any]) -> bool:
-        """Whether its gradients equal backpropagation through time on this model."""
+        """Whether its gradients equal backpropagation through time on this model, where no credit ends at a cut."""
         if callable(self.exact):
-            taken = list(inspect.signature(self.exact).parameters)[1:]
-            return self.exact(header, **{k: v for k, v in options.items() if k in taken})
-        return self.exact == "always" or (self.exact == "uncut" and not header.cuts)
+            return self.exact(header, **_taken(self.exact, options))
+        return self.exact != "never"
+
+    def losses(self, header: Header, options: Mapping[str, Any]) -> str:
+        """What it loses on this model beside the cuts, in words; empty where it is exact but for those."""
+        if self.exact_for(header, options):
+            return ""
+        said = self.leaves_out
+        return said(header, **_taken(said, options)) if callable(said) else said
 
     @property
     def __doc__(self) -> str | None:  # type: ignore[override]
@@ -89,12 +95,18 @@ class Rule:
         return Algorithm(self, tuple(sorted(options.items())))
 
 
+def _taken(claim: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a rule's options that one of its claims names."""
+    names = list(inspect.signature(claim).parameters)[1:]
+    return {key: value for key, value in options.items() if key in names}
+
+
 def algorithm(
     name: str,
     *,
     exact: str | Callable[..., bool] = "never",
     preserves: str = "approximates",
-    leaves_out: str = "",
+    leaves_out: str | Callable[..., str] = "",
     aliases: Sequence[str] = (),
 ) -> Callable[[Callable[..., None]], Rule]:
     """Register a learning rule.
@@ -104,12 +116,14 @@ def algorithm(
     name : str
         Name under which ``compile(algo=...)`` finds it. Registering a name again replaces the rule.
     exact : {"never", "uncut", "always"} or callable
-        When the rule's gradients, summed over a sequence, equal backpropagation through time: for models without a
-        cut, or a function of the header and of those of the rule's options that it names.
+        When the rule's gradients, summed over a sequence, equal backpropagation through time where no credit ends at a
+        cut that counts for it: never, for every such model (``"uncut"`` and ``"always"``; a rule that follows all paths has
+        no cuts but those of states left out and of while loops), or a function of the header and of those of the
+        rule's options that it names. ``PassManager(check=True)`` compares with backpropagation.
     preserves : {"approximates", "changes"}
         Whether it approximates the gradient or computes something else.
-    leaves_out : str
-        What it approximates beside the cuts, in words, for the report.
+    leaves_out : str or callable
+        What it approximates beside the cuts, in words, for the report; or a function like ``exact`` that says it.
     aliases : sequence of str
         Other names under which it is found.
 
@@ -181,10 +195,15 @@ class Mixed:
     def name(self) -> str:
         return "+".join(dict.fromkeys(part.name for _, part in self.parts))
 
-    @property
-    def leaves_out(self) -> str:
-        parts = [f"{pattern}: {part.leaves_out}" for pattern, part in self.parts if part.leaves_out]
-        return "; ".join(dict.fromkeys(parts))
+    def losses(self, header: Header) -> str:
+        """What the rules that have weights lose on this model beside the cuts, in words."""
+        shared = zip(self.parts, self._shared_out(header), strict=True)
+        said = [
+            f"{pattern}: {part.losses(header)}"
+            for (pattern, part), names in shared
+            if names and part.losses(header)
+        ]
+        return "; ".join(dict.fromkeys(said))
 
     @property
     def preserves(self) -> str:
@@ -194,7 +213,7 @@ class Mixed:
         header = program.header
         sites = self._shared_out(header)
         builder = ProgramBuilder(self.name, header)
-        used = []
+        used, all_paths = [], True
         for (pattern, part), names in zip(self.parts, sites, strict=True):
             if not names:
                 continue
@@ -207,6 +226,8 @@ class Mixed:
                     expected="one rule for all weights, with within='exact' for windows",
                 )
             used.append(part)
+            all_paths &= view.follows_all_paths
+        builder.follows_all_paths = bool(used) and all_paths
         self.functions.update(builder.functions)
         return builder.finish(all(part.rule.exact_for(header, dict(part.options)) for part in used))
 

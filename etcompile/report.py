@@ -28,11 +28,12 @@ class GroupLine:
 
 @dataclasses.dataclass(frozen=True)
 class StateLine:
-    """One state of the model: hidden or not, and why."""
+    """One state of the model: hidden or not, and why; ``silent`` says it where no differentiable path leads to an output."""
 
     path: str
     hidden: bool
     reason: str
+    silent: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,8 @@ class ParameterLine:
     ``"backpropagation inside of windows"``, ``"not used"`` or ``"not trained"``;
     ``part`` tells which part of a weight has no trace. A trace of an expression of several parameters counts for each.
     Where the trace is factorised, filtered presynaptic values are carried in its place: ``decays`` counts the different
-    decays (else 0), ``saved_bytes`` what that saves.
+    decays (else 0), ``saved_bytes`` what that saves. ``silent`` says it where no differentiable path leads from the
+    parameter to any output, with the operation that ends it.
     """
 
     path: str
@@ -54,6 +56,7 @@ class ParameterLine:
     trace_bytes: int = 0
     decays: int = 0
     saved_bytes: int = 0
+    silent: str = ""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -61,7 +64,9 @@ class Report:
     """The analysis and the program in a form to read, or to query with :meth:`to_dict`.
 
     The text is short: where a cut ends the credit of many states and parameters it names their modules, and of a source line the
-    user's part; the attributes and :meth:`to_dict` hold all. ``leaves_out`` says what the rule approximates beside the cuts;
+    user's part; the attributes and :meth:`to_dict` hold all. ``exact`` is False if and only if something says where credit
+    ends: ``cuts``, or ``leaves_out``, what the rule loses beside them. ``verdict`` says what the gradient is; ``forgotten``
+    names the hidden groups of which the rule keeps nothing from step to step;
     ``trace_owners`` whose each trace is; ``devices`` where arrays lie on a mesh: the mesh, then each array with the mesh axes
     behind the sizes that they split.
     """
@@ -77,6 +82,8 @@ class Report:
     traces: Mapping[str, int]
     devices: tuple[str, ...] = ()
     trace_owners: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    verdict: str = ""
+    forgotten: tuple[str, ...] = ()
 
     @property
     def trace_bytes(self) -> int:
@@ -89,6 +96,8 @@ class Report:
             "model": self.model,
             "algorithm": self.algorithm,
             "exact": self.exact,
+            "verdict": self.verdict,
+            "forgotten": list(self.forgotten),
             "leaves_out": self.leaves_out,
             "groups": [dataclasses.asdict(g) for g in self.groups],
             "states": [dataclasses.asdict(s) for s in self.states],
@@ -149,8 +158,38 @@ def parameter_lines(
             for owner in {r.name for r in relations} | {s.name for s in sites} | {e.name for e in effects}
         )
         decays, saved = _factorised(program, [s.name for s in sites], sizes or {})
-        lines.append(ParameterLine(leaf.path, leaf.aval.shape, how, groups, part, carried, decays, saved))
+        silent = analysis.silent.get(leaf.path, "") if sites else ""
+        lines.append(
+            ParameterLine(leaf.path, leaf.aval.shape, how, groups, part, carried, decays, saved, silent)
+        )
     return tuple(lines)
+
+
+def _verdict(program: TraceProgram, leaves_out: str, changes: bool) -> str:
+    """What the gradient is, in words."""
+    if changes or any(e.op in ("through", "through_old") for e in program.equations):
+        return f"not the gradient of the loss: {leaves_out or 'the rule says so'}"
+    if program.window is None:
+        how = "equals" if program.exact else "approximates"
+        return f"{how} backpropagation through time"
+    if program.exact:
+        return "equals backpropagation through time over what each call of scan_value_and_grad is given"
+    window = f"window of {program.window} steps" if program.window else "window"
+    return f"equals backpropagation through time inside of each {window}, and approximates it beyond"
+
+
+def _forgotten(program: TraceProgram, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Groups of which a rule that loses credit carries nothing."""
+    if program.exact or program.window is not None or program.header.effects:
+        return ()
+    owners = {program.equation(name).type.of for name, size in sizes.items() if size}
+    found = []
+    for group in program.header.groups:
+        relations = [r for r in program.header.relations if r.group == group.name]
+        kept = {group.name, *(r.name for r in relations), *(r.site for r in relations)} & owners
+        if not kept and any(cut.group == group.name for cut in program.header.cuts):
+            found.append(f"{group.name} ({', '.join(path for path, _ in group.states)})")
+    return tuple(found)
 
 
 def _factorised(program: TraceProgram, sites: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, int]:
@@ -182,6 +221,7 @@ def make_report(
     traces: Mapping[str, Any],
     leaves_out: str = "",
     devices: tuple[str, ...] = (),
+    changes: bool = False,
 ) -> Report:
     """The report of one compiled program; ``traces`` holds arrays or their shapes, by name; ``devices`` where arrays lie."""
     import jax
@@ -192,17 +232,19 @@ def make_report(
         )
         for name, value in traces.items()
     }
+    if not (program.exact or leaves_out or program.header.cuts):
+        leaves_out = f"{program.name} is registered as never exact and does not say what it leaves out"
     return Report(
         model=analysis.model.name,
         algorithm=program.name,
         exact=program.exact,
-        leaves_out="" if program.exact else leaves_out,
+        leaves_out=leaves_out,
         groups=tuple(
             GroupLine(g.name, tuple(analysis.state_name(s) for s in g.states), g.shape)
             for g in analysis.groups
         ),
         states=tuple(
-            StateLine(r.path, r.hidden, r.reason)
+            StateLine(r.path, r.hidden, r.reason, analysis.silent.get(r.path, ""))
             for r in sorted(analysis.roles, key=lambda r: natural_key(r.path))
         ),
         parameters=parameter_lines(analysis, program, sizes),
@@ -210,6 +252,8 @@ def make_report(
         traces=dict(sorted(sizes.items(), key=lambda item: natural_key(item[0]))),
         devices=devices,
         trace_owners={name: _owner(program, name) for name in sizes},
+        verdict=_verdict(program, leaves_out, changes),
+        forgotten=_forgotten(program, sizes),
     )
 
 

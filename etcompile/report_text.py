@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["report_text"]
 
+#: Rules that follow every path within a layer at least.
+_FOLLOWING = "rtrl, ostl, snap, uoro, kf_rtrl, and bptt on whole sequences"
+
 
 def report_text(report: Report) -> str:
     """What ``print(step.report())`` shows."""
@@ -21,18 +24,21 @@ def report_text(report: Report) -> str:
 
 def _lines(report: Report) -> Iterator[str]:
     yield f"{report.model} compiled with {report.algorithm}"
-    verdict = (
-        "equals backpropagation through time" if report.exact else "approximates backpropagation through time"
-    )
-    yield f"  gradient   {verdict}; {len(report.cuts)} cut(s); traces {_bytes(report.trace_bytes)}"
+    yield f"  gradient   {report.verdict}; {len(report.cuts)} cut(s); traces {_bytes(report.trace_bytes)}"
     if report.leaves_out:
         yield f"  rule       {report.leaves_out}"
+    if report.forgotten:
+        groups = short_list(report.forgotten)
+        yield f"  memory     {report.algorithm} keeps nothing of {groups} from step to step: all of its credit ends at the cuts;"
+        yield f"             rules that keep a memory of it: {_FOLLOWING}"
     yield "  hidden groups"
     for g in report.groups:
         yield f"    {g.name}  {', '.join(g.states)}  {list(g.shape)}"
     yield "  states"
     for s in report.states:
         yield f"    {s.path}: {'hidden' if s.hidden else 'not hidden'} ({s.reason})"
+        if s.silent:
+            yield f"        {s.silent}"
     yield "  parameters"
     width = max((len(p.path) for p in report.parameters), default=0)
     for p in report.parameters:
@@ -53,6 +59,8 @@ def _lines(report: Report) -> Iterator[str]:
 def _parameter(p: ParameterLine, width: int) -> Iterator[str]:
     size = f", {_bytes(p.trace_bytes)}" if p.trace_bytes else ""
     yield f"    {p.path.ljust(width)}  {p.how}{size}{f' ({p.part})' if p.part else ''}"
+    if p.silent:
+        yield f"    {' ' * width}  {p.silent}"
     if p.decays:
         count = "1 decay" if p.decays == 1 else f"{p.decays} decays"
         saved = _bytes(p.saved_bytes)

@@ -19,7 +19,8 @@ __all__ = ["bptt"]
 
 @algorithm(
     "bptt",
-    leaves_out="credit ends at the start of each window; taken step by step, a window is one step",
+    exact=lambda header, window=None: window is None,
+    leaves_out="credit ends at the start of each window",
 )
 def bptt(p: ProgramBuilder, window: int | None = None) -> None:
     """Backpropagation through time inside of windows; no trace."""

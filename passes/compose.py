@@ -21,7 +21,7 @@ local, random. ``compose`` reaches the points without a name.
 
 from __future__ import annotations
 
-from etcompile.pass_api import OptionError, ProgramBuilder, algorithm
+from etcompile.pass_api import Header, OptionError, ProgramBuilder, algorithm
 from etcompile.passes.ottt import require_leak
 from etcompile.passes.signals import SIGNALS, learning_signal
 
@@ -30,10 +30,38 @@ __all__ = ["compose"]
 TRACES = ("full", "factored", "presynaptic", "none")
 
 
-@algorithm(
-    "compose",
-    leaves_out="a combination of parts; see its options",
-)
+def what_is_left_out(
+    header: Header,
+    trace: str = "full",
+    transition: str | float = "local",
+    signal: str = "symmetric",
+    filter: float = 0.0,
+) -> str:
+    """What a combination leaves out, part by part, in words."""
+    said = []
+    if trace != "full":
+        said.append(f"trace={trace!r} in place of the full one")
+    if transition != "local":
+        said.append(f"a leak of {transition} in place of the unit's own transition")
+    if signal != "symmetric":
+        said.append(f"the learning signal is not the loss's ({signal})")
+    if filter:
+        said.append("the trace is low-pass filtered")
+    return "; ".join(said)
+
+
+def nothing_left_out(
+    header: Header,
+    trace: str = "full",
+    transition: str | float = "local",
+    signal: str = "symmetric",
+    filter: float = 0.0,
+) -> bool:
+    """Whether the combination is D-RTRL."""
+    return not what_is_left_out(header, trace, transition, signal, filter)
+
+
+@algorithm("compose", exact=nothing_left_out, leaves_out=what_is_left_out)
 def compose(
     p: ProgramBuilder,
     trace: str = "full",

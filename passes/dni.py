@@ -23,7 +23,10 @@ from etcompile.pass_api import ProgramBuilder, algorithm
 __all__ = ["dni"]
 
 
-@algorithm("dni")
+@algorithm(
+    "dni",
+    leaves_out="a learned prediction stands for the credit from beyond each window",
+)
 def dni(p: ProgramBuilder, window: int | None = 10) -> None:
     """Backpropagation in windows that end in a synthetic gradient; no trace."""
     p.window(window, end="synthetic")

@@ -17,16 +17,30 @@ per group with variance 1 / outputs; the adaptive matrix decays when the readout
 
 from __future__ import annotations
 
-from etcompile.pass_api import OptionError, ProgramBuilder, algorithm
+from etcompile.pass_api import Header, OptionError, ProgramBuilder, algorithm
 from etcompile.passes.signals import learning_signal
 
 __all__ = ["e_prop"]
 
 
-@algorithm(
-    "e_prop",
-    leaves_out="the trace is low-pass filtered; with random or adaptive feedback the signal is a projected error",
-)
+def what_is_left_out(header: Header, kappa: float = 0.9, feedback: str = "symmetric") -> str:
+    """What e-prop leaves out under its options, in words."""
+    said = []
+    if kappa:
+        said.append("the trace is low-pass filtered")
+    if feedback != "symmetric":
+        said.append(
+            f"the learning signal is the output error through a matrix of its own ({feedback} feedback)"
+        )
+    return "; ".join(said)
+
+
+def nothing_left_out(header: Header, kappa: float = 0.9, feedback: str = "symmetric") -> bool:
+    """Whether e-prop is D-RTRL: no filter, and the true signal."""
+    return not what_is_left_out(header, kappa, feedback)
+
+
+@algorithm("e_prop", exact=nothing_left_out, leaves_out=what_is_left_out)
 def e_prop(
     p: ProgramBuilder,
     kappa: float = 0.9,

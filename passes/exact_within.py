@@ -28,6 +28,7 @@ class ExactWithin:
     window: int = 0
     name: str = "exact_within"
     preserves: str = "approximates"
+    keeps_exact: bool = True  #: a rule without losses has none in windows either
 
     def __call__(self, program: TraceProgram) -> TraceProgram:
         if program.window is not None:

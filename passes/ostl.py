@@ -20,16 +20,14 @@ from __future__ import annotations
 
 from etcompile.pass_api import Header, ProgramBuilder, algorithm
 from etcompile.passes.d_rtrl import d_rtrl
-from etcompile.passes.rtrl import follow_layers, nothing_left_out
+from etcompile.passes.rtrl import follow_layers
 
 __all__ = ["ostl"]
 
 
 def one_layer(header: Header, recurrent: bool = True) -> bool:
-    """Whether the model is one recurrent layer, or for the local form has no cut."""
-    if not recurrent:
-        return not header.cuts
-    return len(header.layers) <= 2 and nothing_left_out(header)
+    """Whether the model is one recurrent layer; the local form follows no layers, and loses at its cuts alone."""
+    return not recurrent or len(header.layers) <= 2
 
 
 @algorithm(

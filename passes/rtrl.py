@@ -15,7 +15,7 @@ Computation 1, 1989.
 
 from __future__ import annotations
 
-from etcompile.pass_api import Header, Layer, ProgramBuilder, algorithm
+from etcompile.pass_api import Layer, ProgramBuilder, algorithm
 
 __all__ = ["follow_layers", "rtrl"]
 
@@ -30,12 +30,7 @@ def follow_layers(p: ProgramBuilder, layers: tuple[Layer, ...]) -> None:
             p.gradient(effect, p.contract(credit, J.prev), within="one_step")
 
 
-def nothing_left_out(header: Header) -> bool:
-    """Whether every hidden state is followed: none is left out by ``exclude=``."""
-    return not any(cut.primitive == "exclude" for cut in header.cuts)
-
-
-@algorithm("rtrl", exact=nothing_left_out)
+@algorithm("rtrl", exact="always")
 def rtrl(p: ProgramBuilder) -> None:
     """RTRL: J = H J + F over all hidden states; grad = one_step + dloss/dh_{t-1} J_{t-1}."""
     follow_layers(p, (p.network,))

@@ -17,6 +17,7 @@ from etcompile.analysis.index_rules import NONE
 from etcompile.analysis.influence import Influence, Use, influence_on
 from etcompile.analysis.layers import Effect, Layer, find_effects, find_layers
 from etcompile.analysis.relations import Relation, relate
+from etcompile.analysis.silence import find_silent
 from etcompile.analysis.sites import (
     Site,
     SplitStep,
@@ -24,8 +25,9 @@ from etcompile.analysis.sites import (
     separate_opaque_uses,
     split_step,
 )
+from etcompile.analysis.unfollowed import Unfollowed, find_unfollowed, with_reasons
 from etcompile.errors import ModelError
-from etcompile.frontend.jaxpr import Constant, Graph
+from etcompile.frontend.jaxpr import UNROLL_LIMIT, Constant, Graph
 from etcompile.frontend.step_model import StepModel
 from etcompile.graph import connected_components
 from etcompile.ir.header import Cut
@@ -101,6 +103,11 @@ class Analysis:
         """Variables of the body that hold the group's new states."""
         return {self.model.new_state_vars[s] for s in group.states}
 
+    @cached_property
+    def silent(self) -> Mapping[str, str]:
+        """Parameters and hidden states without a differentiable path to any output, and what ends it."""
+        return find_silent(self.model, self.dependence, self.roles)
+
     def site(self, name: str) -> Site:
         return next(s for s in self.sites if s.name == name)
 
@@ -114,6 +121,8 @@ def analyse(model: StepModel, exclude: Sequence[str] = ()) -> Analysis:
     dep = dependence(model.graph)
     refuse_parameters_in_while(model, dep)
     roles = state_roles(model, dep, exclude)
+    unfollowed = find_unfollowed(model)
+    roles = with_reasons(roles, unfollowed)
     require_trained(model, dep)
     require_hidden(model, roles)
     split = split_step(model, dep)
@@ -130,7 +139,7 @@ def analyse(model: StepModel, exclude: Sequence[str] = ()) -> Analysis:
             groups.append(group)
             misplaced += moved
     relations, misfits = _relations(split, groups, found)
-    cuts = _cuts(model, split.body, dep, roles, groups, found, misplaced, misfits)
+    cuts = _cuts(model, split.body, dep, roles, groups, found, misplaced, misfits, unfollowed)
     uses_cut = {k: influence.cuts for k, influence in found.items()}
     return Analysis(model, roles, tuple(groups), split, tuple(relations), cuts, uses_cut, dep)
 
@@ -227,7 +236,8 @@ def _relations(
             related = relate(f"r{len(relations)}", site.name, group, influence)
             if related is None:
                 continue
-            relations.append(related[0])
+            if related[0] is not None:
+                relations.append(related[0])
             if related[1]:
                 misfits.append((site, group))
     return relations, misfits
@@ -249,6 +259,7 @@ def _cuts(
     found: Mapping[int, Influence],
     misplaced: Sequence[Link],
     misfits: Sequence[tuple[Site, HiddenGroup]],
+    unfollowed: Sequence[Unfollowed],
 ) -> tuple[Cut, ...]:
     n = len(model.params)
     cuts: list[Cut] = []
@@ -304,6 +315,15 @@ def _cuts(
                 origins=(role.path,),
                 meaning="left out by exclude=: credit through this state ends after one step",
             )
+    for loop in unfollowed:
+        add(
+            group="",
+            primitive=loop.primitive,
+            source=loop.source,
+            origins=tuple(model.states[k].path for k in loop.states),
+            meaning="a while loop has no reverse derivative: whatever the rule, no credit passes it; "
+            "a loop of fixed length (lax.scan, lax.fori_loop) is followed",
+        )
     return tuple(cuts)
 
 
@@ -313,6 +333,8 @@ def _meaning(primitive: str, group: str, origin_groups: set[str], params: Sequen
     how = (
         "weights"
         if weights
+        else f"a scan of more than {UNROLL_LIMIT} operations, which is not followed inside"
+        if primitive == "scan"
         else "a value shared by several units"
         if primitive in _SHARED
         else "an operation over several units"

@@ -9,10 +9,12 @@ import dataclasses
 
 from etcompile.frontend.jaxpr import Constant, Graph, Operand
 
-__all__ = ["Dependence", "dependence"]
+__all__ = ["NO_DERIVATIVE", "NO_REVERSE", "Dependence", "dependence"]
 
 #: Primitives that pass no derivative, whatever the dtype of their result.
-_NO_DERIVATIVE = {"stop_gradient", "argmax", "argmin", "sign", "floor", "ceil", "round", "is_finite", "while"}
+NO_DERIVATIVE = {"stop_gradient", "argmax", "argmin", "sign", "floor", "ceil", "round", "is_finite"}
+#: Primitives with a forward derivative only: no rule passes credit back through them, and a cut says so.
+NO_REVERSE = {"while"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +43,6 @@ def dependence(graph: Graph) -> Dependence:
             all_derivatives |= derivative[v]
         for v in operation.outputs:
             value[v] = all_values
-            if graph.avals[v].differentiable and operation.name not in _NO_DERIVATIVE:
+            if graph.avals[v].differentiable and operation.name not in NO_DERIVATIVE | NO_REVERSE:
                 derivative[v] = all_derivatives
     return Dependence(tuple(value), tuple(derivative))

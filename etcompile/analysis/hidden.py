@@ -43,11 +43,15 @@ def state_roles(model: StepModel, dep: Dependence, exclude: Sequence[str]) -> tu
         if grown == reached:
             break
         reached = grown
+    # Only a state that would be hidden is a loss where it is left out; the others have a reason of their own.
+    otherwise = state_roles(model, dep, ()) if left_out else ()
     roles = []
     for k, leaf in enumerate(model.states):
         read = any(dep.on(v, 1 << (first_bit + k)) for v in model.graph.outputs)
         if not leaf.aval.differentiable:
             role = StateRole(leaf.path, False, f"{leaf.aval.dtype} has no derivative")
+        elif k in left_out and not otherwise[k].hidden:
+            role = otherwise[k]
         elif k in left_out:
             role = StateRole(leaf.path, False, "left out by exclude=", excluded=True)
         elif k not in reached:

@@ -53,7 +53,7 @@ class Relation:
 
 def relate(
     name: str, site: str, group: HiddenGroup, influence: Mapping[int, Array]
-) -> tuple[Relation, bool] | None:
+) -> tuple[Relation | None, bool] | None:
     """Relation of a site to a group, or None; and whether part of the influence does not fit the group's positions.
 
     ``influence`` maps the number of a state within the group to the element that each element of y reaches.
@@ -82,7 +82,7 @@ def relate(
         if (fits != (reached != NONE)).any():
             masks[k] = fits
     if not any(rows):
-        return None
+        return None, True
     return Relation(name, site, group.name, window, inside, tuple(rows), masks), misfit
 
 

@@ -239,6 +239,7 @@ class _Builder:
         self.avals: list[Aval] = []
         self.operations: list[Operation] = []
         self.parameter_only: set[int] = set()
+        self.around = "?"  # where the call being inlined stands, for operations without a line of their own
 
     def variable(self, aval: Aval) -> int:
         self.avals.append(aval)
@@ -274,6 +275,7 @@ class _Builder:
 
         for eqn in jaxpr.eqns:
             where = source if source is not None else source_line(eqn.source_info)
+            where = self.around if where == "?" else where
             results = self.equation(eqn, [get(a) for a in eqn.invars], where, source)
             env.update(zip(eqn.outvars, results, strict=True))
         return [get(a) for a in jaxpr.outvars]
@@ -283,7 +285,10 @@ class _Builder:
         if name in _INLINED:
             inner = inner_jaxpr(eqn.params)
             if inner is not None:
-                return self.inline(inner, inputs, source)
+                outside, self.around = self.around, where
+                results = self.inline(inner, inputs, source)
+                self.around = outside
+                return results
         if name == "scan" and _unrolled_size(eqn) <= UNROLL_LIMIT:
             return self.unroll(eqn, inputs, where, source)
         if name == "cond" and not any(_closed(b).effects for b in eqn.params["branches"]):

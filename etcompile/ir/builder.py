@@ -108,6 +108,8 @@ class ProgramBuilder:
         self._only: frozenset[str] | None = None
         self._window: int | None = None
         self._end: str | None = None
+        #: Whether the rule asked for layers or windows; what it writes then follows every path.
+        self.follows_all_paths = False
 
     @property
     def relations(self) -> tuple[Relation, ...]:
@@ -162,6 +164,7 @@ class ProgramBuilder:
     def effects(self, layer: Layer | str) -> tuple[Effect, ...]:
         """Which sites reach a layer within the step; each has ``.name``, ``.site`` and ``.layer``."""
         name = layer if isinstance(layer, str) else layer.name
+        self.follows_all_paths = True
         return tuple(
             e for e in self.header.effects if e.layer == name and (self._only is None or e.site in self._only)
         )
@@ -409,7 +412,10 @@ class ProgramBuilder:
         self._gradients.append(Gradient(relation.site, value.ref))
 
     def finish(self, exact: bool) -> TraceProgram:
-        """The program, with the credit within the step added at every site."""
+        """The program, with the credit within the step added at every site.
+
+        ``exact`` is what the rule claims where no credit ends at a cut; the program is exact if none does.
+        """
         for site in self.header.sites:
             within = self._within.get(site.name, "one_step")
             relations = self.header.relations_of(site.name)
@@ -422,12 +428,13 @@ class ProgramBuilder:
             elif within == "outside":
                 credit = self.op("outside", credit)
             self._gradients.append(Gradient(site.name, self.pullback(site, credit).ref))
+        header = self._used_header()
         return TraceProgram(
             self.name,
-            self._used_header(),
+            header,
             tuple(self._equations),
             tuple(self._gradients),
-            exact,
+            exact and not header.cuts,
             self._window,
             self._end,
         )
@@ -443,6 +450,7 @@ class ProgramBuilder:
             raise OptionError("window must be a positive integer, or None.", got=f"window={steps!r}")
         self._window = steps or 0
         self._end = end
+        self.follows_all_paths = True
 
     @property
     def window_steps(self) -> int | None:
@@ -462,9 +470,9 @@ class ProgramBuilder:
         effects = tuple(e for e in self.header.effects if e.name in names)
         layers = tuple(x for x in self.header.layers if x.name in names | {e.layer for e in effects})
         cuts = self.header.cuts
-        if not any(e.op in ("transition", "immediate") for e in self._equations):
-            # the rule reads no local derivative, so nothing is lost where those stop
-            cuts = tuple(c for c in cuts if c.primitive == "exclude")
+        # A rule that wrote nothing since everything is cut loses it all the same: what counts is what it follows.
+        if self.follows_all_paths and not any(e.op in ("transition", "immediate") for e in self._equations):
+            cuts = tuple(c for c in cuts if c.for_every_rule)
         return dataclasses.replace(self.header, cuts=cuts, layers=layers, effects=effects)
 
     # -- plumbing -----------------------------------------------------------------------------------------------

@@ -84,17 +84,22 @@ class Relation:
         return tuple(stop - start for start, stop in self.window)
 
 
+#: What ends credit for rules that follow all paths too: a state left out, and a loop without a reverse derivative.
+_FOR_EVERY_RULE = ("exclude", "while")
+
+
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """A place where the local Jacobians stop: the credit that the trace does not carry.
+    """A place where credit ends: where the local Jacobians stop, or, for every rule, where nothing can be followed.
 
     Attributes
     ----------
     name : str
     group : str
-        Group whose trace loses the credit.
+        Group whose trace loses the credit; empty where every rule loses it.
     primitive : str
-        Operation that spreads the value over several units.
+        Operation that spreads the value over several units; ``"positions"`` where a value moves to another unit's
+        position, ``"exclude"`` for a state left out, ``"while"`` for a loop without a reverse derivative.
     source : str
         ``file:line`` in the user's model.
     origins : tuple of str
@@ -112,6 +117,11 @@ class Cut:
     origins: tuple[str, ...]
     meaning: str
     part: str = "all"
+
+    @property
+    def for_every_rule(self) -> bool:
+        """Whether credit ends here whatever the rule; the other cuts are those of rules that read local Jacobians."""
+        return self.primitive in _FOR_EVERY_RULE
 
 
 @dataclasses.dataclass(frozen=True)

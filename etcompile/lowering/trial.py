@@ -15,7 +15,7 @@ from etcompile.frontend.jaxpr import Aval
 from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram
 
-__all__ = ["trial_gradients"]
+__all__ = ["trial_backpropagation", "trial_gradients"]
 
 _STEPS = 4
 
@@ -24,13 +24,9 @@ def trial_gradients(
     program: TraceProgram, analysis: Analysis, functions: Mapping[str, Callable], seed: int = 0
 ) -> dict[str, Any]:
     """Gradients by parameter path, summed over a few steps of a loss with random coefficients."""
-    rng = np.random.default_rng(seed)
     model = analysis.model
     causal = CausalProgram(program, analysis, functions)
-    params = [_random(leaf.aval, rng) for leaf in model.params]
-    states = [_random(leaf.aval, rng) for leaf in model.states]
-    inputs = [_stacked(leaf.aval, rng) for leaf in model.inputs]
-    cotangents = [_stacked(leaf.aval, rng) for leaf in (*model.outputs, *model.states)]
+    params, states, inputs, cotangents = _drawn(analysis, seed)
 
     def run(params: list, states: list, inputs: list, cotangents: list) -> list:
         weights = causal.model.hoist(params)
@@ -51,6 +47,43 @@ def trial_gradients(
 
     gradients = jax.jit(run)(params, states, inputs, cotangents)
     return {leaf.path: g for leaf, g in zip(model.params, gradients, strict=True)}
+
+
+def trial_backpropagation(analysis: Analysis, seed: int = 0) -> dict[str, Any]:
+    """The gradients of the same loss by backpropagation through the same steps: what an exact program gives."""
+    model = analysis.model
+    params, states, inputs, cotangents = _drawn(analysis, seed)
+    moving = [k for k, leaf in enumerate(model.params) if leaf.aval.differentiable]
+
+    def total(some: list) -> Any:
+        full = list(params)
+        for k, v in zip(moving, some, strict=True):
+            full[k] = v
+
+        def body(now: list, item: tuple[list, list]) -> tuple[list, Any]:
+            results = model.graph.evaluate(*full, *now, *item[0])
+            products = [
+                jnp.sum(r * c).real
+                for r, c in zip(results, item[1], strict=True)
+                if jnp.issubdtype(r.dtype, jnp.inexact)
+            ]
+            return results[len(model.outputs) :], sum(products)
+
+        return lax.scan(body, states, (inputs, cotangents))[1].sum()
+
+    gradients = jax.jit(jax.grad(total))([params[k] for k in moving])
+    return {model.params[k].path: g for k, g in zip(moving, gradients, strict=True)}
+
+
+def _drawn(analysis: Analysis, seed: int) -> tuple[list, list, list, list]:
+    """Random parameters, states, inputs and coefficients of the loss."""
+    rng = np.random.default_rng(seed)
+    model = analysis.model
+    params = [_random(leaf.aval, rng) for leaf in model.params]
+    states = [_random(leaf.aval, rng) for leaf in model.states]
+    inputs = [_stacked(leaf.aval, rng) for leaf in model.inputs]
+    cotangents = [_stacked(leaf.aval, rng) for leaf in (*model.outputs, *model.states)]
+    return params, states, inputs, cotangents
 
 
 def _stacked(aval: Aval, rng: np.random.Generator) -> Any:

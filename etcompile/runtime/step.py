@@ -199,6 +199,7 @@ class Step:
             self._compiled.causal.init_traces_shapes(),
             self._compiled.leaves_out,
             self._placement.lines(),
+            self._compiled.changes,
         )
 
     def cost(
