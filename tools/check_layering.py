@@ -49,7 +49,7 @@ RULES = (
             "brainstate.catch_new_states",
             "brainstate._state",
         ),
-        allowed=("etcompile/frontend/module.py",),
+        allowed=("etcompile/frontend/module.py", "etcompile/frontend/loss.py"),
     ),
     Rule(
         what="brainstate",
@@ -57,6 +57,8 @@ RULES = (
         allowed=(
             "etcompile/frontend/module.py",
             "etcompile/frontend/function.py",
+            "etcompile/frontend/loss.py",
+            "etcompile/frontend/captured.py",
             "etcompile/nn",
             "etcompile/runtime",
         ),

@@ -21,6 +21,7 @@ from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.feedback import check_feedback
 from etcompile.lowering.geometry import SiteGeometry
 from etcompile.lowering.layers import list_shapes, rows_shape
+from etcompile.lowering.losses import LossCotangents, LossValue
 from etcompile.lowering.placement import Placement, placement_of
 from etcompile.lowering.snap import snap_shape
 from etcompile.lowering.update_order import updated_in_order
@@ -151,18 +152,20 @@ class CausalProgram:
         states: list[Array],
         traces: Traces,
         inputs: list[Array],
-        loss: Callable[[list[Array]], tuple[Array, list[Array | None]]],
+        loss: Callable[[list[Array], list[Array]], tuple[LossValue, LossCotangents]],
         call: Mapping[str, Any],
-    ) -> tuple[Array, dict[str, Array], StepDerivatives, Traces]:
-        """One step with the gradients of its loss: loss, site gradients, the step, the new traces.
+    ) -> tuple[LossValue, LossCotangents, dict[str, Array], StepDerivatives, Traces]:
+        """One step with the gradients of its loss: loss and its derivatives, site gradients, the step, the new traces.
+
+        ``loss`` is given the outputs and the new states.
 
         The same as :meth:`forward` and :meth:`gradients`, in an order that lets every trace be updated in place: what reads the
         old one goes first.
         """
         place = self.placement
         step = self.model.step(weights, place.hold_states(states), place.hold_batch(inputs))
-        value, cotangents = loss(step.outputs)
-        after = step.with_loss(cotangents, [None] * len(states), call)
+        value, cotangents = loss(step.outputs, step.new_states)
+        after = step.with_loss(cotangents.outputs, cotangents.states, call)
         quiet = Context(self.program, self.model, step, None, self.functions)
         context = Context(self.program, self.model, step, after, self.functions)
         old = self.wide(traces)
@@ -173,7 +176,7 @@ class CausalProgram:
         left = self._advanced - updated.keys()
         values = evaluate(quiet, [e for e in self.early if e.name in left], values, old)
         values = evaluate(context, [e for e in self.late if e.name in left], values, old)
-        return value, self._totals(values, old), step, self.stored(values)
+        return value, cotangents, self._totals(values, old), step, self.stored(values)
 
     def _totals(self, full: dict[str, Any], traces: Traces) -> dict[str, Array]:
         """Site gradients from the values of a step."""

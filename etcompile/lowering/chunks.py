@@ -15,6 +15,7 @@ random numbers) is kept. Derivatives are then taken for all steps at once.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -29,7 +30,7 @@ from etcompile.frontend.jaxpr import bind, read
 from etcompile.ir.program import Argument, Equation, Ref
 from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.evaluate import Context, evaluate
-from etcompile.lowering.losses import StepLoss, loss_and_cotangents
+from etcompile.lowering.losses import LossProgram, LossValue, StepLoss, loss_and_cotangents, replaced
 from etcompile.lowering.recurrence import Recurrence, TraceClass, trace_classes, value_key, weighted
 
 __all__ = ["ChunkProgram"]
@@ -140,29 +141,53 @@ class ChunkProgram:
     def run(
         self,
         loss: StepLoss,
+        reads: LossProgram,
         weights: list[Array],
+        params: list[Array],
         states: list[Array],
         traces: Traces,
         inputs: list[Array],
         items: Any,
+        carried: Any,
         call: Callable[[Any], Mapping[str, Any]],
-    ) -> tuple[Array, dict[str, Array], list[Array], Traces]:
-        """Losses ``(C,)``, gradients of the sites, and states and traces at the end.
+    ) -> tuple[LossValue, dict[int, Array], dict[str, Array], list[Array], Traces]:
+        """Losses ``(C,)``, gradients of parameters that the loss reads and of the sites, and states and traces at the end.
 
         ``inputs`` and ``items`` have time on axis 0; ``call(item)`` is what a step's call brings beside its inputs.
         """
         last, olds, dear = self._states(weights, states, inputs)
+        writes = bool(jax.tree.leaves(carried))
+        made = None
+        if writes or reads.params:
+
+            def results(old: list[Array], dear: dict[int, Array], x: list[Array]) -> Any:
+                step = self.model.step(weights, old, x, dear)
+                return step.outputs, step.new_states
+
+            made = jax.vmap(results)(olds, dear, inputs)
+        before = carried
+        if writes:  # what the loss writes goes from step to step: found first, one by one
+
+            def write(now: Any, given: Any) -> tuple[Any, Any]:
+                (outputs, new), item = given
+                return loss(outputs, new, params, now, item).carried, now
+
+            carried, before = lax.scan(write, carried, (made, items))
+        without_params = dataclasses.replace(reads, params=())
 
         def at_step(
-            old: list[Array], dear: dict[int, Array], x: list[Array], item: Any
-        ) -> tuple[Array, dict[str, Value]]:
+            old: list[Array], dear: dict[int, Array], x: list[Array], item: Any, now: Any
+        ) -> tuple[Any, dict[str, Value]]:
             step = self.model.step(weights, old, x, dear)
-            value, cotangents = loss_and_cotangents(loss, step.outputs, item)
-            after = step.with_loss(cotangents, [None] * len(old), call(item))
+            found, cotangents = loss_and_cotangents(
+                loss, without_params, step.outputs, step.new_states, params, now, item
+            )
+            after = step.with_loss(cotangents.outputs, cotangents.states, call(item))
             context = Context(self.program, self.model, step, after, self.causal.functions)
-            return value, evaluate(context, self.alone, {}, {})
+            return (found.value, found.aux), evaluate(context, self.alone, {}, {})
 
-        losses, values = jax.vmap(at_step)(olds, dear, inputs, items)
+        (losses, aux), values = jax.vmap(at_step)(olds, dear, inputs, items, before)
+        own = self._by_params(loss, reads, params, made, items, before) if reads.params else {}
         quiet = Context(self.program, self.model, None, None, self.causal.functions)
         values, filters_end = self._filtered(quiet, values, traces)
         weight = self._weights(values)
@@ -183,7 +208,24 @@ class ChunkProgram:
                 ends.update(self._ends(one, relation, values, traces, left))
         for (x, site), credit in credits.items():
             _add(found, site, self.model.sites[site].pullback_of_steps(values[x], credit))
-        return losses, found, last, {**filters_end, **ends}
+        return LossValue(losses, aux, carried), own, found, last, {**filters_end, **ends}
+
+    @staticmethod
+    def _by_params(
+        loss: StepLoss, reads: LossProgram, params: list[Array], made: Any, items: Any, before: Any
+    ) -> dict[int, Array]:
+        """The chunk's losses by parameters that the loss itself reads: summed over time before anything is as large as these."""
+
+        def total(some: list[Array]) -> Array:
+            full = replaced(params, reads.params, some)
+
+            def at_step(of_step: Any, item: Any, now: Any) -> Array:
+                outputs, new = of_step
+                return loss(outputs, new, full, now, item).value
+
+            return jnp.sum(jax.vmap(at_step)(made, items, before))
+
+        return dict(zip(reads.params, jax.grad(total)([params[k] for k in reads.params]), strict=True))
 
     @cached_property
     def _dear(self) -> tuple[int, ...]:

@@ -15,18 +15,27 @@ from etcompile.errors import OptionError, UnsupportedError
 from etcompile.frontend.step_model import StepModel
 from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.chunks import ChunkProgram
-from etcompile.lowering.losses import StepLoss, checked_loss, loss_and_cotangents
+from etcompile.lowering.losses import Loss, LossValue, StepLoss, loss_and_cotangents, masked
 from etcompile.lowering.windows import check_end, check_windows, window_gradients
 
-__all__ = ["Carry", "StepFunctions", "Sums"]
+__all__ = ["Carry", "Item", "StepFunctions", "Sums"]
 
 Array = Any
+
+#: What belongs to one step's loss: the targets with a mask of the examples, and the mask of the step; None: no mask.
+Item = tuple[tuple[tuple[Any, ...], Any], Any]
 
 #: What a call may give beside inputs and targets: ``target`` and ``modulator``.
 Call = dict[str, Any]
 
-#: Gradients by the effective weights of the sites, by name of the site, summed over steps.
+#: Gradients by the effective weights of the sites, by name of the site, summed over steps; and those by the parameters that a
+#: loss reads itself, by :func:`_own`.
 Sums = dict[str, Array]
+
+
+def _own(leaf: int) -> str:
+    """The name in :data:`Sums` of what the loss itself adds to a parameter's gradient."""
+    return f"param {leaf}"
 
 
 @jax.tree_util.register_dataclass
@@ -129,50 +138,56 @@ class StepFunctions:
     def step_with_sites(
         self,
         weights: list,
+        leaves: list,
         states: list,
         traces: Traces,
         inputs: list,
-        loss_fn: Callable,
-        targets: tuple,
+        loss: Loss,
+        item: Item,
         call: Call,
-    ) -> tuple[Array, dict[str, Array], list, Traces]:
-        """Loss, gradients of the sites' weights, new states and traces of one step."""
-        loss, sites, step, traces = self.causal.forward_with_gradients(
+    ) -> tuple[LossValue, Sums, list, Traces]:
+        """Loss, gradients of the sites' weights and of parameters that the loss reads, new states and traces of one step."""
+        of_step = self.step_loss(loss)
+        found, cotangents, sites, step, traces = self.causal.forward_with_gradients(
             weights,
             states,
             traces,
             inputs,
-            lambda outputs: loss_and_cotangents(self._step_loss(loss_fn), outputs, targets),
-            {"target": targets, **call},
+            lambda outputs, new: loss_and_cotangents(
+                of_step, loss.program, outputs, new, leaves, loss.carried, item
+            ),
+            {"target": item[0][0], **call},
         )
-        return loss, sites, step.new_states, traces
+        own = {_own(k): v for k, v in cotangents.params.items()}
+        return found, {**sites, **own}, step.new_states, traces
 
     def value_and_grad(
-        self, loss_fn: Callable, params: Any, carry: Carry, inputs: tuple, targets: tuple, call: Call
-    ) -> tuple[Array, Any, Carry]:
+        self, loss: Loss, params: Any, carry: Carry, inputs: tuple, item: Item, call: Call
+    ) -> tuple[LossValue, Any, Carry]:
         """Loss and parameter gradients of one online step, and the new carry."""
         model = self.model
         leaves = self._leaves(params)
-        loss, sites, states, traces = self.step_with_sites(
+        found, sums, states, traces = self.step_with_sites(
             self.causal.model.hoist(leaves),
+            leaves,
             *self._enter(carry),
             model.flatten_inputs(inputs),
-            loss_fn,
-            targets,
+            loss,
+            item,
             call,
         )
-        return self.placement.hold_whole(loss), self._gradients(leaves, sites), self._leave(states, traces)
+        return self._held(found), self._gradients(leaves, sums), self._leave(states, traces)
 
     def scan_value_and_grad(
         self,
-        loss_fn: Callable,
+        loss: Loss,
         params: Any,
         carry: Carry,
         xs: tuple,
-        targets: tuple,
+        items: Item,
         call: Call,
         sums: Sums | None = None,
-    ) -> tuple[Array, Any, Carry]:
+    ) -> tuple[LossValue, Any, Carry]:
         """Losses per step and summed gradients over a sequence, step by step with the weights fixed.
 
         ``call`` has time on axis 0 like inputs and targets; numbers in it hold for every step. With ``sums``, the gradients of
@@ -183,32 +198,38 @@ class StepFunctions:
         per_step = not all(s.hoisted for s in self.causal.program.header.sites)
         weights = self.causal.model.hoist(leaves)
 
-        def body(loop: tuple, item: tuple) -> tuple[tuple, Array]:
-            states, traces, total = loop
-            x, target, moving = item
+        def body(loop: tuple, given: tuple) -> tuple[tuple, Any]:
+            states, traces, total, carried = loop
+            x, item, moving = given
             now = self.causal.model.hoist(leaves) if per_step else weights
-            loss, sites, states, traces = self.step_with_sites(
-                now, states, traces, model.flatten_inputs(x), loss_fn, target, join(moving)
+            found, added, states, traces = self.step_with_sites(
+                now,
+                leaves,
+                states,
+                traces,
+                model.flatten_inputs(x),
+                dataclasses.replace(loss, carried=carried),
+                item,
+                join(moving),
             )
-            total = {k: v + sites[k] if k in sites else v for k, v in total.items()}
-            return (states, traces, total), loss
+            return (states, traces, _added(total, added), found.carried), (found.value, found.aux)
 
         moving, join = _moving(call)
-        start = (*self._enter(carry), self.zero_sums() if sums is None else sums)
-        (states, traces, total), losses = lax.scan(body, start, (xs, targets, moving))
-        found = self._gradients(leaves, total) if sums is None else total
-        return self.placement.hold_whole(losses), found, self._leave(states, traces)
+        start = (*self._enter(carry), self.zero_sums(loss) if sums is None else sums, loss.carried)
+        (states, traces, total, carried), (losses, aux) = lax.scan(body, start, (xs, items, moving))
+        gradients = self._gradients(leaves, total) if sums is None else total
+        return self._held(LossValue(losses, aux, carried)), gradients, self._leave(states, traces)
 
     def windows_value_and_grad(
         self,
-        loss_fn: Callable,
+        loss: Loss,
         window: int,
         params: Any,
         carry: Carry,
         xs: tuple,
-        targets: tuple,
+        items: Item,
         sums: Sums | None = None,
-    ) -> tuple[Array, Any, Carry]:
+    ) -> tuple[LossValue, Any, Carry]:
         """Losses per step and summed gradients over a sequence in windows; the last may be shorter. 0: one window.
 
         ``sums`` as in :meth:`scan_value_and_grad`.
@@ -217,63 +238,63 @@ class StepFunctions:
         leaves = self._leaves(params)
         weights = self.causal.model.hoist(leaves)
         check_windows(self.causal)
+        of_step = self.step_loss(loss)
 
-        loss = self._step_loss(loss_fn)
-
-        def one(loop: tuple, item: tuple) -> tuple[tuple, Array]:
-            states, traces, total = loop
-            losses, sites, states, traces, _ = window_gradients(
-                self.causal, loss, weights, states, traces, *item
+        def one(loop: tuple, given: tuple) -> tuple[tuple, Any]:
+            (states, traces, total, carried), (xs, items) = loop, given
+            done = window_gradients(
+                self.causal, of_step, loss.program, weights, leaves, states, traces, xs, items, carried
             )
-            total = {k: v + sites[k] if k in sites else v for k, v in total.items()}
-            return (states, traces, total), losses
+            total = _added(total, {**done.sites, **{_own(k): v for k, v in done.params.items()}})
+            return (done.states, done.traces, total, done.loss.carried), (done.loss.value, done.loss.aux)
 
-        items = (jax.vmap(model.flatten_inputs)(xs), targets)
-        state = (*self._enter(carry), self.zero_sums() if sums is None else sums)
-        (states, traces, total), losses = _in_parts(one, state, items, window)
-        found = self._gradients(leaves, total) if sums is None else total
-        return self.placement.hold_whole(losses), found, self._leave(states, traces)
+        given = (jax.vmap(model.flatten_inputs)(xs), items)
+        state = (*self._enter(carry), self.zero_sums(loss) if sums is None else sums, loss.carried)
+        (states, traces, total, carried), (losses, aux) = _in_parts(one, state, given, window)
+        gradients = self._gradients(leaves, total) if sums is None else total
+        return self._held(LossValue(losses, aux, carried)), gradients, self._leave(states, traces)
 
     def chunks_value_and_grad(
         self,
-        loss_fn: Callable,
+        loss: Loss,
         chunk: int,
         params: Any,
         carry: Carry,
         xs: tuple,
-        targets: tuple,
+        items: Item,
         call: Call,
         sums: Sums | None = None,
-    ) -> tuple[Array, Any, Carry]:
+    ) -> tuple[LossValue, Any, Carry]:
         """As :meth:`scan_value_and_grad`, many steps at once; the last chunk may be shorter."""
         model = self.model
         leaves = self._leaves(params)
         weights = self.causal.model.hoist(leaves)
         program = self._chunks
         moving, join = _moving(call)
+        of_step = self.step_loss(loss)
 
-        of_targets = self._step_loss(loss_fn)
-
-        def loss(outputs: list, item: tuple) -> Array:
-            return of_targets(outputs, item[0])
+        def of_item(outputs: list, states: list, params: list, carried: Any, item: tuple) -> LossValue:
+            return of_step(outputs, states, params, carried, item[0])
 
         def brought(item: tuple) -> Call:
-            return {"target": item[0], **join(item[1])}
+            return {"target": item[0][0][0], **join(item[1])}
 
-        def one(loop: tuple, item: tuple) -> tuple[tuple, Array]:
-            states, traces, total = loop
-            x, extra = item
+        def one(loop: tuple, given: tuple) -> tuple[tuple, Any]:
+            states, traces, total, carried = loop
+            x, extra = given
             traces = self.causal.wide(traces)
-            losses, sites, states, traces = program.run(loss, weights, states, traces, x, extra, brought)
+            found, own, sites, states, traces = program.run(
+                of_item, loss.program, weights, leaves, states, traces, x, extra, carried, brought
+            )
             traces = self.causal.stored(traces)
-            total = {k: v + sites[k] if k in sites else v for k, v in total.items()}
-            return (states, traces, total), losses
+            total = _added(total, {**sites, **{_own(k): v for k, v in own.items()}})
+            return (states, traces, total, found.carried), (found.value, found.aux)
 
-        items = (jax.vmap(model.flatten_inputs)(xs), (targets, moving))
-        state = (*self._enter(carry), self.zero_sums() if sums is None else sums)
-        (states, traces, total), losses = _in_parts(one, state, items, chunk)
-        found = self._gradients(leaves, total) if sums is None else total
-        return self.placement.hold_whole(losses), found, self._leave(states, traces)
+        given = (jax.vmap(model.flatten_inputs)(xs), (items, moving))
+        state = (*self._enter(carry), self.zero_sums(loss) if sums is None else sums, loss.carried)
+        (states, traces, total, carried), (losses, aux) = _in_parts(one, state, given, chunk)
+        gradients = self._gradients(leaves, total) if sums is None else total
+        return self._held(LossValue(losses, aux, carried)), gradients, self._leave(states, traces)
 
     @cached_property
     def _chunks(self) -> ChunkProgram:
@@ -293,17 +314,38 @@ class StepFunctions:
         except UnsupportedError:
             return 1
 
-    def _step_loss(self, loss_fn: Callable) -> StepLoss:
-        """The user's loss on output leaves: (leaves, targets) -> scalar."""
-        return lambda leaves, targets: checked_loss(
-            loss_fn(jax.tree.unflatten(self.model.output_tree, leaves), *targets)
-        )
+    def step_loss(self, loss: Loss) -> StepLoss:
+        """The user's loss on leaves, as the compiler has them."""
+        model = self.model
 
-    def zero_sums(self) -> Sums:
-        """Gradients of the sites over no steps at all."""
+        def of_step(outputs: list, states: list, params: list, carried: Any, item: Item) -> LossValue:
+            args, mask = item
+
+            def run(outputs: list, states: list, params: list, carried: Any) -> LossValue:
+                (value, aux), after = loss.program.run(
+                    jax.tree.unflatten(model.output_tree, outputs),
+                    model.unflatten_states(states),
+                    jax.tree.unflatten(model.param_tree, params),
+                    loss.fixed,
+                    carried,
+                    args,
+                )
+                return LossValue(value, aux, after)
+
+            given = outputs, states, params, carried
+            return run(*given) if mask is None else masked(run, mask, *given)
+
+        return of_step
+
+    def zero_sums(self, loss: Loss | None = None) -> Sums:
+        """Gradients of the sites, and of parameters that the loss reads, over no steps at all."""
         sites = self.causal.model.sites
         zeros = {name: jnp.zeros(g.weight_shape, g.weight_dtype) for name, g in sites.items()}
-        return self.placement.hold_weights(zeros)
+        own = {} if loss is None else {_own(k): self.model.params[k].aval for k in loss.program.params}
+        return {
+            **self.placement.hold_weights(zeros),
+            **{k: jnp.zeros(a.shape, a.dtype) for k, a in own.items()},
+        }
 
     def scan(self, params: Any, carry: Carry, xs: tuple) -> tuple[Any, Carry]:
         """Outputs of every step; the traces advance."""
@@ -318,9 +360,14 @@ class StepFunctions:
         """Parameter gradients from the summed gradients of the sites."""
         return self._gradients(self.model.flatten_params(params), sums)
 
-    def _gradients(self, leaves: list, sites: Mapping[str, Array]) -> Any:
+    def _gradients(self, leaves: list, sums: Sums) -> Any:
+        sites = {name: v for name, v in sums.items() if name in self.causal.model.sites}
         found = self.causal.model.unhoist(leaves, self.placement.hold_weights(sites))
+        found = [g + sums[_own(k)] if _own(k) in sums else g for k, g in enumerate(found)]
         return jax.tree.unflatten(self.model.param_tree, self.placement.hold_params(found))
+
+    def _held(self, found: LossValue) -> LossValue:
+        return dataclasses.replace(found, value=self.placement.hold_whole(found.value))
 
     # -- where arrays lie ---------------------------------------------------------------------------------------
 
@@ -342,9 +389,9 @@ class StepFunctions:
 
 
 def _in_parts(
-    one: Callable[[Any, Any], tuple[Any, Array]], state: Any, items: Any, size: int
-) -> tuple[Any, Array]:
-    """Run ``one(state, items of a part) -> (state, losses)`` over parts of ``size`` steps (0: all) and what remains."""
+    one: Callable[[Any, Any], tuple[Any, Any]], state: Any, items: Any, size: int
+) -> tuple[Any, Any]:
+    """Run ``one(state, items of a part) -> (state, results)`` over parts of ``size`` steps (0: all) and what remains."""
     steps = jax.tree.leaves(items)[0].shape[0]
     size = min(size or steps, steps)
     whole = steps // size
@@ -356,14 +403,18 @@ def _in_parts(
     parts = []
     if whole > 1:
         state, losses = lax.scan(lambda s, k: one(s, part(k * size, size)), state, jnp.arange(whole))
-        parts.append(losses.reshape(-1))
+        parts.append(jax.tree.map(lambda v: v.reshape(whole * size, *v.shape[2:]), losses))
     else:
         state, losses = one(state, part(0, size))
         parts.append(losses)
     if whole * size < steps:
         state, losses = one(state, part(whole * size, steps - whole * size))
         parts.append(losses)
-    return state, jnp.concatenate(parts)
+    return state, parts[0] if len(parts) == 1 else jax.tree.map(lambda *v: jnp.concatenate(v), *parts)
+
+
+def _added(total: Sums, sums: Mapping[str, Array]) -> Sums:
+    return {k: v + sums[k] if k in sums else v for k, v in total.items()}
 
 
 def _moving(call: Call) -> tuple[list[Array], Callable[[list[Array]], Call]]:

@@ -1,25 +1,124 @@
-"""The user's loss of one step: what it must be, and its derivatives by the outputs."""
+"""The user's loss of one step: what it must be, and its derivatives by all that the step makes and that it reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from etcompile.errors import InputError
 
-__all__ = ["StepLoss", "checked_loss", "loss_and_cotangents"]
+__all__ = [
+    "Loss",
+    "LossCotangents",
+    "LossProgram",
+    "LossValue",
+    "StepLoss",
+    "checked_loss",
+    "loss_and_cotangents",
+    "masked",
+    "replaced",
+]
 
 Array = Any
 
-#: Loss of one step: (output leaves, what belongs to the step) -> scalar.
-StepLoss = Callable[[list[Array], Any], Array]
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LossProgram:
+    """A loss as a pure function, and what of the step it reads beside the outputs.
+
+    Attributes
+    ----------
+    run : callable
+        ``run(outputs, new states, params, fixed, carried, args) -> ((loss, aux), carried)``; the first three are trees of the
+        user, ``args`` the step's targets and its mask of examples.
+    states, params : tuple of int
+        Leaves of the new states, as the compiler has them, and of the parameters by which it must be differentiated.
+    """
+
+    run: Callable[..., tuple[tuple[Array, Any], Any]]
+    states: tuple[int, ...] = ()
+    params: tuple[int, ...] = ()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loss:
+    """A loss with what it finds outside of the step at this call.
+
+    Attributes
+    ----------
+    program : LossProgram
+    fixed : pytree of arrays
+        The same at every step.
+    carried : pytree of arrays
+        What it also writes: it goes from step to step.
+    """
+
+    program: LossProgram = dataclasses.field(metadata={"static": True})
+    fixed: Any = ()
+    carried: Any = ()
+
+    @classmethod
+    def plain(cls, loss_fn: Callable) -> Loss:
+        """A function that reads outputs and targets alone."""
+
+        def run(outputs: Any, _s: Any, _p: Any, _f: Any, carried: Any, args: Any) -> Any:
+            return (checked_loss(loss_fn(outputs, *args[0])), None), carried
+
+        return cls(LossProgram(run))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LossValue:
+    """What a step's loss gives: the number, what else the function returned, and what it carries to the next step."""
+
+    value: Array
+    aux: Any
+    carried: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LossCotangents:
+    """Derivatives of a step's loss by output leaves and new states (None: it has none) and by parameters that it reads."""
+
+    outputs: list[Array | None]
+    states: list[Array | None]
+    params: dict[int, Array]
+
+
+#: Loss of one step: (output leaves, new state leaves, parameter leaves, carried, what belongs to the step) -> its results.
+StepLoss = Callable[[list[Array], list[Array], list[Array], Any, Any], LossValue]
+
+
+def masked(run: Callable[..., LossValue], mask: Array, *moving: Any) -> LossValue:
+    """``run(*moving)`` times ``mask``, a number; where that is zero, no derivative and no NaN comes from it."""
+    on = mask != 0
+
+    def still(*held: Any) -> LossValue:
+        return run(*lax.stop_gradient(held))
+
+    found = lax.cond(on, run, still, *moving)
+    value = jnp.where(on, found.value * mask.astype(found.value.dtype), jnp.zeros_like(found.value))
+    return dataclasses.replace(found, value=value)
 
 
 def checked_loss(loss: Any) -> Array:
-    """A loss must be one real number."""
+    """A loss must be one real number; a quantity without a unit is one."""
+    if hasattr(loss, "is_unitless") and hasattr(loss, "to_decimal"):
+        if not loss.is_unitless:
+            raise InputError(
+                "the loss has a unit.",
+                got=f"a loss in {loss.unit}",
+                expected="a number",
+                hint=f"divide by the unit: loss / {loss.unit}, or (loss / {loss.unit}).to_decimal().",
+            )
+        loss = loss.to_decimal()
     try:
         value = jnp.asarray(loss)
     except (TypeError, ValueError) as error:
@@ -42,19 +141,48 @@ def checked_loss(loss: Any) -> Array:
     return value
 
 
-def loss_and_cotangents(loss: StepLoss, outputs: list[Array], item: Any) -> tuple[Array, list[Array | None]]:
-    """The loss of one step, and its cotangents of the output leaves (None for those without a derivative)."""
+def loss_and_cotangents(
+    loss: StepLoss,
+    reads: LossProgram,
+    outputs: Sequence[Array],
+    states: Sequence[Array],
+    params: Sequence[Array],
+    carried: Any,
+    item: Any,
+) -> tuple[LossValue, LossCotangents]:
+    """The loss of one step with its derivatives."""
     moving = [k for k, o in enumerate(outputs) if jnp.issubdtype(o.dtype, jnp.inexact)]
 
-    def of_moving(moved: list[Array]) -> Array:
-        leaves = list(outputs)
-        for k, v in zip(moving, moved, strict=True):
-            leaves[k] = v
-        return loss(leaves, item)
+    def of_moving(some_outputs: list[Array], some_states: list[Array], some_params: list[Array]) -> Any:
+        found = loss(
+            replaced(outputs, moving, some_outputs),
+            replaced(states, reads.states, some_states),
+            replaced(params, reads.params, some_params),
+            carried,
+            item,
+        )
+        return found.value, found
 
-    value, pull = jax.vjp(of_moving, [outputs[k] for k in moving])
-    cotangents: list[Array | None] = [None] * len(outputs)
-    (pulled,) = pull(jnp.ones_like(value))
-    for k, c in zip(moving, pulled, strict=True):
-        cotangents[k] = c
-    return value, cotangents
+    _, pull, found = jax.vjp(
+        of_moving,
+        [outputs[k] for k in moving],
+        [states[k] for k in reads.states],
+        [params[k] for k in reads.params],
+        has_aux=True,
+    )
+    by_outputs, by_states, by_params = pull(jnp.ones_like(found.value))
+    of_outputs: list[Array | None] = [None] * len(outputs)
+    of_states: list[Array | None] = [None] * len(states)
+    for k, c in zip(moving, by_outputs, strict=True):
+        of_outputs[k] = c
+    for k, c in zip(reads.states, by_states, strict=True):
+        of_states[k] = c
+    return found, LossCotangents(of_outputs, of_states, dict(zip(reads.params, by_params, strict=True)))
+
+
+def replaced(values: Sequence[Array], places: Sequence[int], new: Sequence[Array]) -> list[Array]:
+    """A list with some of its entries exchanged."""
+    result = list(values)
+    for k, v in zip(places, new, strict=True):
+        result[k] = v
+    return result

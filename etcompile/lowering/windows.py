@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,9 +16,9 @@ from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.derivatives import Row
 from etcompile.lowering.evaluate import Context, evaluate
-from etcompile.lowering.losses import StepLoss
+from etcompile.lowering.losses import LossProgram, LossValue, StepLoss, replaced
 
-__all__ = ["End", "WindowLoss", "check_end", "check_windows", "window_gradients"]
+__all__ = ["End", "WindowLoss", "WindowResult", "check_end", "check_windows", "window_gradients"]
 
 Array = Any
 
@@ -79,17 +80,46 @@ def check_end(program: TraceProgram) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class WindowResult:
+    """What a window leaves.
+
+    Attributes
+    ----------
+    loss : LossValue
+        Of all its steps, time on axis 0.
+    params : dict of int to array
+        Gradients by parameters that the loss itself reads.
+    sites : dict of str to array
+        Gradients by the sites' weights.
+    states, traces : list, dict
+        At its end.
+    slopes : list of arrays or None
+        Derivatives of its losses by the states at its start.
+    """
+
+    loss: LossValue
+    params: dict[int, Array]
+    sites: dict[str, Array]
+    states: list[Array]
+    traces: Traces
+    slopes: list[Array | None]
+
+
 def window_gradients(
     causal: CausalProgram,
     loss: StepLoss,
+    reads: LossProgram,
     weights: list[Array],
+    params: list[Array],
     states: list[Array],
     traces: Traces,
     inputs: list[Array],
     items: Any,
+    carried: Any = (),
     end: End | None = None,
-) -> tuple[Array, dict[str, Array], list[Array], Traces, list[Array | None]]:
-    """Losses ``(C,)``, gradients of the sites, states and traces at the end, and the derivative by the start's states.
+) -> WindowResult:
+    """Backpropagation through a window, and the program's gradients for what came before it.
 
     ``inputs`` and ``items`` have the window's steps on axis 0; ``end`` holds cotangents of the states at its end,
     or makes them of these states.
@@ -101,27 +131,34 @@ def window_gradients(
     n_out = len(model.outputs)
 
     def run(
-        some_weights: list[Array], some_states: list[Array]
-    ) -> tuple[tuple[Array, list[Array]], list[Array]]:
-        full_weights = _replaced(weights, moving_weights, some_weights)
+        some_weights: list[Array], some_states: list[Array], some_params: list[Array]
+    ) -> tuple[tuple[Array, list[Array]], tuple[list[Array], Any, Any]]:
+        full_weights = replaced(weights, moving_weights, some_weights)
+        full_params = replaced(params, reads.params, some_params)
 
-        def body_step(now: list[Array], item: tuple[list[Array], Any]) -> tuple[list[Array], Array]:
-            x, extra = item
+        def body_step(loop: Any, item: tuple[list[Array], Any]) -> tuple[Any, Any]:
+            (now, held), (x, extra) = loop, item
             results = body.evaluate(*full_weights, *now, *x)
-            return results[n_out:], loss(results[:n_out], extra)
+            found = loss(results[:n_out], results[n_out:], full_params, held, extra)
+            return (results[n_out:], found.carried), (found.value, found.aux)
 
-        last, losses = lax.scan(body_step, _replaced(states, moving_states, some_states), (inputs, items))
-        return (losses, [last[k] for k in moving_states]), last
+        start = (replaced(states, moving_states, some_states), carried)
+        (last, held), (losses, aux) = lax.scan(body_step, start, (inputs, items))
+        return (losses, [last[k] for k in moving_states]), (last, held, aux)
 
-    (losses, ends), pull, last = jax.vjp(
-        run, [weights[k] for k in moving_weights], [states[k] for k in moving_states], has_aux=True
+    (losses, ends), pull, (last, held, aux) = jax.vjp(
+        run,
+        [weights[k] for k in moving_weights],
+        [states[k] for k in moving_states],
+        [params[k] for k in reads.params],
+        has_aux=True,
     )
     beyond = end(last) if callable(end) else end
     seeds = [
         jnp.zeros_like(v) if beyond is None or (c := beyond[k]) is None else c.astype(v.dtype)
         for k, v in zip(moving_states, ends, strict=True)
     ]
-    of_weights, of_states = pull((jnp.ones_like(losses), seeds))
+    of_weights, of_states, of_params = pull((jnp.ones_like(losses), seeds))
     starts = dict(zip(moving_states, of_states, strict=True))
     by_weight = {analysis.split.weights[k]: g for k, g in zip(moving_weights, of_weights, strict=True)}
     total: dict[str, Array] = {}
@@ -137,8 +174,9 @@ def window_gradients(
         value = values[gradient.value.name]
         if value is not None:
             total[gradient.site] = value if gradient.site not in total else total[gradient.site] + value
-    return (
-        losses,
+    return WindowResult(
+        LossValue(losses, aux, held),
+        dict(zip(reads.params, of_params, strict=True)),
         total,
         last,
         _advanced(causal, weights, states, traces, inputs),
@@ -159,10 +197,3 @@ def _advanced(
 
     (_, traces), _ = lax.scan(body, (states, traces), inputs)
     return traces
-
-
-def _replaced(values: list[Array], places: list[int], new: list[Array]) -> list[Array]:
-    result = list(values)
-    for k, v in zip(places, new, strict=True):
-        result[k] = v
-    return result

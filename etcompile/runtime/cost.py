@@ -13,6 +13,7 @@ from etcompile.cost.scaling import scaled
 from etcompile.errors import InputError, OptionError
 from etcompile.lowering.functions import StepFunctions
 from etcompile.lowering.in_place import undivided_sums
+from etcompile.lowering.losses import Loss
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
 from etcompile.schedule import check_chunk
 
@@ -102,14 +103,14 @@ class _Compiled:
         traces = functions.causal.init_traces_shapes()
         inputs, targets = self.inputs, _shapes(targets)
         if steps is None:
-            fn = apart(one_step(functions, loss_fn))
+            fn = apart(one_step(functions))
         else:
             inputs, targets = jax.tree.map(
                 lambda v: jax.ShapeDtypeStruct((steps, *v.shape), v.dtype), (inputs, targets)
             )
             kind = sequence if functions.causal.program.window is None else windows
-            fn = apart(kind(functions, loss_fn, size))
-        args = (self.params, self.states, traces, inputs, targets, call)
+            fn = apart(kind(functions, size))
+        args = (self.params, self.states, traces, Loss.plain(loss_fn), inputs, ((targets, None), None), call)
         counts = [len(jax.tree.leaves(a)) for a in args]
         start = sum(counts[:DONATED])
         with undivided_sums():

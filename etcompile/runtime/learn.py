@@ -10,7 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from etcompile.errors import OptionError
+from etcompile.frontend.captured import Same
+from etcompile.frontend.jaxpr import is_traced
+from etcompile.runtime.losses import LossOptions, check_mask, loss_key
 from etcompile.runtime.progress import in_pieces, piece_lengths, segment_lengths
+from etcompile.runtime.step_data import over_time
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -19,6 +23,9 @@ if TYPE_CHECKING:
     from etcompile.runtime.step import Step
 
 __all__ = ["Learner"]
+
+#: Compiled loops kept per learner.
+_KEPT = 16
 
 
 class Learner:
@@ -37,7 +44,10 @@ class Learner:
         With ``init(params)`` and ``update(grads, state, params)``; or with ``register_trainable_weights(states)`` and
         ``update(grads)``.
     update_every : int
-        Steps between updates.
+        Steps between updates. The weights are fixed in between, so these steps run as a chunk where the rule has chunks.
+    options : LossOptions
+        ``has_aux`` and ``outputs`` of :meth:`Step.learn`: whether the loss function returns ``(loss, aux)``, and whether a call
+        returns outputs as well.
 
     Examples
     --------
@@ -55,68 +65,147 @@ class Learner:
     (20,)
     """
 
-    def __init__(self, step: Step, loss_fn: Callable, optimizer: Any, update_every: int) -> None:
+    def __init__(
+        self,
+        step: Step,
+        loss_fn: Callable,
+        optimizer: Any,
+        update_every: int,
+        options: LossOptions | None = None,
+    ) -> None:
         if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
             raise OptionError(
                 "update_every must be a positive integer.", got=repr(update_every), expected="1, 2, ..."
             )
         self._step = step
         self._loss_fn = loss_fn
+        self._options = options or LossOptions()
         self._every = update_every
         self._update, self._optimizer_states = _update_function(optimizer, step.param_states)
         zeros = jax.tree.map(jnp.zeros_like, {path: s.value for path, s in step.param_states.items()})
         self._sum = brainstate.ShortTermState(zeros)
         self._count = brainstate.ShortTermState(jnp.zeros((), jnp.int32))
-        self._run: Callable | None = None
-        self._made_for: Any = None
+        self._loops: dict[Any, Callable] = {}
 
     def __call__(
         self,
         xs: Any,
         *targets: Any,
         modulator: Any = None,
+        mask: Any = None,
         progress: bool | Progress = False,
         checkpoints: Checkpoints | None = None,
+        callback: Callable[[int, Any], None] | None = None,
     ) -> Any:
         """Losses of all steps, ``(T,)``; the model's parameters and states advance.
 
-        With ``progress`` or ``checkpoints`` the sequence runs in pieces, each from where the one before stopped, so the numbers
-        are those of one call. An interrupted call leaves everything as it was after its last whole piece.
+        With ``progress``, ``checkpoints`` or ``callback`` the sequence runs in pieces, each from where the one before stopped, so
+        the numbers are those of one call. An interrupted call leaves everything as it was after its last whole piece.
 
         Parameters
         ----------
         xs, *targets : pytrees of arrays
-            Time on axis 0.
+            Time on axis 0; what is the same at every step in :class:`etcompile.SingleStepData`.
         modulator : pytree of arrays, optional
             For rules that read one: time on axis 0, or a number.
+        mask : array, optional
+            As for :meth:`Step.scan_value_and_grad`. A masked step gives no gradient; the optimiser updates as ever.
         progress : bool or rich.progress.Progress
             As for :meth:`Step.scan_value_and_grad`.
         checkpoints : Checkpoints, optional
             Steps are counted there, and all is saved whenever the count is a multiple of its ``every``.
+        callback : callable, optional
+            For logging: ``callback(steps, losses)`` after every piece, with the steps of this call so far and the losses of the
+            piece; about 200 times in a call.
+
+        Returns
+        -------
+        array or tuple
+            The losses; with ``learn(outputs=True)`` and ``learn(has_aux=True)`` a tuple of losses, outputs and aux values,
+            as far as asked for, time on axis 0.
         """
+        xs, targets, mask = over_time((xs, targets, mask))
         self._step.check_sequence(xs, targets)
-        if self._run is None or self._made_for is not self._step.traces_state:
-            self._made_for = self._step.traces_state
-            self._run = brainstate.transform.jit(lambda *v: brainstate.transform.for_loop(self._one, *v))
         steps = len(jax.tree.leaves(xs)[0])
+        mask = check_mask(mask, steps)
         every = jax.tree.map(lambda m: m if jnp.ndim(m) else jnp.full(steps, m), modulator)
         self._step.place_states()
-        xs, targets, every = self._step.place_data((xs, targets, every), time=1)
-        if progress is False and checkpoints is None:
-            return self._run(xs, targets, every)
+        data = self._step.place_data((xs, targets, every, mask), time=1)
+        if progress is False and checkpoints is None and callback is None:
+            return self._as_asked(self._run(*data))
         if checkpoints is None:
             lengths = piece_lengths(steps)
         else:
             checkpoints.check_goes_on()
             lengths = segment_lengths(steps, checkpoints.at, checkpoints.every, fine=progress is not False)
+        done = 0
+
+        def run(*piece: Any) -> Any:
+            nonlocal done
+            found = self._run(*piece)
+            done += len(found[0])
+            if callback is not None:
+                callback(done, found[0])
+            return found
 
         def after(steps: int) -> None:
             if checkpoints is not None:
                 checkpoints.save(self, checkpoints.at + steps)
 
-        return in_pieces(
-            self._step, self._run, (xs, targets, every), lengths, progress, "learning", after=after
+        found = in_pieces(
+            self._step, run, data, lengths, progress, "learning", shown=lambda found: found[0], after=after
         )
+        return self._as_asked(found)
+
+    def _as_asked(self, found: tuple[Any, Any]) -> Any:
+        losses, extra = found
+        asked = [losses]
+        if self._options.outputs:
+            asked.append(extra["outputs"])
+        if self._options.has_aux:
+            asked.append(extra["aux"])
+        return asked[0] if len(asked) == 1 else tuple(asked)
+
+    # -- loops --------------------------------------------------------------------------------------------------
+
+    def _run(self, *data: Any) -> tuple[Any, Any]:
+        """Losses and what else the loss gave, of all steps.
+
+        Between two updates the weights are fixed, so the steps there are one chunk, where the program has chunks and it is known
+        now how many steps wait.
+        """
+        steps = len(jax.tree.leaves(data)[0])
+        waiting = self._count.value
+        if self._every == 1 or is_traced(waiting) or self._step.program.window is not None:
+            return self._loop("one", self._one)(*data)
+        head = min(-int(waiting) % self._every, steps)
+        blocks = (steps - head) // self._every
+        end = head + blocks * self._every
+
+        def part(start: int, stop: int) -> Any:
+            return jax.tree.map(lambda v: v[start:stop], data)
+
+        def block(v: Any) -> Any:
+            return v.reshape(blocks, self._every, *v.shape[1:])
+
+        parts = []
+        if head:
+            parts.append(self._loop("one", self._one)(*part(0, head)))
+        if blocks:
+            found = self._loop("block", self._block)(*jax.tree.map(block, part(head, end)))
+            parts.append(jax.tree.map(lambda v: v.reshape(blocks * self._every, *v.shape[2:]), found))
+        if end < steps:
+            parts.append(self._loop("one", self._one)(*part(end, steps)))
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *v: jnp.concatenate(v), *parts)
+
+    def _loop(self, kind: str, one: Callable) -> Callable:
+        """A compiled loop over ``one``; another one where the traces, or what the loss closes over, are others."""
+        key = (kind, Same(self._step.traces_state), *loss_key(self._loss_fn))
+        if key not in self._loops:
+            while len(self._loops) >= _KEPT:
+                self._loops.pop(next(iter(self._loops)))
+            self._loops[key] = brainstate.transform.jit(lambda *v: brainstate.transform.for_loop(one, *v))
+        return self._loops[key]
 
     def saved_states(self) -> dict[str, Any]:
         """What the learner keeps from call to call beside its step: states of the optimiser, summed gradients."""
@@ -133,21 +222,33 @@ class Learner:
         """Steps between updates."""
         return self._every
 
-    def _one(self, x: Any, targets: tuple[Any, ...], modulator: Any) -> Any:
-        loss, grads = self._step.value_and_grad(self._loss_fn)(x, *targets, modulator=modulator)
+    def _one(self, x: Any, targets: tuple[Any, ...], modulator: Any, mask: Any) -> Any:
+        found, grads = self._step.step_gradients(self._loss_fn, self._options, x, targets, modulator, mask)
         keyed = self._step.by_param_state(grads)
         if self._every == 1:
-            self._update(keyed)
-            return loss
+            self._update(_uphill(keyed))
+            return found.value, found.aux
         self._sum.value = jax.tree.map(jnp.add, self._sum.value, keyed)
         self._count.value = (self._count.value + 1) % self._every
 
         def update() -> None:
-            self._update(self._sum.value)
+            self._update(_uphill(self._sum.value))
             self._sum.value = jax.tree.map(jnp.zeros_like, self._sum.value)
 
         brainstate.transform.cond(self._count.value == 0, update, lambda: None)
-        return loss
+        return found.value, found.aux
+
+    def _block(self, xs: Any, targets: tuple[Any, ...], modulator: Any, mask: Any) -> Any:
+        """All steps from one update to the next; none waits."""
+        gradients = self._step.sequence_gradients(self._loss_fn, self._options)
+        found, grads = gradients(xs, *targets, modulator=modulator, mask=mask)
+        self._update(_uphill(self._step.by_param_state(grads)))
+        return found.value, found.aux
+
+
+def _uphill(grads: Any) -> Any:
+    """Gradients as optimisers take them: JAX's is, by a complex parameter, the conjugate of the way uphill."""
+    return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, grads)
 
 
 def _update_function(
@@ -167,13 +268,49 @@ def _update_function(
 
         return update, lambda: {"optimizer": state}
     if hasattr(optimizer, "register_trainable_weights") and hasattr(optimizer, "update"):
-        optimizer.register_trainable_weights(params)
-        return optimizer.update, lambda: dict(_states_within(optimizer, "optimizer", set()))
+        return _registered(optimizer, params), lambda: dict(_states_within(optimizer, "optimizer", set()))
     raise OptionError(
         "learn needs an optimiser.",
         got=repr(optimizer),
         expected="an optax GradientTransformation (optax.adam(1e-3)) or a braintools optimiser (braintools.optim.Adam(1e-3))",
     )
+
+
+def _registered(optimizer: Any, params: dict[str, Any]) -> Callable[[Any], None]:
+    """The update of an optimiser that has the parameters registered, under whatever keys."""
+
+    def held() -> Any:
+        manager = getattr(optimizer, "param_states", None)
+        return {} if manager is None or not hasattr(manager, "to_pytree") else manager.to_pytree()
+
+    def states(tree: Any) -> dict[int, Any]:
+        return {id(s): s for s in jax.tree.leaves(tree, is_leaf=_is_state)}
+
+    there = states(held())
+    ours = states(params)
+    others = [s for i, s in there.items() if i not in ours]
+    if others:
+        raise OptionError(
+            "the optimiser holds parameters that this step does not train.",
+            got=f"{len(others)} of {len(there)} registered states",
+            expected=f"the parameters of the step: {', '.join(params)}",
+            hint="make one optimiser for each model, or leave the registration to learn().",
+        )
+    missing = {path: s for path, s in params.items() if id(s) not in there}
+    if missing:
+        optimizer.register_trainable_weights(missing)
+    if not states(held()):  # an optimiser of another kind: it takes the keys that it was given
+        return optimizer.update
+
+    def update(grads: Any) -> None:
+        by_state = {id(s): grads[path] for path, s in params.items()}
+        optimizer.update(jax.tree.map(lambda s: by_state[id(s)], held(), is_leaf=_is_state))
+
+    return update
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, brainstate.State)
 
 
 def _states_within(owner: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:

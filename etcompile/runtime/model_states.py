@@ -49,6 +49,11 @@ class ModelAccess(Protocol):
 
     def by_param_state(self, grads: Any) -> dict[str, Any]: ...
 
+    @property
+    def state_objects(self) -> dict[str, Any]: ...
+
+    def by_state(self, values: Any) -> dict[str, Any]: ...
+
     def params(self) -> Any: ...
 
     def set_params(self, values: Any) -> None: ...
@@ -122,6 +127,13 @@ class ModuleAccess:
 
     def by_param_state(self, grads: Any) -> dict[str, Any]:
         return grads
+
+    @property
+    def state_objects(self) -> dict[str, Any]:
+        return dict(self._states.states)
+
+    def by_state(self, values: Any) -> dict[str, Any]:
+        return values
 
     def params(self) -> Any:
         return {p: s.value for p, s in self._states.params.items()}
@@ -236,6 +248,13 @@ class FunctionAccess:
 
     def by_param_state(self, grads: Any) -> dict[str, Any]:
         return {"params": grads}
+
+    @property
+    def state_objects(self) -> dict[str, Any]:
+        return {"state": self.model.state_state}
+
+    def by_state(self, values: Any) -> dict[str, Any]:
+        return {"state": values}
 
     def params(self) -> Any:
         return self.model.params

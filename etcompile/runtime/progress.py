@@ -8,6 +8,7 @@ call back from the device to Python.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from etcompile.errors import DependencyError, InputError, OptionError
 from etcompile.frontend.jaxpr import is_traced
 from etcompile.lowering.functions import Carry
+from etcompile.lowering.losses import Loss, LossValue
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -82,7 +84,7 @@ def in_pieces(
     lengths: Sequence[int],
     progress: bool | Progress,
     title: str,
-    losses: bool = True,
+    shown: Callable[[Any], Array] | None = lambda result: result,
     after: Callable[[int], None] = lambda steps: None,
 ) -> Any:
     """What ``run(*args)`` returns, called piece by piece: arrays with time on axis 0, joined.
@@ -97,8 +99,8 @@ def in_pieces(
     lengths : sequence of int
     progress, title
         As for :func:`progress_bar`.
-    losses : bool
-        Whether the result is one loss per step, to be shown.
+    shown : callable, optional
+        What of a result is one loss per step, to be shown.
     after : callable
         Called after each piece with the number of its steps.
 
@@ -126,41 +128,47 @@ def in_pieces(
             parts.append(jax.block_until_ready(run(*piece)))
             start += length
             after(length)
-            advance(length, float(jnp.mean(parts[-1])) if losses else None)
+            advance(length, None if shown is None else float(jnp.mean(shown(parts[-1]))))
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *v: jnp.concatenate(v), *parts)
 
 
 def gradients_in_pieces(
     step: Step,
     key: tuple[Any, ...],
-    fn: Callable[..., tuple[Array, Any, Carry]],
+    fn: Callable[..., tuple[LossValue, Any, Carry]],
     chunk: int,
+    loss: Loss,
     args: tuple[Any, Any, Any],
     progress: bool | Progress,
-) -> tuple[Array, Any]:
-    """Losses and summed gradients of ``fn(params, carry, inputs, targets, call, sums)`` over a sequence; the step advances.
+    wrote: Callable[[Any], None],
+) -> tuple[LossValue, Any]:
+    """Losses and summed gradients of ``fn(params, carry, loss, inputs, items, call, sums)`` over a sequence; the step advances.
 
     The sums go from piece to piece inside of the loops, so they are added up in the order of one call. States and traces are
-    written after every piece: an interrupted call leaves them as they were after its last whole one.
+    written after every piece, and what the loss carries is given to ``wrote``: an interrupted call leaves them as they were
+    after its last whole one.
     """
     run = step._jit(
-        (*key, "pieces"), lambda p, s, t, g, i, y, c: fn(p, Carry(s, t), i, y, c, g), donate=(2, 3)
+        (*key, "pieces"), lambda p, s, t, g, n, i, y, c: fn(p, Carry(s, t), n, i, y, c, g), donate=(2, 3)
     )
-    sums = step._functions.zero_sums()
+    sums, now = step._functions.zero_sums(loss), loss
 
-    def piece(inputs: Any, targets: Any, call: Any) -> Array:
-        nonlocal sums
+    def piece(inputs: Any, items: Any, call: Any) -> tuple[Array, Any]:
+        nonlocal sums, now
         carry = step._carry(give_away=True)
-        losses, sums, carry = run(
-            step._access.params(), carry.states, carry.traces, sums, inputs, targets, call
+        found, sums, carry = run(
+            step._access.params(), carry.states, carry.traces, sums, now, inputs, items, call
         )
         step._set_carry(carry)
-        return losses
+        wrote(found.carried)
+        now = dataclasses.replace(now, carried=found.carried)
+        return found.value, found.aux
 
     steps = jax.tree.leaves(args[0])[0].shape[0]
     lengths = piece_lengths(steps, chunk) if step._functions.causal.keeps else [steps]
-    losses = in_pieces(step, piece, args, lengths, progress, "gradients")
-    return losses, step._jit("gradients", step._functions.gradients)(step._access.params(), sums)
+    losses, aux = in_pieces(step, piece, args, lengths, progress, "gradients", shown=lambda found: found[0])
+    gradients = step._jit("gradients", step._functions.gradients)(step._access.params(), sums)
+    return LossValue(losses, aux, now.carried), gradients
 
 
 @contextlib.contextmanager

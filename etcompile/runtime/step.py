@@ -13,15 +13,17 @@ from etcompile.frontend.function import own_copy
 from etcompile.frontend.jaxpr import in_transformation, is_traced
 from etcompile.frontend.module import not_recorded
 from etcompile.frontend.step_model import leaf_names
-from etcompile.lowering.functions import Call, Carry, StepFunctions
+from etcompile.lowering.functions import Call, Carry, Item, StepFunctions
+from etcompile.lowering.losses import Loss, LossValue
 from etcompile.lowering.placement import Placement
 from etcompile.lowering.windows import check_end
 from etcompile.report import Report, make_report
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
 from etcompile.runtime.foreign_writes import ForeignWrites
+from etcompile.runtime.losses import BoundLoss, LossOptions, bind_loss, check_mask, one_step_shapes
 from etcompile.runtime.model_states import ModelAccess, shapes_alone
 from etcompile.runtime.progress import gradients_in_pieces, in_pieces, piece_lengths
-from etcompile.runtime.step_data import MultiStepData, has_multi_step, split, unwrap
+from etcompile.runtime.step_data import MultiStepData, has_multi_step, over_time, repeated, split, unwrap
 from etcompile.runtime.trace_state import TraceState
 from etcompile.runtime.variants import Key, Variant, Variants, kinds_of, shapes_of
 from etcompile.schedule import check_chunk, require_divisible_batch
@@ -385,42 +387,83 @@ class Step:
         self._set_carry(carry)
         return out
 
-    def value_and_grad(self, loss_fn: Callable) -> Callable:
-        """A function ``(x, *targets, modulator=None) -> (loss, grads)`` that runs one online step.
+    def value_and_grad(self, loss_fn: Callable, has_aux: bool = False) -> Callable:
+        """A function ``(x, *targets, modulator=None, mask=None) -> (loss, grads)`` that runs one online step.
 
         Parameters
         ----------
         loss_fn : callable
-            ``loss_fn(out, *targets) -> scalar``.
+            ``loss_fn(out, *targets) -> scalar``. It may read states and parameters of the model, which has just taken the step:
+            a penalty on rates, potentials or weights is part of the gradient as it is for ``jax.grad``. Other brainstate states
+            that it reads or writes (a count of steps, a random key) go on from step to step, without a derivative through them.
+            Numbers and arrays that it closes over are read at every call; where one has changed the function is compiled again.
+        has_aux : bool
+            ``loss_fn`` returns ``(loss, aux)``, and the result is ``((loss, aux), grads)``.
 
         Returns
         -------
         callable
-            ``modulator`` is for rules that read one: a number, an array over a group's units, or a dict by group. Its
-            gradients have the keys of :attr:`param_states` and, leaf by leaf, the structure of the parameters.
+            ``modulator`` is for rules that read one: a number, an array over a group's units, or a dict by group. ``mask`` is a
+            weight of the step, or one for each example if ``loss_fn`` returns one number per example, which are then summed;
+            where it is zero there is no loss and no gradient. Its gradients have the keys of :attr:`param_states` and, leaf by
+            leaf, the structure of the parameters; by a complex parameter it is JAX's, whose conjugate points uphill.
+
+            With arguments in :class:`etcompile.MultiStepData` it is a function of many steps: all else is the same at each, and
+            the result that of :meth:`scan_value_and_grad`.
         """
         _check_callable(loss_fn)
         check_end(self.program)
         self._functions.require_kept("value_and_grad of one step")
+        options = LossOptions(has_aux)
 
-        def run(x: Any, *targets: Any, modulator: Any = None) -> tuple[Any, Any]:
-            inputs = self._as_inputs(x)
-            self._functions.model.flatten_inputs(inputs)
-            carry = self._carry(give_away=True)
-            fn = self._jit(
-                ("value_and_grad", loss_fn), apart(one_step(self._functions, loss_fn)), donate=(DONATED,)
-            )
-            loss, grads, carry = self._guarded(fn, carry, inputs, targets, _call(None, modulator), time=0)
-            self._set_carry(carry)
-            return loss, grads
+        def run(x: Any, *targets: Any, modulator: Any = None, mask: Any = None) -> tuple[Any, Any]:
+            given = (x, targets, modulator, mask)
+            if has_multi_step(given):
+                x, targets, modulator, mask = repeated(given)
+                found, grads = self.sequence_gradients(loss_fn, options)(
+                    x, *targets, modulator=modulator, mask=mask
+                )
+                return _as_asked(found, options), grads
+            x, targets, modulator, mask = unwrap(given)
+            found, grads = self.step_gradients(loss_fn, options, x, targets, modulator, mask)
+            return _as_asked(found, options), grads
 
         return run
 
-    def scan_value_and_grad(self, loss_fn: Callable, chunk: int | str | None = None) -> Callable:
-        """A function ``(xs, *targets, modulator=None, progress=False) -> (losses, grads)`` over a sequence; time is axis 0.
+    def step_gradients(
+        self, loss_fn: Callable, options: LossOptions, x: Any, targets: tuple, modulator: Any, mask: Any
+    ) -> tuple[LossValue, Any]:
+        """One step with its gradients and all that the loss gave; for :meth:`value_and_grad` and learners."""
+        inputs, mask = self._as_inputs(x), check_mask(mask, None)
+        self._functions.model.flatten_inputs(inputs)
+        carry = self._carry(give_away=True)
+        bound = self._bound(loss_fn, options, targets, mask, time=False)
+        item = _item(targets, mask, 0)
+        fn = self._jit(
+            ("value_and_grad", bound.loss.program), apart(one_step(self._functions)), donate=(DONATED,)
+        )
+        found, grads, carry = self._guarded(
+            fn, carry, bound.loss, inputs, item, _call(None, modulator), time=0
+        )
+        self._set_carry(carry)
+        bound.write(found.carried)
+        return found, grads
 
-        ``losses`` has one number per step; ``grads`` are summed over the steps. The weights stay fixed. A ``modulator`` has
-        time on axis 0 as well; a number holds for every step.
+    def scan_value_and_grad(
+        self, loss_fn: Callable, chunk: int | str | None = None, has_aux: bool = False, reduction: str = "sum"
+    ) -> Callable:
+        """A function ``(xs, *targets, modulator=None, mask=None, progress=False) -> (losses, grads)`` over a sequence.
+
+        Time is axis 0. ``losses`` has one number per step; ``grads`` are summed over the steps. The weights stay fixed. A
+        ``modulator`` has time on axis 0 as well; a number holds for every step. What is the same at every step may be given
+        as :class:`etcompile.SingleStepData`. What ``loss_fn`` may read, and ``has_aux``, are as in :meth:`value_and_grad`; aux
+        values have time on axis 0.
+
+        ``mask`` has shape ``(T,)``, or ``(T, examples)`` for a loss with one number per example, which are then summed. Where it
+        is zero there is no loss and no gradient, whatever stands in the targets of a masked step; the model and the traces run
+        on. Other numbers weigh the loss.
+
+        ``reduction="mean"`` divides the gradients by the number of steps, or the sum of the mask; the losses stay one per step.
 
         ``chunk`` steps are handled at once, with the same result; the last chunk may be shorter. ``"auto"``, the default of
         the schedule: as many as pay off within its memory, and one by one where a rule's traces cannot be chunked. 1: one by
@@ -437,46 +480,75 @@ class Step:
         check_end(self.program)
         if chunk is not None:
             check_chunk(chunk)
-        window = self.program.window
-        if window is not None:
-            return self._scan_windows(loss_fn, chunk if isinstance(chunk, int) else window)
-        wanted = self._compiled.schedule.chunk if chunk is None else chunk
+        if reduction not in ("sum", "mean"):
+            raise OptionError("reduction must be 'sum' or 'mean'.", got=f"reduction={reduction!r}")
+        options = LossOptions(has_aux)
+        gradients = self.sequence_gradients(loss_fn, options, chunk, reduction)
+
+        def run(xs: Any, *targets: Any, **how: Any) -> tuple[Any, Any]:
+            found, grads = gradients(xs, *targets, **how)
+            return _as_asked(found, options), grads
+
+        return run
+
+    def sequence_gradients(
+        self, loss_fn: Callable, options: LossOptions, chunk: int | str | None = None, reduction: str = "sum"
+    ) -> Callable:
+        """As :meth:`scan_value_and_grad`, with all that the loss gave; for that and for learners."""
 
         def run(
-            xs: Any, *targets: Any, modulator: Any = None, progress: bool | Progress = False
-        ) -> tuple[Any, Any]:
+            xs: Any,
+            *targets: Any,
+            modulator: Any = None,
+            mask: Any = None,
+            progress: bool | Progress = False,
+        ) -> tuple[LossValue, Any]:
+            if modulator is not None and self.program.window is not None:
+                raise OptionError(
+                    f"{self.program.name} runs in windows, which read no modulator.",
+                    got="modulator=...",
+                    expected="no modulator",
+                )
+            xs, targets, mask = over_time((xs, targets, mask))
             inputs = self._as_inputs(xs)
             self._check_sequence(inputs, targets)
+            mask = check_mask(mask, _steps(inputs))
             carry = self._carry(give_away=True)
-            size = self._functions.chunk_size(wanted, _steps(inputs), self._compiled.schedule.memory)
-            key, call = ("scan", loss_fn, size), _call(None, modulator)
-            whole = sequence(self._functions, loss_fn, size)
+            bound = self._bound(loss_fn, options, targets, mask, time=True)
+            whole, size, kind = self._whole(chunk, _steps(inputs))
+            key, call = (kind, bound.loss.program, size), _call(None, modulator)
+            items = _item(targets, mask, 1)
             if progress is not False:
-                return gradients_in_pieces(self, key, whole, size, (inputs, targets, call), progress)
-            fn = self._jit(key, apart(whole), donate=(DONATED,))
-            losses, grads, carry = self._guarded(fn, carry, inputs, targets, call)
-            self._set_carry(carry)
-            return losses, grads
+                found, grads = gradients_in_pieces(
+                    self, key, whole, size, bound.loss, (inputs, items, call), progress, bound.write
+                )
+            else:
+                fn = self._jit(key, apart(whole), donate=(DONATED,))
+                found, grads, carry = self._guarded(fn, carry, bound.loss, inputs, items, call)
+                self._set_carry(carry)
+                bound.write(found.carried)
+            if reduction == "mean":
+                count = _steps(inputs) if mask is None else jnp.maximum(jnp.sum(mask), 1)
+                grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
+            return found, grads
 
         return run
 
-    def _scan_windows(self, loss_fn: Callable, window: int) -> Callable:
-        whole = windows(self._functions, loss_fn, window)
+    def _whole(self, chunk: int | str | None, steps: int) -> tuple[Callable, int, str]:
+        """The function over a sequence, the steps that it handles at once, and its kind."""
+        window = self.program.window
+        if window is not None:
+            size = chunk if isinstance(chunk, int) else window
+            return windows(self._functions, size), size or steps, "windows"
+        wanted = self._compiled.schedule.chunk if chunk is None else chunk
+        size = self._functions.chunk_size(wanted, steps, self._compiled.schedule.memory)
+        return sequence(self._functions, size), size, "scan"
 
-        def run(xs: Any, *targets: Any, progress: bool | Progress = False) -> tuple[Any, Any]:
-            inputs = self._as_inputs(xs)
-            self._check_sequence(inputs, targets)
-            carry = self._carry(give_away=True)
-            key = ("windows", loss_fn, window)
-            if progress is not False:
-                size = window or _steps(inputs)
-                return gradients_in_pieces(self, key, whole, size, (inputs, targets, {}), progress)
-            fn = self._jit(key, apart(whole), donate=(DONATED,))
-            losses, grads, carry = self._guarded(fn, carry, inputs, targets, {})
-            self._set_carry(carry)
-            return losses, grads
-
-        return run
+    def _bound(
+        self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, time: bool
+    ) -> BoundLoss:
+        shapes = one_step_shapes((targets, mask), time)
+        return bind_loss(self._access, self._now, loss_fn, options, *shapes)
 
     def scan(self, xs: Any, progress: bool | Progress = False) -> Any:
         """Run a sequence forward (time is axis 0) and return all outputs; states and traces advance.
@@ -487,13 +559,20 @@ class Step:
         self._check_sequence(inputs, ())
         if progress is not False:
             lengths = piece_lengths(_steps(inputs))
-            return in_pieces(self, self.scan, (xs,), lengths, progress, "steps", losses=False)
+            return in_pieces(self, self.scan, (xs,), lengths, progress, "steps", shown=None)
         params, carry, (inputs,) = self._placed(self._carry(), (inputs,), time=1)
         outputs, carry = self._jit("forward", self._functions.scan)(params, carry, inputs)
         self._set_carry(carry)
         return outputs
 
-    def learn(self, loss_fn: Callable, optimizer: Any, update_every: int = 1) -> Learner:
+    def learn(
+        self,
+        loss_fn: Callable,
+        optimizer: Any,
+        update_every: int = 1,
+        has_aux: bool = False,
+        outputs: bool = False,
+    ) -> Learner:
         """A driver that updates the weights while the sequence runs; see :class:`etcompile.runtime.learn.Learner`."""
         from etcompile.runtime.learn import Learner
 
@@ -501,7 +580,7 @@ class Step:
         check_end(self.program)
         self._functions.require_kept("learn")
         self._require_arrays()
-        return Learner(self, loss_fn, optimizer, update_every)
+        return Learner(self, loss_fn, optimizer, update_every, LossOptions(has_aux, outputs))
 
     def check_sequence(self, xs: Any, targets: tuple[Any, ...]) -> None:
         """Raise :class:`InputError` unless inputs and targets fit this step and each other; time is axis 0."""
@@ -663,10 +742,10 @@ class Step:
             )
 
     def _guarded(
-        self, fn: Callable, carry: Carry, inputs: tuple, targets: tuple, call: Call, time: int = 1
+        self, fn: Callable, carry: Carry, loss: Loss, inputs: tuple, items: Item, call: Call, time: int = 1
     ) -> Any:
-        params, carry, data = self._placed(carry, (inputs, targets, call), time)
-        return fn(params, carry.states, carry.traces, *data)
+        params, carry, data = self._placed(carry, (inputs, items, call), time)
+        return fn(params, carry.states, carry.traces, loss, *data)
 
     @property
     def _placement(self) -> Placement:
@@ -755,6 +834,16 @@ def _call(target: Any, modulator: Any) -> Call:
     """What a call gives beside its inputs, without what it does not give."""
     given = {"target": target, "modulator": modulator}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _item(targets: tuple[Any, ...], mask: Any, axes: int) -> Item:
+    """What belongs to the loss: targets with a mask of examples, and a mask of steps, which has ``axes`` axes."""
+    of_steps = mask is not None and mask.ndim == axes
+    return (targets, None if of_steps else mask), mask if of_steps else None
+
+
+def _as_asked(found: LossValue, options: LossOptions) -> Any:
+    return (found.value, found.aux["aux"]) if options.has_aux else found.value
 
 
 def _steps(inputs: tuple[Any, ...]) -> int:

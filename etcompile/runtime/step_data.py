@@ -7,11 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from etcompile.errors import InputError
 
-__all__ = ["MultiStepData", "SingleStepData", "has_multi_step", "number_of_steps", "split", "unwrap"]
+__all__ = [
+    "MultiStepData",
+    "SingleStepData",
+    "has_multi_step",
+    "number_of_steps",
+    "over_time",
+    "repeated",
+    "split",
+    "unwrap",
+]
 
 _keystr = jax.tree_util.keystr
 
@@ -172,6 +182,33 @@ def unwrap(args: Any) -> Any:
     return jax.tree.unflatten(
         jax.tree.structure(args, is_leaf=_is_wrapper), [_bare(value) for _, value in wrapped]
     )
+
+
+def over_time(args: Any) -> Any:
+    """Arguments of a sequence without their wrappers: time is axis 0 of all, :class:`SingleStepData` are repeated."""
+    wrapped = _wrapped(args)
+    if not any(_is_wrapper(v) for _, v in wrapped):
+        return args
+    timed = [
+        leaf for _, v in wrapped if not isinstance(v, SingleStepData) for leaf in jax.tree.leaves(_bare(v))
+    ]
+    steps = next((np.shape(v)[0] for v in timed if np.shape(v)), None)
+    if steps is None:
+        raise InputError("nothing says how many steps there are.", expected="inputs with time on axis 0")
+    return _every_step(args, wrapped, steps, lambda v: isinstance(v, SingleStepData))
+
+
+def repeated(args: Any) -> Any:
+    """Arguments of a call with some :class:`MultiStepData`: whatever else there is, is repeated; time is axis 0 of all."""
+    return _every_step(args, _wrapped(args), number_of_steps(args), lambda v: not _is_multi(v))
+
+
+def _every_step(args: Any, wrapped: list[tuple[str, Any]], steps: int, same: Callable[[Any], bool]) -> Any:
+    def repeat(value: Any) -> Any:
+        return jax.tree.map(lambda v: jnp.broadcast_to(v, (steps, *jnp.shape(v))), _bare(value))
+
+    values = [repeat(v) if same(v) else _bare(v) for _, v in wrapped]
+    return jax.tree.unflatten(jax.tree.structure(args, is_leaf=_is_wrapper), values)
 
 
 def _is_multi(value: Any) -> bool:

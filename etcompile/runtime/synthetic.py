@@ -16,7 +16,7 @@ from jax import lax
 from etcompile.analysis.headers import group_dtype
 from etcompile.errors import AlgorithmError, InputError, OptionError
 from etcompile.lowering.functions import Carry, StepFunctions
-from etcompile.lowering.losses import checked_loss
+from etcompile.lowering.losses import Loss
 from etcompile.lowering.windows import check_windows, window_gradients
 
 if TYPE_CHECKING:
@@ -484,19 +484,17 @@ def run_windows(
     leaves = model.flatten_params(params)
     weights = causal.model.hoist(leaves)
 
-    def loss(outputs: list, target: tuple) -> Array:
-        return checked_loss(loss_fn(jax.tree.unflatten(model.output_tree, outputs), *target))
+    plain = Loss.plain(loss_fn)
+    loss = functions.step_loss(plain)
 
     def one(loop: tuple, item: tuple, end: Callable | None) -> tuple[tuple, tuple]:
         states, traces, total = loop
-        losses, sites, last, traces, slopes = window_gradients(
-            causal, loss, weights, states, traces, *item, end=end
-        )
-        total = {k: v + sites[k] if k in sites else v for k, v in total.items()}
-        pair = {k: states[k] for k in kept}, {k: slopes[k] for k in kept}
-        return (last, traces, total), (losses, pair)
+        done = window_gradients(causal, loss, plain.program, weights, leaves, states, traces, *item, end=end)
+        total = {k: v + done.sites[k] if k in done.sites else v for k, v in total.items()}
+        pair = {k: states[k] for k in kept}, {k: done.slopes[k] for k in kept}
+        return (done.states, done.traces, total), (done.loss.value, pair)
 
-    items = (jax.vmap(model.flatten_inputs)(xs), targets)
+    items = (jax.vmap(model.flatten_inputs)(xs), ((targets, None), None))
     steps = jax.tree.leaves(items)[0].shape[0]
     size = causal.program.window or steps
     before = (steps - 1) // size  # whole windows; the last one, of `size` steps or fewer, may end otherwise

@@ -56,6 +56,8 @@ class Variant:
         Structure, shapes and dtypes of the states that it carries.
     traces : TraceState
         Shared by compilations whose traces have the same shapes.
+    losses : dict
+        Loss functions as they were traced, by what they are and close over.
     """
 
     def __init__(
@@ -68,6 +70,13 @@ class Variant:
         self.kinds = kinds
         self.traces = traces
         self._jitted: dict[Any, Callable] = {}
+        self.losses: dict[Any, Any] = {}
+
+    def keep_loss(self, key: Any, loss: Any) -> None:
+        """Keep a loss function that was traced for this compilation."""
+        while len(self.losses) >= _JITTED:
+            self.losses.pop(next(iter(self.losses)))
+        self.losses[key] = loss
 
     def jit(self, key: Any, fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
         """``fn`` jitted, or what was jitted before under the same key."""

@@ -1,0 +1,241 @@
+"""A user's loss function, joined to the step: what it reads of the model, and what it finds outside of it at each call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import brainstate
+import jax
+import jax.numpy as jnp
+
+from etcompile.errors import InputError
+from etcompile.frontend.captured import Same, captured
+from etcompile.frontend.jaxpr import is_traced
+from etcompile.frontend.loss import TracedLoss, trace_loss
+from etcompile.lowering.losses import Loss, LossProgram, checked_loss
+from etcompile.runtime.model_states import ModelAccess
+from etcompile.runtime.trace_state import TraceState
+from etcompile.runtime.variants import Variant, kinds_of
+
+__all__ = ["BoundLoss", "LossOptions", "bind_loss", "check_mask", "loss_key", "one_step_shapes"]
+
+#: Folded into the model's own random key, where the loss draws from it: the model's numbers stay those of a step alone.
+_LOSS_STREAM = 0x1055
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """How a loss function is called and what it returns.
+
+    Attributes
+    ----------
+    has_aux : bool
+        It returns ``(loss, aux)``.
+    outputs : bool
+        The outputs are wanted as well.
+    """
+
+    has_aux: bool = False
+    outputs: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BoundLoss:
+    """A loss of a call, and the states outside of the model that it writes."""
+
+    loss: Loss
+    written: tuple[Any, ...]
+
+    def write(self, carried: Any) -> None:
+        """Put what the loss left into the states that it writes."""
+        for state, value in zip(self.written, carried, strict=True):
+            state.value = value
+
+
+def loss_key(loss_fn: Callable) -> tuple[Any, ...]:
+    """A key of a loss function: differs where the function, or what it closes over, does."""
+    try:
+        hash(loss_fn)
+    except TypeError:
+        return Same(loss_fn), *captured(loss_fn)
+    return loss_fn, *captured(loss_fn)
+
+
+def one_step_shapes(tree: Any, time: bool) -> Any:
+    """Shapes of what belongs to one step; ``time``: axis 0 of the arrays is time."""
+
+    def shape(value: Any) -> Any:
+        aval = jax.typeof(value)
+        return jax.ShapeDtypeStruct(
+            aval.shape[1:] if time else aval.shape, aval.dtype, weak_type=aval.weak_type
+        )
+
+    return jax.tree.map(shape, tree)
+
+
+def bind_loss(
+    access: ModelAccess, variant: Variant, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any
+) -> BoundLoss:
+    """The loss of a call, with what it reads as it is now; ``targets`` and ``mask`` are shapes of one step."""
+    key = (*loss_key(loss_fn), options, kinds_of((targets, mask)), *map(id, access.state_objects.values()))
+    bound = variant.losses.get(key)
+    if bound is None:
+        bound = _joined(access, variant, loss_fn, options, targets, mask)
+        if not any(is_traced(v) for v in bound.traced.constants):
+            variant.keep_loss(key, bound)
+    return bound.now()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Joined:
+    """A traced loss, and where each of the states that it reads comes from."""
+
+    traced: TracedLoss
+    program: LossProgram
+    fixed: tuple[int, ...]
+    carried: tuple[int, ...]
+
+    def now(self) -> BoundLoss:
+        states = self.traced.states
+        written = tuple(states[k] for k in self.carried)
+        fixed = (self.traced.constants, [states[k].value for k in self.fixed])
+        return BoundLoss(Loss(self.program, fixed, [s.value for s in written]), written)
+
+
+def _joined(
+    access: ModelAccess, variant: Variant, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any
+) -> _Joined:
+    model = variant.functions.model
+    outputs = jax.tree.unflatten(
+        model.output_tree, [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in model.outputs]
+    )
+    per_example = mask is not None and mask.shape != ()
+
+    def run(outputs: Any, targets: tuple[Any, ...], mask: Any) -> tuple[Any, Any]:
+        found = loss_fn(outputs, *targets)
+        value, aux = _with_aux(found) if options.has_aux else (found, None)
+        aux = {"aux": aux, "outputs": outputs if options.outputs else None}
+        if not per_example:
+            return checked_loss(value), aux
+        return _of_examples(value, mask), aux
+
+    example = (outputs, targets, mask if per_example else None)
+    traced = trace_loss(run, example)
+    params = {id(s): p for p, s in access.param_states.items()}
+    states = {id(s): p for p, s in access.state_objects.items()}
+    sources: list[tuple[str, str]] = []
+    for state, written in zip(traced.states, traced.written, strict=True):
+        path = params.get(id(state)) or states.get(id(state))
+        drawn = isinstance(state, brainstate.random.RandomState)
+        if isinstance(state, TraceState):
+            raise InputError(
+                "the loss reads the traces.",
+                got="step.traces_state.value in the loss",
+                expected="a loss of outputs, targets, states and parameters",
+                hint="traces are derivatives of earlier steps: read step.traces after the call.",
+            )
+        if path is not None and written and not drawn:
+            raise InputError(
+                f"the loss writes {path} of {model.name}.",
+                got=f"an assignment to {path}.value in the loss",
+                expected="a loss that only reads what the model carries",
+                hint="write it in the model's update(), or keep what the loss counts in a state of its own.",
+            )
+        if id(state) in params:
+            sources.append(("param", path or ""))
+        elif id(state) in states:
+            sources.append(("drawn" if drawn and written else "state", path or ""))
+        else:
+            sources.append(("carried" if written else "fixed", ""))
+
+    def source(outputs: Any, states: Any, params: Any, fixed: Any, carried: Any, args: Any) -> Any:
+        constants, values = fixed
+        by_state, by_param = access.by_state(states), access.by_param_state(params)
+        rest, kept = iter(values), iter(carried)
+        given = []
+        for kind, path in sources:
+            if kind == "param":
+                given.append(by_param[path])
+            elif kind == "state":
+                given.append(by_state[path])
+            elif kind == "drawn":
+                given.append(jax.random.fold_in(by_state[path], _LOSS_STREAM))
+            else:
+                given.append(next(kept if kind == "carried" else rest))
+        found, new = traced.call(constants, given, (outputs, *args))
+        return found, [v for v, (kind, _) in zip(new, sources, strict=True) if kind == "carried"]
+
+    read_states = [p for kind, p in sources if kind == "state"]
+    read_params = [p for kind, p in sources if kind == "param"]
+    program = LossProgram(
+        source,
+        _split_leaves(_numbered(model.state_tree, access.by_state, read_states), model),
+        tuple(
+            k
+            for k in _numbered(model.param_tree, access.by_param_state, read_params)
+            if model.params[k].aval.differentiable
+        ),
+    )
+    of_kind = {
+        kind: tuple(k for k, (s, _) in enumerate(sources) if s == kind) for kind in ("fixed", "carried")
+    }
+    return _Joined(traced, program, of_kind["fixed"], of_kind["carried"])
+
+
+def _numbered(tree: Any, by_path: Callable[[Any], dict[str, Any]], paths: Sequence[str]) -> list[int]:
+    """Numbers of the leaves that belong to some of the paths."""
+    found = by_path(jax.tree.unflatten(tree, range(tree.num_leaves)))
+    return sorted({leaf for path in paths for leaf in jax.tree.leaves(found[path])})
+
+
+def _split_leaves(leaves: Sequence[int], model: Any) -> tuple[int, ...]:
+    """The same where a complex state is two: those with a derivative."""
+    places: list[range] = []
+    for split in model.complex_states:
+        start = places[-1].stop if places else 0
+        places.append(range(start, start + 1 + split))
+    return tuple(k for leaf in leaves for k in places[leaf] if model.states[k].aval.differentiable)
+
+
+def _with_aux(found: Any) -> tuple[Any, Any]:
+    if not (isinstance(found, tuple) and len(found) == 2):
+        raise InputError(
+            "with has_aux=True the loss function must return two values.",
+            got=type(found).__name__,
+            expected="(loss, aux)",
+        )
+    return found
+
+
+def _of_examples(value: Any, mask: Any) -> Any:
+    """The masked sum of a loss with one number per example."""
+    if jnp.shape(value) != mask.shape:
+        raise InputError(
+            "with a mask per example the loss function must return one number per example.",
+            got=f"a loss of shape {jnp.shape(value)}, a mask of shape {mask.shape} at each step",
+            expected=f"a loss of shape {mask.shape}",
+            hint="leave out the mean over examples; a mask of shape (T,) masks whole steps.",
+        )
+    return checked_loss(jnp.sum(jnp.where(mask != 0, value * mask.astype(value.dtype), 0)))
+
+
+def check_mask(mask: Any, steps: int | None) -> Any:
+    """A mask as an array; time on axis 0 where there are ``steps``."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    real = (
+        mask.dtype == bool
+        or jnp.issubdtype(mask.dtype, jnp.floating)
+        or jnp.issubdtype(mask.dtype, jnp.integer)
+    )
+    if not real or (steps is not None and mask.shape[:1] != (steps,)):
+        raise InputError(
+            "the mask does not fit the sequence.",
+            got=f"{mask.dtype} of shape {mask.shape}",
+            expected="True or a weight" if steps is None else f"shape ({steps},), or ({steps}, examples)",
+            hint="1 or True where a step counts; numbers between weigh it.",
+        )
+    return mask
