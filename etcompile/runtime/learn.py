@@ -134,7 +134,9 @@ class Learner:
         if progress is False and checkpoints is None and callback is None:
             return self._as_asked(self._run(*data))
         if checkpoints is None:
-            lengths = piece_lengths(steps)
+            head = self._until_update(steps)
+            lengths = piece_lengths(steps - head, self._every) if steps > head else [0]
+            lengths[0] += head
         else:
             checkpoints.check_goes_on()
             lengths = segment_lengths(steps, checkpoints.at, checkpoints.every, fine=progress is not False)
@@ -175,10 +177,9 @@ class Learner:
         now how many steps wait.
         """
         steps = len(jax.tree.leaves(data)[0])
-        waiting = self._count.value
-        if self._every == 1 or is_traced(waiting) or self._step.program.window is not None:
+        if self._every == 1 or is_traced(self._count.value) or self._step.program.window is not None:
             return self._loop("one", self._one)(*data)
-        head = min(-int(waiting) % self._every, steps)
+        head = self._until_update(steps)
         blocks = (steps - head) // self._every
         end = head + blocks * self._every
 
@@ -197,6 +198,11 @@ class Learner:
         if end < steps:
             parts.append(self._loop("one", self._one)(*part(end, steps)))
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *v: jnp.concatenate(v), *parts)
+
+    def _until_update(self, steps: int) -> int:
+        """Of these steps those that a waiting sum takes first; none is known of inside of a transformation."""
+        waiting = self._count.value
+        return 0 if is_traced(waiting) else min(-int(waiting) % self._every, steps)
 
     def _loop(self, kind: str, one: Callable) -> Callable:
         """A compiled loop over ``one``; another one where the traces, or what the loss closes over, are others."""
