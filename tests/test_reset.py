@@ -216,3 +216,30 @@ def test_a_refused_reset_leaves_everything_as_it_was(batch_size):
     other = fresh(Picky)
     other.scan(XS)
     same(step.scan_value_and_grad(squared)(XS, YS), other.scan_value_and_grad(squared)(XS, YS))
+
+
+# --- what is a batch axis -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_constants_of_units_keys_and_delay_lines_of_a_function_are_no_batch(batch):
+    """Whatever their leading axis is: 4 units and a key of 2 numbers, at a batch size of 4 and of 2."""
+
+    def fn(params, state, x, gain):
+        h = jnp.tanh(0.9 * state["h"] + gain * (x @ params["w"]) + state["line"][0])
+        line = jnp.concatenate([state["line"][1:], jnp.zeros((1, 4))])
+        return {"h": h, "unit": state["unit"], "key": state["key"], "line": line}, h * state["unit"]
+
+    def build(size):
+        state = {"h": jnp.zeros((size, 4)), "unit": jnp.arange(1.0, 5.0), "line": jnp.zeros((batch, 4))}
+        state["key"] = jnp.zeros(2, jnp.uint32)
+        model = etcompile.from_function(fn, {"w": 0.3 * draw(5, 3, 4)}, state)
+        return etcompile.compile(model, jnp.ones((size, 3)), jnp.ones(4))
+
+    step = build(batch)
+    step.reset(batch_size=3)
+    other = build(3)
+    found, right = step._access.states(), other._access.states()
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, right)
+    x, gain, y = draw(6, 3, 3), draw(7, 4), draw(8, 3, 4)
+    same(step.value_and_grad(squared)((x, gain), y), other.value_and_grad(squared)((x, gain), y))

@@ -15,7 +15,7 @@ from etcompile.analysis.index_rules import MANY, NONE, collapse, join, operand_i
 from etcompile.analysis.influence import _inner
 from etcompile.frontend.jaxpr import Constant, Operation
 
-__all__ = ["Examples", "find_examples"]
+__all__ = ["Examples", "find_examples", "leading_is_examples"]
 
 #: Operations along one axis that leave the others alone: the names of the parameter that holds the axis.
 _ALONG = {
@@ -58,16 +58,7 @@ def find_examples(analysis: Analysis) -> Examples:
     labels: dict[int, np.ndarray] = {}
     for v in (*outputs, *[model.new_state_vars[s] for s in hidden]):
         labels[v] = _leading(body.avals[v].shape)
-    for operation in reversed(body.operations):
-        results = [labels.get(v) for v in operation.outputs]
-        if all(r is None for r in results):
-            continue
-        for k, v in enumerate(operation.inputs):
-            if isinstance(v, Constant) or not body.avals[v].differentiable:
-                continue
-            found = _label(analysis, operation, k, results)
-            if found is not None:
-                labels[v] = found if v not in labels else join(labels[v], found)
+    _follow(analysis, labels)
     for v in (*carried, *inputs):
         found = labels.get(v)
         if found is not None and ((found != NONE) & (found != _leading(found.shape))).any():
@@ -82,6 +73,46 @@ def find_examples(analysis: Analysis) -> Examples:
         and not ((found != NONE) & (found != _leading(found.shape))).any()
     }
     return Examples(size, frozenset(along))
+
+
+def leading_is_examples(analysis: Analysis, size: int) -> frozenset[int]:
+    """Variables whose leading axis numbers examples, ``size`` of them, where not everything has that axis.
+
+    Asked of floating-point states and inputs: each index reaches the same index of results alone.
+    """
+    model, body = analysis.model, analysis.model.graph
+    outputs = [v for v in model.output_vars if not isinstance(v, Constant)]
+    states = dict(zip(model.state_vars, model.new_state_vars, strict=True))
+    seeds = {v for v in (*outputs, *states.values()) if body.avals[v].differentiable}
+    while True:
+        labels = {v: _leading(body.avals[v].shape) for v in seeds if body.avals[v].shape[:1] == (size,)}
+        _follow(analysis, labels)
+        found = {
+            v
+            for v in (*model.state_vars, *model.input_vars)
+            if v in labels
+            and body.avals[v].shape[:1] == (size,)
+            and (labels[v] == _leading(labels[v].shape)).all()
+        }
+        others = {new for old, new in states.items() if old not in found} & seeds
+        if not others:
+            return frozenset(found)
+        seeds -= others  # what is no batch of examples says nothing of what it is made of
+
+
+def _follow(analysis: Analysis, labels: dict[int, np.ndarray]) -> None:
+    """Take labels of results back to everything they are made of."""
+    body = analysis.model.graph
+    for operation in reversed(body.operations):
+        results = [labels.get(v) for v in operation.outputs]
+        if all(r is None for r in results):
+            continue
+        for k, v in enumerate(operation.inputs):
+            if isinstance(v, Constant) or not body.avals[v].differentiable:
+                continue
+            found = _label(analysis, operation, k, results)
+            if found is not None:
+                labels[v] = found if v not in labels else join(labels[v], found)
 
 
 def _leading(shape: tuple[int, ...]) -> np.ndarray:

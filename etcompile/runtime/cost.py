@@ -15,6 +15,7 @@ from etcompile.lowering.functions import StepFunctions
 from etcompile.lowering.in_place import undivided_sums
 from etcompile.lowering.losses import Loss
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
+from etcompile.runtime.resizing import batch_leaves
 from etcompile.schedule import check_chunk
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def _chunk(
 def _at_batch(step: Step, batch: int) -> _Compiled:
     """The step for another batch size, from shapes; the model stays as it is."""
     inputs = step._resized_inputs(batch)
-    with step._access.resized(batch):
+    with step._access.resized(batch, batch_leaves(step._compiled.analysis)[0]):
         compiled = step._build(step._access, inputs)
         held = _shapes((step._access.params(), step._access.states()))
     return _Compiled(StepFunctions(compiled.causal), held, inputs)

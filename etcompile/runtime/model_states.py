@@ -70,11 +70,11 @@ class ModelAccess(Protocol):
 
     def restart(self) -> None: ...
 
-    def resize(self, batch_size: int) -> None: ...
+    def resize(self, batch_size: int, along: list[bool]) -> None: ...
 
     def unchanged_on_error(self) -> AbstractContextManager[None]: ...
 
-    def resized(self, batch_size: int) -> AbstractContextManager[None]: ...
+    def resized(self, batch_size: int, along: list[bool]) -> AbstractContextManager[None]: ...
 
     def copied(self, memo: dict[int, Any]) -> ModelAccess: ...
 
@@ -168,7 +168,7 @@ class ModuleAccess:
         for path, value in self.initial.items():
             self._states.states[path].value = value
 
-    def resize(self, batch_size: int) -> None:
+    def resize(self, batch_size: int, along: list[bool]) -> None:
         initialise(self.module, batch_size, keep=True)
 
     @contextmanager
@@ -186,7 +186,7 @@ class ModuleAccess:
             raise
 
     @contextmanager
-    def resized(self, batch_size: int) -> Iterator[None]:
+    def resized(self, batch_size: int, along: list[bool]) -> Iterator[None]:
         """Meanwhile the states are shapes for another batch size."""
         found = self.found
         shapes = abstract_states(self.module, batch_size)
@@ -282,8 +282,10 @@ class FunctionAccess:
     def restart(self) -> None:
         self.model.state = self.initial
 
-    def resize(self, batch_size: int) -> None:
-        self.model.state = jax.tree.map(lambda v: _resized(v, batch_size), self.initial)
+    def resize(self, batch_size: int, along: list[bool]) -> None:
+        leaves, tree = jax.tree.flatten(self.initial)
+        resized = [_resized(v, batch_size) if b else v for v, b in zip(leaves, along, strict=True)]
+        self.model.state = jax.tree.unflatten(tree, resized)
 
     @contextmanager
     def unchanged_on_error(self) -> Iterator[None]:
@@ -296,12 +298,15 @@ class FunctionAccess:
             raise
 
     @contextmanager
-    def resized(self, batch_size: int) -> Iterator[None]:
+    def resized(self, batch_size: int, along: list[bool]) -> Iterator[None]:
         """Meanwhile the state is shapes for another batch size."""
         before = self.model.state
-        self.model.state = jax.tree.map(
-            lambda v: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]) if v.shape else (), v.dtype), before
-        )
+        leaves, tree = jax.tree.flatten(before)
+        shapes = [
+            jax.ShapeDtypeStruct((batch_size, *v.shape[1:]) if b else v.shape, v.dtype)
+            for v, b in zip(leaves, along, strict=True)
+        ]
+        self.model.state = jax.tree.unflatten(tree, shapes)
         try:
             yield
         finally:

@@ -23,6 +23,7 @@ from etcompile.runtime.foreign_writes import ForeignWrites
 from etcompile.runtime.losses import BoundLoss, LossOptions, bind_loss, check_mask, one_step_shapes
 from etcompile.runtime.model_states import ModelAccess, shapes_alone
 from etcompile.runtime.progress import gradients_in_pieces, in_pieces, piece_lengths
+from etcompile.runtime.resizing import batch_leaves
 from etcompile.runtime.step_data import MultiStepData, has_multi_step, over_time, repeated, split, unwrap
 from etcompile.runtime.trace_state import TraceState
 from etcompile.runtime.variants import Key, Variant, Variants, kinds_of, shapes_of
@@ -625,7 +626,7 @@ class Step:
         before, counts = self._now, self._counts()
         try:
             with self._writes.own(), self._access.unchanged_on_error():
-                self._access.resize(batch_size)
+                self._access.resize(batch_size, batch_leaves(self._compiled.analysis)[0])
                 self._use(self._resized_inputs(batch_size))
                 self._access.remember()
                 if self._now is not before:
@@ -661,16 +662,13 @@ class Step:
 
     def _resized_inputs(self, batch_size: int) -> Any:
         """Shapes of the inputs at another batch size."""
-        old = jax.tree.leaves(self._inputs)
-        size = old[0].shape[0] if old and old[0].shape else None
-        return jax.tree.map(
-            lambda v: (
-                jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype)
-                if v.shape and v.shape[0] == size
-                else v
-            ),
-            self._inputs,
-        )
+        leaves, tree = jax.tree.flatten(self._inputs)
+        along = batch_leaves(self._compiled.analysis)[1]
+        resized = [
+            jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) if b else v
+            for v, b in zip(leaves, along, strict=True)
+        ]
+        return jax.tree.unflatten(tree, resized)
 
     def _require_arrays(self) -> None:
         """Raise :class:`ModelError` where parameters or states are shapes alone."""
