@@ -14,6 +14,7 @@ from etcompile.analysis.headers import program_header
 from etcompile.errors import InputError, OptionError
 from etcompile.frontend.module import initialise, is_module, restore, snapshot
 from etcompile.frontend.step_model import step_model
+from etcompile.integers import positive_integer
 from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram
 from etcompile.pass_manager import PassManager, PassRecord
@@ -111,10 +112,7 @@ def compile(
     inputs = tuple(jax.tree.map(_example, x) for x in example_inputs)
     live = access(model)
     if batch_size is not None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(
-                "batch_size must be a positive integer.", got=repr(batch_size), expected="1, 2, ..."
-            )
+        batch_size = positive_integer("batch_size", batch_size, error=InputError)
 
     def build(live: ModelAccess, inputs: tuple[Any, ...]) -> Compiled:
         traced = step_model(live.trace(inputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from etcompile.errors import AlgorithmError, OptionError, PassError, ProgramError, UnsupportedError
+from etcompile.integers import positive_integer
 from etcompile.ir.builder import ProgramBuilder, Value
 from etcompile.ir.header import Cut, Effect, Group, Header, Layer, Relation, Response, Site
 from etcompile.ir.ops import OPS, infer_type
@@ -15,5 +16,6 @@ from etcompile.registry import Algorithm, Rule, algorithm
 __all__ = [
     "OPS", "Algorithm", "AlgorithmError", "Argument", "Cut", "Effect", "Equation", "Gradient", "Group", "Header",
     "Layer", "OptionError", "Pass", "PassError", "ProgramBuilder", "ProgramError", "Ref", "Relation", "Response", "Rule",
-    "Site", "Symbol", "TraceProgram", "Type", "UnsupportedError", "Value", "algorithm", "carried_rows", "infer_type", "support",
+    "Site", "Symbol", "TraceProgram", "Type", "UnsupportedError", "Value", "algorithm", "carried_rows", "infer_type",
+    "positive_integer", "support",
 ]  # fmt: skip

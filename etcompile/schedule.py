@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from etcompile.errors import OptionError
+from etcompile.integers import as_integer, positive_integer
 
 __all__ = ["Schedule", "as_schedule", "check_chunk", "require_divisible_batch"]
 
@@ -68,9 +69,11 @@ class Schedule:
     units: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_chunk(self.chunk)
-        if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1:
+        object.__setattr__(self, "chunk", check_chunk(self.chunk))
+        memory = as_integer(self.memory)
+        if memory is None or memory < 1:
             raise OptionError("memory must be a positive number of bytes.", got=f"memory={self.memory!r}")
+        object.__setattr__(self, "memory", memory)
         if not isinstance(self.keep_traces, bool):
             raise OptionError("keep_traces must be True or False.", got=f"keep_traces={self.keep_traces!r}")
         if self.trace_dtype is not None:
@@ -101,10 +104,11 @@ def _check_floating(dtype: Any) -> None:
         )
 
 
-def check_chunk(chunk: Any) -> None:
-    """Raise :class:`OptionError` unless ``chunk`` is a positive integer or ``"auto"``."""
-    if chunk != "auto" and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise OptionError("chunk must be a positive integer, or 'auto'.", got=f"chunk={chunk!r}")
+def check_chunk(chunk: Any) -> Any:
+    """``chunk``, a positive integer or ``"auto"``."""
+    if isinstance(chunk, str) and chunk == "auto":
+        return chunk
+    return positive_integer("chunk", chunk, otherwise=", or 'auto'")
 
 
 def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ Reference: C. Wang et al., "Model-agnostic linear-memory online learning in spik
 
 from __future__ import annotations
 
-from etcompile.pass_api import OptionError, ProgramBuilder, algorithm
+from etcompile.pass_api import OptionError, ProgramBuilder, algorithm, positive_integer
 
 __all__ = ["pp_prop"]
 
@@ -46,8 +46,7 @@ def decays(decay: float | tuple[float, float] | None, rank: int | None) -> tuple
     if rank is not None:
         if decay is not None:
             raise OptionError("give decay or rank, not both.", got=f"decay={decay!r}, rank={rank!r}")
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise OptionError("rank must be a positive integer.", got=f"rank={rank!r}")
+        rank = positive_integer("rank", rank)
         decay = (rank - 1) / (rank + 1)
     if decay is None:
         decay = 0.9

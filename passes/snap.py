@@ -21,7 +21,7 @@ whatever cell it is.
 
 from __future__ import annotations
 
-from etcompile.pass_api import OptionError, ProgramBuilder, algorithm
+from etcompile.pass_api import ProgramBuilder, algorithm, positive_integer
 
 __all__ = ["snap"]
 
@@ -32,8 +32,7 @@ __all__ = ["snap"]
 )
 def snap(p: ProgramBuilder, n: int = 1) -> None:
     """SnAp-n: J = M_n o (H J + F); grad = one_step + dloss/dh_{t-1} J_{t-1}."""
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise OptionError("n must be a positive integer.", got=f"n={n!r}")
+    n = positive_integer("n", n)
     H = p.layer_transition(p.network)
     credit = p.layer_signal(p.network) @ H + p.layer_bypass(p.network)
     for effect in p.effects(p.network):

@@ -594,3 +594,31 @@ def test_parts_survive_splitting_into_graph_and_states(maker):
     graph, states = brainstate.graph.treefy_split(part)
     again = brainstate.graph.treefy_merge(graph, states)
     assert relative_error(again.update({"w": XS[1]}), part.update({"w": XS[1]})) == 0.0
+
+
+@pytest.mark.parametrize("how", ["state", "param"])
+def test_a_time_constant_of_a_readout_can_be_trained(how):
+    tau = np.array([5.0, 9.0]) * u.ms
+    given = brainstate.ParamState(tau) if how == "state" else brainstate.nn.Param(tau)
+    xs, ys = np.random.default_rng(0).normal(size=(2, 4, 3, 3))[..., :], np.ones((4, 3, 2))
+
+    def square(out, y):
+        return jnp.sum((out - y) ** 2)
+
+    with brainstate.environ.context(dt=1.0 * u.ms):
+        layer = LeakyRateReadout(3, 2, tau=given)
+        step = etcompile.compile(layer, xs[0, 0], batch_size=3)
+        _, found = step.scan_value_and_grad(square, chunk=3)(xs[0], ys)
+    weight = layer.weight.value
+
+    def whole(tau):
+        r, total = jnp.zeros((3, 2)), 0.0
+        for x, y in zip(xs[0], ys, strict=True):
+            r = jnp.exp(-1.0 / tau) * r + x @ weight
+            total += square(r, y)
+        return total
+
+    (name,) = [path for path in found if path.startswith("tau")]
+    wanted = jax.grad(whole)(jnp.array([5.0, 9.0]))
+    assert step.exact
+    assert relative_error(u.get_mantissa(found[name]), wanted) < 1e-10

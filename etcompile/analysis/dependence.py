@@ -28,7 +28,8 @@ class Dependence:
         return not isinstance(operand, Constant) and bool(self.derivative[operand] & mask)
 
 
-def dependence(graph: Graph) -> Dependence:
+def dependence(graph: Graph, *, through: frozenset[str] = frozenset()) -> Dependence:
+    """Dependence of every variable; operations named in ``through`` count as if they passed a derivative."""
     value = [0] * len(graph.avals)
     derivative = [0] * len(graph.avals)
     for bit, variable in enumerate(graph.inputs):
@@ -43,6 +44,6 @@ def dependence(graph: Graph) -> Dependence:
             all_derivatives |= derivative[v]
         for v in operation.outputs:
             value[v] = all_values
-            if graph.avals[v].differentiable and operation.name not in NO_DERIVATIVE | NO_REVERSE:
+            if graph.avals[v].differentiable and operation.name not in (NO_DERIVATIVE | NO_REVERSE) - through:
                 derivative[v] = all_derivatives
     return Dependence(tuple(value), tuple(derivative))

@@ -133,8 +133,11 @@ def refuse_parameters_in_while(model: StepModel, dep: Dependence) -> None:
                 for bit, leaf in enumerate(model.params)
                 if any(dep.on(v, 1 << bit) for v in operation.inputs)
             ]
+            made = next((v for v in operation.inputs if dep.on(v, params_mask)), None)
+            (by,) = [o.source for o in model.graph.operations if made in o.outputs] or [None]
+            how = "is used inside" if by is None else f"reaches, by the value computed at {by},"
             raise ModelError(
-                f"a trained parameter ({', '.join(names)}) is used inside a while loop.",
+                f"a trained parameter ({', '.join(names)}) {how} a while loop.",
                 where=operation.source,
                 got="while_loop, which has no reverse derivative",
                 expected="a loop of fixed length: lax.scan, lax.fori_loop with constant bounds, brainstate.transform.for_loop",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from etcompile.errors import OptionError, ProgramError
+from etcompile.integers import positive_integer
 from etcompile.ir.header import Effect, Group, Header, Layer, Relation, Site
 from etcompile.ir.ops import infer_type
 from etcompile.ir.program import Argument, Equation, Gradient, Ref, Symbol, TraceProgram
@@ -446,9 +447,7 @@ class ProgramBuilder:
         """
         if end not in (None, "synthetic"):
             raise OptionError("a window ends in nothing, or in a synthetic gradient.", got=f"end={end!r}")
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise OptionError("window must be a positive integer, or None.", got=f"window={steps!r}")
-        self._window = steps or 0
+        self._window = 0 if steps is None else positive_integer("window", steps, otherwise=", or None")
         self._end = end
         self.follows_all_paths = True
 

@@ -12,6 +12,7 @@ import numpy as np
 import saiunit as u
 
 from etcompile.errors import InputError, OptionError
+from etcompile.integers import positive_integer
 
 __all__ = ["FixedRandomFeedback"]
 
@@ -114,9 +115,7 @@ class FixedRandomFeedback(brainstate.nn.Module):
 
 
 def _size(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise OptionError(f"{name} must be a positive integer.", got=repr(value), expected="1, 2, ...")
-    return int(value)
+    return positive_integer(name, value)
 
 
 def _key(seed: Any) -> jax.Array:

@@ -13,6 +13,7 @@ import numpy as np
 import saiunit as u
 
 from etcompile.errors import InputError, OptionError
+from etcompile.integers import positive_integer
 from etcompile.nn.decay import is_quantity
 
 __all__ = ["Like"]
@@ -48,12 +49,8 @@ class Like:
 
     def zeros(self, batch_size: int | None = None) -> Any:
         """Zeros; with ``batch_size``, axis 0 of every leaf has that length (a scalar gets such an axis)."""
-        if batch_size is not None and (
-            isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1
-        ):
-            raise InputError(
-                "batch_size must be a positive integer.", got=repr(batch_size), expected="1, 2, ..."
-            )
+        if batch_size is not None:
+            batch_size = positive_integer("batch_size", batch_size, error=InputError)
         return jax.tree.unflatten(self.tree, [leaf.zeros(batch_size) for leaf in self.leaves])
 
     def leak(self, name: str, state: Any, value: Any, decay: Any, gain: float | None = None) -> Any:

@@ -27,8 +27,9 @@ class LeakyRateReadout(brainstate.nn.Module):
     ----------
     in_size, out_size : int or tuple of int
         Sizes of input and output without the batch axis; all but the last axis must be equal.
-    tau : Quantity
-        Time constant with a unit of time: one, or one per output unit. dt is ``brainstate.environ``'s at the time of
+    tau : Quantity, ParamState or Param
+        Time constant with a unit of time: one, or one per output unit. In a ``ParamState`` or ``brainstate.nn.Param`` it is
+        trained. dt is ``brainstate.environ``'s at the time of
         each call; in a compiled step, that of the compilation.
     w_init, r_init : callable or array
         Initial weights and state; ``brainstate.nn`` initialisers. Default: Kaiming normal, zero.
@@ -81,7 +82,8 @@ class LeakyRateReadout(brainstate.nn.Module):
                 expected="equal axes before the last",
             )
         self.in_size, self.out_size = inner, outer
-        self.tau = time_constant("tau", tau, outer)
+        time_constant("tau", _value(tau), outer)
+        self.tau = tau
         self._r_init = brainstate.nn.init.ZeroInit() if r_init is None else r_init
         w_init = brainstate.nn.init.KaimingNormal() if w_init is None else w_init
         self.weight = brainstate.ParamState(_initial("w_init", w_init, (inner[-1], outer[-1])))
@@ -97,7 +99,7 @@ class LeakyRateReadout(brainstate.nn.Module):
     def update(self, x: Any) -> Any:
         """One step: x of shape ``(..., *in_size)``; returns the new r, ``(..., *out_size)``, in r's dtype."""
         r: Any = self.r.value
-        decay = jnp.asarray(decay_of_step("tau", self.tau), jnp.finfo(r.dtype).dtype)
+        decay = jnp.asarray(decay_of_step("tau", _value(self.tau)), jnp.finfo(r.dtype).dtype)
         current: Any = u.linalg.dot(x, self.weight.value)
         self.r.value = decay * r + current.astype(r.dtype)
         return self.r.value
@@ -108,6 +110,13 @@ class LeakyRateReadout(brainstate.nn.Module):
         start = start.astype(weight.dtype)
         # Weights with a unit make a state with that unit, also from an initialiser that knows of none.
         return start if has_unit(start) else start * u.get_unit(weight) if has_unit(weight) else start
+
+
+def _value(tau: Any) -> Any:
+    """A time constant as it is now, where it is a trained one."""
+    if isinstance(tau, brainstate.State):
+        return tau.value
+    return tau.value() if isinstance(tau, brainstate.nn.Param) else tau
 
 
 def _sizes(name: str, size: Any) -> tuple[int, ...]:

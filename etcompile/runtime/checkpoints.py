@@ -15,6 +15,7 @@ import numpy as np
 from etcompile.errors import CheckpointError, DependencyError, OptionError
 from etcompile.frontend.jaxpr import Constant
 from etcompile.frontend.step_model import leaf_names
+from etcompile.integers import as_integer, positive_integer
 from etcompile.lowering.functions import Carry
 from etcompile.runtime.progress import refuse_traced
 
@@ -82,9 +83,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, every: int = 1, keep: int = 3) -> None:
-        for name, value in [("every", every), ("keep", keep)]:
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name} must be a positive integer.", got=f"{name}={value!r}")
+        every, keep = positive_integer("every", every), positive_integer("keep", keep)
         _orbax()
         self.directory = Path(directory).expanduser().absolute()
         self.every = every
@@ -133,10 +132,12 @@ class Checkpoints:
         OptionError
             ``at`` does not grow, or ``extra`` holds something else than arrays and numbers.
         """
-        if isinstance(at, bool) or not isinstance(at, int) or at < self._at:
+        position = as_integer(at)
+        if position is None or position < self._at:
             raise OptionError(
                 "positions must be integers that grow.", got=f"at={at!r}", expected=f"at least {self._at}"
             )
+        at = position
         due = force or at // self.every > self._at // self.every
         if not due:
             self._at = at

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from etcompile.cost.cost import Cost, Measured, measured, priced
 from etcompile.cost.scaling import scaled
 from etcompile.errors import InputError, OptionError
+from etcompile.integers import positive_integer
 from etcompile.lowering.functions import StepFunctions
 from etcompile.lowering.in_place import undivided_sums
 from etcompile.lowering.losses import Loss
@@ -36,11 +37,10 @@ def step_cost(
     every_trip: bool = True,
 ) -> Cost:
     """See :meth:`etcompile.Step.cost`; ``every_trip`` as in :func:`etcompile.cost.cost.priced`."""
-    for name, value in (("batch", batch), ("steps", steps)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise OptionError(f"{name} must be a positive integer.", got=f"{name}={value!r}")
+    batch = None if batch is None else positive_integer("batch", batch)
+    steps = None if steps is None else positive_integer("steps", steps)
     if chunk is not None:
-        check_chunk(chunk)
+        chunk = check_chunk(chunk)
         steps = steps or (chunk if isinstance(chunk, int) else None)
         if steps is None:
             raise OptionError(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from etcompile.errors import OptionError
 from etcompile.frontend.captured import Same
 from etcompile.frontend.jaxpr import is_traced
+from etcompile.integers import positive_integer
 from etcompile.runtime.losses import LossOptions, check_mask, loss_key
 from etcompile.runtime.progress import in_pieces, piece_lengths, segment_lengths
 from etcompile.runtime.step_data import over_time
@@ -73,10 +74,7 @@ class Learner:
         update_every: int,
         options: LossOptions | None = None,
     ) -> None:
-        if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
-            raise OptionError(
-                "update_every must be a positive integer.", got=repr(update_every), expected="1, 2, ..."
-            )
+        update_every = positive_integer("update_every", update_every)
         self._step = step
         self._loss_fn = loss_fn
         self._options = options or LossOptions()

@@ -13,6 +13,7 @@ from etcompile.frontend.function import own_copy
 from etcompile.frontend.jaxpr import in_transformation, is_traced
 from etcompile.frontend.module import not_recorded
 from etcompile.frontend.step_model import leaf_names
+from etcompile.integers import positive_integer
 from etcompile.lowering.functions import Call, Carry, Item, StepFunctions
 from etcompile.lowering.losses import Loss, LossValue
 from etcompile.lowering.placement import Placement
@@ -310,7 +311,7 @@ class Step:
         step is compiled for now, see :meth:`reset`.
         """
         if batch_size is not None:
-            _check_batch(batch_size)
+            batch_size = _check_batch(batch_size)
             size = self._functions.causal.model.examples
             if size != batch_size:
                 raise CarryError(
@@ -480,7 +481,7 @@ class Step:
         _check_callable(loss_fn)
         check_end(self.program)
         if chunk is not None:
-            check_chunk(chunk)
+            chunk = check_chunk(chunk)
         if reduction not in ("sum", "mean"):
             raise OptionError("reduction must be 'sum' or 'mean'.", got=f"reduction={reduction!r}")
         options = LossOptions(has_aux)
@@ -614,7 +615,7 @@ class Step:
             self._writes.settled()
             self.place_states()
             return
-        _check_batch(batch_size)
+        batch_size = _check_batch(batch_size)
         require_divisible_batch(self._compiled.schedule, batch_size)
         if in_transformation():
             raise OptionError(
@@ -855,6 +856,5 @@ def _check_callable(loss_fn: Any) -> None:
         )
 
 
-def _check_batch(batch_size: Any) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError("batch_size must be a positive integer.", got=repr(batch_size), expected="1, 2, ...")
+def _check_batch(batch_size: Any) -> int:
+    return positive_integer("batch_size", batch_size, error=InputError)

@@ -15,6 +15,7 @@ from jax import lax
 
 from etcompile.analysis.headers import group_dtype
 from etcompile.errors import AlgorithmError, InputError, OptionError
+from etcompile.integers import positive_integer
 from etcompile.lowering.functions import Carry, StepFunctions
 from etcompile.lowering.losses import Loss
 from etcompile.lowering.windows import check_windows, window_gradients
@@ -92,8 +93,8 @@ class SyntheticGradient:
             raise InputError(
                 "the loss must be a function.", got=repr(loss_fn), expected="loss_fn(out, *targets) -> scalar"
             )
-        if hidden is not None and (isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1):
-            raise OptionError("hidden must be a positive integer, or None.", got=f"hidden={hidden!r}")
+        if hidden is not None:
+            hidden = positive_integer("hidden", hidden, otherwise=", or None")
         if step.program.end != "synthetic":
             raise AlgorithmError(
                 "the windows of this step do not end in synthetic gradients.",
@@ -191,8 +192,7 @@ class SyntheticGradient:
         OptionError
             No optimiser, or ``epochs`` is not a positive integer.
         """
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-            raise OptionError("epochs must be a positive integer.", got=f"epochs={epochs!r}")
+        epochs = positive_integer("epochs", epochs)
         self._check_same_step()
         carry, inputs = self._start(xs, targets)
         self._check_several(inputs)
