@@ -11,6 +11,7 @@ from etcompile.errors import (
     CheckpointError,
     DependencyError,
     EtcompileError,
+    EtcompileWarning,
     InputError,
     ModelError,
     OptionError,
@@ -37,7 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlgorithmError", "Carry", "CarryError", "CheckpointError", "Checkpoints", "Cost", "DependencyError",
-    "EtcompileError", "FixedRandomFeedback", "FunctionModel", "GradExpon", "InputError", "KappaFilter",
+    "EtcompileError", "EtcompileWarning", "FixedRandomFeedback", "FunctionModel", "GradExpon", "InputError", "KappaFilter",
     "LeakyRateReadout", "ModelError", "MultiStepData", "OptionError", "Pass", "PassError", "PassManager",
     "PresynapticTrace", "ProgramError", "Report", "Schedule", "SingleStepData", "Step", "SyntheticGradient",
     "TraceProgram", "UnsupportedError", "algorithm", "algorithm_names", "compile", "feedback_matrix",

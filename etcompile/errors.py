@@ -1,4 +1,4 @@
-"""The exceptions of etcompile: every mistake a user can make ends in one of these.
+"""The exceptions of etcompile: every mistake a user can make ends in one of these, or in a warning of its class.
 
 A message says where (file and line of the user's model, when there is one), what was got, what was expected,
 and what to do about it.
@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointError",
     "DependencyError",
     "EtcompileError",
+    "EtcompileWarning",
     "ForeignWriteWarning",
     "InputError",
     "ModelError",
@@ -48,6 +49,13 @@ class EtcompileError(Exception):
         parts = [message if where is None else f"{where}: {message}"]
         parts += [f"  {label}: {text}" for label, text in _labelled(got, expected, hint) if text]
         super().__init__("\n".join(parts))
+
+
+class EtcompileWarning(UserWarning):
+    """Something that runs, and is probably not what was meant; the message says what to do.
+
+    To have it raised: ``warnings.simplefilter("error", etcompile.EtcompileWarning)``.
+    """
 
 
 def _labelled(got: str | None, expected: str | None, hint: str | None) -> list[tuple[str, str | None]]:
@@ -94,5 +102,5 @@ class UnsupportedError(EtcompileError, NotImplementedError):
     """Something that the chosen schedule or rule cannot compute; the message names one that can."""
 
 
-class ForeignWriteWarning(UserWarning):
+class ForeignWriteWarning(EtcompileWarning):
     """A state of a compiled model was assigned outside of its step, so its traces may not fit it."""

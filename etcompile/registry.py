@@ -15,6 +15,7 @@ from etcompile.ir.header import Header
 from etcompile.ir.program import TraceProgram
 from etcompile.pass_manager import Pass
 from etcompile.paths import path_matches
+from etcompile.rule_errors import rule_failure
 
 __all__ = ["Algorithm", "Mixed", "Rule", "algorithm", "algorithm_names", "pipeline"]
 
@@ -49,7 +50,7 @@ class Algorithm:
 
     def __call__(self, program: TraceProgram) -> TraceProgram:
         builder = ProgramBuilder(self.name, program.header)
-        self.rule.write(builder, **dict(self.options))
+        run_rule(self.rule, builder, self.options)
         self.functions.update(builder.functions)
         return builder.finish(self.rule.exact_for(program.header, dict(self.options)))
 
@@ -114,7 +115,8 @@ def algorithm(
     Parameters
     ----------
     name : str
-        Name under which ``compile(algo=...)`` finds it. Registering a name again replaces the rule.
+        Name under which ``compile(algo=...)`` finds it. Registering a name again replaces the rule; the names of the rules that
+        come with etcompile are taken.
     exact : {"never", "uncut", "always"} or callable
         When the rule's gradients, summed over a sequence, equal backpropagation through time where no credit ends at a
         cut that counts for it: never, for every such model (``"uncut"`` and ``"always"``; a rule that follows all paths has
@@ -137,11 +139,28 @@ def algorithm(
     ...         ebar = p.recur(decay=kappa, inject=(1 - kappa) * e)
     ...         p.gradient(r, p.contract(p.signal(r.group), ebar))
     """
+    if not isinstance(name, str):
+        written = getattr(name, "__name__", "my_rule")
+        raise OptionError(
+            "algorithm takes the name of the rule, in parentheses.",
+            got=f"@etcompile.algorithm on {written}" if callable(name) else f"algorithm({name!r})",
+            expected=f'@etcompile.algorithm("{written}")',
+        )
     if not callable(exact) and exact not in ("never", "uncut", "always"):
         raise OptionError("exact must be 'never', 'uncut' or 'always'.", got=repr(exact))
 
     def register(write: Callable[..., None]) -> Rule:
         rule = Rule(name, write, exact, preserves, leaves_out)
+        if not _ships(rule):
+            _load()
+            for taken in (name, *aliases):
+                if taken in _RULES and _ships(_RULES[taken]):
+                    raise AlgorithmError(
+                        f"{taken!r} is the name of a rule that comes with etcompile.",
+                        got=f"@etcompile.algorithm({name!r}) on {getattr(write, '__name__', write)}",
+                        expected="a name that is not taken",
+                        hint=f"call it 'my_{taken}', and compile with algo='my_{taken}'.",
+                    )
         _RULES.update(dict.fromkeys((name, *aliases), rule))
         return rule
 
@@ -173,6 +192,28 @@ def find_rule(name: str) -> Rule:
             else "register a rule of your own with @etcompile.algorithm.",
         )
     return _RULES[name]
+
+
+def _ships(rule: Rule) -> bool:
+    """Whether a rule comes with the package."""
+    return getattr(rule.write, "__module__", "").startswith("etcompile.passes.")
+
+
+def run_rule(rule: Rule, builder: ProgramBuilder, options: Sequence[tuple[str, Any]]) -> None:
+    """Have a rule write its equations; what goes wrong inside of it names the rule, its line and the relation."""
+    try:
+        returned: Any = rule.write(builder, **dict(options))
+    except Exception as error:
+        failure = rule_failure(rule.name, rule.write, error, builder.header)
+        if failure is None:
+            raise
+        raise failure from error
+    if returned is not None:
+        raise AlgorithmError(
+            f"the rule {rule.name} returns something, which nobody reads.",
+            got=f"a {type(returned).__name__}",
+            expected="a function that declares its gradients with p.gradient(relation, value) and returns nothing",
+        )
 
 
 def _load() -> None:
@@ -218,7 +259,7 @@ class Mixed:
             if not names:
                 continue
             view = builder.restricted(names)
-            part.rule.write(view, **dict(part.options))
+            run_rule(part.rule, view, part.options)
             if view.window_steps is not None:
                 raise AlgorithmError(
                     f"{part.name} works on windows of all weights, so it cannot be mixed with other rules.",

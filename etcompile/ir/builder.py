@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from etcompile.errors import OptionError, ProgramError
+from etcompile.errors import EtcompileWarning, OptionError, ProgramError
 from etcompile.integers import positive_integer
 from etcompile.ir.header import Effect, Group, Header, Layer, Relation, Site
 from etcompile.ir.ops import infer_type
 from etcompile.ir.program import Argument, Equation, Gradient, Ref, Symbol, TraceProgram
 from etcompile.ir.types import Type, type_of
+from etcompile.paths import short_list
 
 __all__ = ["ProgramBuilder", "Value"]
 
@@ -417,6 +419,7 @@ class ProgramBuilder:
 
         ``exact`` is what the rule claims where no credit ends at a cut; the program is exact if none does.
         """
+        self._warn_of_forgotten()
         for site in self.header.sites:
             within = self._within.get(site.name, "one_step")
             relations = self.header.relations_of(site.name)
@@ -438,6 +441,22 @@ class ProgramBuilder:
             exact and not header.cuts,
             self._window,
             self._end,
+        )
+
+    def _warn_of_forgotten(self) -> None:
+        """Warn of relations for which the rule declared nothing, where it declared a gradient for others or wrote equations."""
+        left = [r for r in self.header.relations if r.site not in self._within]
+        if not left or self._window is not None or not self._equations:
+            return
+        told = "; ".join(
+            f"{r.name}: {short_list(self.header.site(r.site).params)} in {r.group}" for r in left[:3]
+        )
+        more = f"; and {len(left) - 3} more" if len(left) > 3 else ""
+        warnings.warn(
+            f"the rule {self.name} declares no gradient for {told}{more}: what these weights did at earlier steps is lost."
+            " Declare it with p.gradient(relation, value).",
+            EtcompileWarning,
+            stacklevel=2,
         )
 
     def window(self, steps: int | None, end: str | None = None) -> None:

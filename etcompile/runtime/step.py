@@ -342,7 +342,7 @@ class Step:
 
         ``target`` and ``modulator`` are for rules that read them, where the step is differentiated.
         """
-        return self._functions.apply(params, carry, inputs, _call(target, modulator))
+        return self._functions.apply(params, carry, inputs, _call(self.program, target, modulator))
 
     # -- running ------------------------------------------------------------------------------------------------
 
@@ -358,7 +358,7 @@ class Step:
         inputs, target, modulator = unwrap((inputs, target, modulator))
         carry = self._carry()
         self._functions.model.flatten_inputs(inputs)
-        params, carry, data = self._placed(carry, (inputs, _call(target, modulator)))
+        params, carry, data = self._placed(carry, (inputs, _call(self.program, target, modulator)))
         carry, out = self._jit("apply", self._functions.apply)(params, carry, *data)
         self._set_carry(carry)
         return out
@@ -375,7 +375,7 @@ class Step:
 
             def body(carry: Carry, x: Any) -> tuple[Carry, Any]:
                 inputs, target, modulator = join(x)
-                return self._functions.apply(params, carry, inputs, _call(target, modulator))
+                return self._functions.apply(params, carry, inputs, _call(self.program, target, modulator))
 
             return jax.lax.scan(body, carry, xs)
 
@@ -445,7 +445,7 @@ class Step:
             ("value_and_grad", bound.loss.program), apart(one_step(self._functions)), donate=(DONATED,)
         )
         found, grads, carry = self._guarded(
-            fn, carry, bound.loss, inputs, item, _call(None, modulator), time=0
+            fn, carry, bound.loss, inputs, item, _call(self.program, None, modulator), time=0
         )
         self._set_carry(carry)
         bound.write(found.carried)
@@ -518,7 +518,7 @@ class Step:
             carry = self._carry(give_away=True)
             bound = self._bound(loss_fn, options, targets, mask, time=True)
             whole, size, kind = self._whole(chunk, _steps(inputs))
-            key, call = (kind, bound.loss.program, size), _call(None, modulator)
+            key, call = (kind, bound.loss.program, size), _call(self.program, None, modulator)
             items = _item(targets, mask, 1)
             if progress is not False:
                 found, grads = gradients_in_pieces(
@@ -829,9 +829,20 @@ class Step:
                 )
 
 
-def _call(target: Any, modulator: Any) -> Call:
+#: A rule that reads what a call may give.
+_READERS = {"target": "osttp", "modulator": "three_factor"}
+
+
+def _call(program: TraceProgram, target: Any, modulator: Any) -> Call:
     """What a call gives beside its inputs, without what it does not give."""
     given = {"target": target, "modulator": modulator}
+    for name, value in given.items():
+        if value is not None and not any(e.op == name for e in program.equations):
+            raise OptionError(
+                f"{program.name} reads no {name}.",
+                got=f"{name}= of type {type(value).__name__}",
+                hint=f"leave {name}= out, or compile with a rule that reads it, such as algo={_READERS[name]!r}.",
+            )
     return {name: value for name, value in given.items() if value is not None}
 
 
