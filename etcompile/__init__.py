@@ -30,7 +30,7 @@ from etcompile.registry import algorithm, algorithm_names
 from etcompile.report import Report
 from etcompile.runtime.checkpoints import Checkpoints
 from etcompile.runtime.step import Step
-from etcompile.runtime.step_data import MultiStepData, SingleStepData
+from etcompile.runtime.step_data import MultiStepData, SingleStepData, extract_y_target
 from etcompile.runtime.synthetic import SyntheticGradient
 from etcompile.schedule import Schedule
 
@@ -41,6 +41,6 @@ __all__ = [
     "EtcompileError", "EtcompileWarning", "FixedRandomFeedback", "FunctionModel", "GradExpon", "InputError", "KappaFilter",
     "LeakyRateReadout", "ModelError", "MultiStepData", "OptionError", "Pass", "PassError", "PassManager",
     "PresynapticTrace", "ProgramError", "Report", "Schedule", "SingleStepData", "Step", "SyntheticGradient",
-    "TraceProgram", "UnsupportedError", "algorithm", "algorithm_names", "compile", "feedback_matrix",
+    "TraceProgram", "UnsupportedError", "algorithm", "algorithm_names", "compile", "extract_y_target", "feedback_matrix",
     "from_function", "nn", "parse_program",
 ]  # fmt: skip

@@ -315,7 +315,7 @@ def test_grad_expon_of_a_compiled_step():
 
 def test_feedback_projects():
     feedback = FixedRandomFeedback(5, 4, seed=3)
-    B = feedback.B.value
+    B = feedback.B
     assert B.shape == (5, 4)
     y = draw(1, 6, 2, 5)
     for got in (feedback.project(y), feedback(y), brainstate.transform.for_loop(feedback.project, y)):
@@ -326,38 +326,38 @@ def test_feedback_projects():
 
 
 def test_feedback_numbers():
-    B = np.asarray(FixedRandomFeedback(100, 400, seed=0).B.value)
+    B = np.asarray(FixedRandomFeedback(100, 400, seed=0).B)
     assert abs(B.std() * 10 - 1) < 0.02 and abs(B.mean() * 10) < 0.02
-    same = FixedRandomFeedback(5, 4, seed=3).B.value
+    same = FixedRandomFeedback(5, 4, seed=3).B
     for other in (
         dict(key=jax.random.key(3)),
         dict(seed=jax.random.key(3)),
         dict(key=jax.random.PRNGKey(3)),
         dict(seed=np.int32(3)),
     ):
-        assert relative_error(FixedRandomFeedback(5, 4, **other).B.value, same) == 0.0
-    assert relative_error(FixedRandomFeedback(5, 4, 4).B.value, same) > 0.1
+        assert relative_error(FixedRandomFeedback(5, 4, **other).B, same) == 0.0
+    assert relative_error(FixedRandomFeedback(5, 4, 4).B, same) > 0.1
 
 
 def test_feedback_is_frozen():
     feedback = FixedRandomFeedback(5, 4, 0)
-    before = feedback.B.value
-    assert not isinstance(feedback.B, brainstate.ParamState)
-    assert not feedback.states(brainstate.ParamState)
+    before = feedback.B
+    assert isinstance(feedback.B, jax.Array)
+    assert not feedback.states()
     feedback.reset_state()
     feedback.reset_state(batch_size=3)
     brainstate.nn.init_all_states(feedback, batch_size=3)
     brainstate.nn.reset_all_states(feedback, batch_size=3)
-    assert feedback.B.value is before
+    assert feedback.B is before
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
 def test_feedback_dtypes(dtype):
     feedback = FixedRandomFeedback(5, 4, 0)
     assert feedback.project(jnp.ones((2, 5), dtype)).dtype == dtype
-    assert FixedRandomFeedback(5, 4, 0, dtype=dtype).B.value.dtype == dtype
+    assert FixedRandomFeedback(5, 4, 0, dtype=dtype).B.dtype == dtype
     labels = jax.nn.one_hot(jnp.array([1, 4]), 5, dtype=jnp.int32)
-    assert relative_error(feedback.project(labels), feedback.B.value[jnp.array([1, 4])]) == 0.0
+    assert relative_error(feedback.project(labels), feedback.B[jnp.array([1, 4])]) == 0.0
 
 
 def test_feedback_errors():
@@ -572,7 +572,7 @@ def test_parts_inside_a_compiled_model():
             return self.smooth(x @ self.w.value) + self.feedback(self.seen(x))
 
     model = Net()
-    B = model.feedback.B.value
+    B = model.feedback.B
     step = etcompile.compile(model, XS[0], batch_size=2)
     assert step.exact
     _, grads = step.scan_value_and_grad(squared)(XS, YS)
@@ -582,10 +582,10 @@ def test_parts_inside_a_compiled_model():
         return jax.vmap(squared)(outputs(0.4 * w, 0.6, XS) + seen, YS).sum()
 
     assert relative_error(grads["w"], jax.grad(total)(W)) < TOLERANCE
-    assert relative_error(model.feedback.B.value, B) == 0.0
+    assert relative_error(model.feedback.B, B) == 0.0
     step.reset(batch_size=5)
     assert step(jnp.ones((5, 3))).shape == (5, 4)
-    assert relative_error(model.feedback.B.value, B) == 0.0
+    assert relative_error(model.feedback.B, B) == 0.0
 
 
 def test_parts_survive_splitting_into_graph_and_states(maker):

@@ -20,8 +20,8 @@ __all__ = ["FixedRandomFeedback"]
 class FixedRandomFeedback(brainstate.nn.Module):
     """A random matrix B that is never trained, to carry errors [1]_ or targets [2]_ to a layer.
 
-    Its entries are standard normal numbers divided by ``sqrt(n_target)``, so that what arrives is about as large as
-    one entry of what was sent.
+    Its entries are ``init_scale * jax.random.normal(key, (n_target, n_layer))``. With ``init_scale=n_target**-0.5`` what
+    arrives is about as large as one entry of what was sent.
 
     Parameters
     ----------
@@ -31,22 +31,24 @@ class FixedRandomFeedback(brainstate.nn.Module):
         Units of the layer.
     seed : int or jax key, optional
         Where the numbers come from. Equal seeds give equal matrices, so give every layer its own.
+    init_scale : float
+        Standard deviation of the entries.
     key : jax key, optional
-        The same under its other name; give one of the two.
+        The seed under its other name; give one of the two.
     dtype : dtype, optional
         Default: ``brainstate.environ.dftype()``.
     name : str, optional
 
     Attributes
     ----------
-    B : LongTermState
-        The matrix, shape ``(n_target, n_layer)``. Not a ``ParamState``: no optimiser finds it, and
+    B : jax.Array
+        The matrix, shape ``(n_target, n_layer)``. No state: no optimiser finds it, no derivative passes into it, and
         :meth:`reset_state` leaves it alone.
 
     Raises
     ------
     OptionError
-        For sizes that are not positive integers, and without a seed or with two.
+        For sizes that are not positive integers, a scale that is no number, and without a seed or with two.
 
     References
     ----------
@@ -69,6 +71,7 @@ class FixedRandomFeedback(brainstate.nn.Module):
         n_target: int,
         n_layer: int,
         seed: int | jax.Array | None = None,
+        init_scale: float = 0.1,
         *,
         key: jax.Array | None = None,
         dtype: Any = None,
@@ -86,7 +89,7 @@ class FixedRandomFeedback(brainstate.nn.Module):
         if not jnp.issubdtype(dtype, jnp.floating):
             raise OptionError("dtype must be a floating-point dtype.", got=str(dtype), expected="jnp.float32")
         numbers = jax.random.normal(_key(seed if key is None else key), (self.n_target, self.n_layer), dtype)
-        self.B = brainstate.LongTermState(numbers / math.sqrt(self.n_target))
+        self.B = jax.lax.stop_gradient(_scale(init_scale) * numbers)
 
     def project(self, y: Any) -> Any:
         """``y @ B``: shape ``(..., n_target)`` to ``(..., n_layer)``, in y's dtype and unit.
@@ -102,8 +105,8 @@ class FixedRandomFeedback(brainstate.nn.Module):
                 hint="class labels must be one-hot: jax.nn.one_hot(labels, n_target).",
             )
         numbers = jnp.asarray(u.get_mantissa(y))
-        kind = numbers.dtype if jnp.issubdtype(numbers.dtype, jnp.inexact) else self.B.value.dtype
-        sent = numbers.astype(kind) @ self.B.value.astype(kind)
+        kind = numbers.dtype if jnp.issubdtype(numbers.dtype, jnp.inexact) else self.B.dtype
+        sent = numbers.astype(kind) @ jax.lax.stop_gradient(self.B).astype(kind)
         return u.Quantity(sent, unit=y.unit) if isinstance(y, u.Quantity) else sent
 
     def update(self, y: Any) -> Any:
@@ -116,6 +119,16 @@ class FixedRandomFeedback(brainstate.nn.Module):
 
 def _size(name: str, value: Any) -> int:
     return positive_integer(name, value)
+
+
+def _scale(value: Any) -> float:
+    try:
+        scale = math.nan if isinstance(value, (bool, str, bytes)) else float(value)
+    except (TypeError, ValueError):
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise OptionError("init_scale must be a finite number.", got=repr(value), expected="0.1, for example")
+    return scale
 
 
 def _key(seed: Any) -> jax.Array:

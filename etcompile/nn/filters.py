@@ -6,6 +6,7 @@ from typing import Any
 
 import brainstate
 
+from etcompile.errors import OptionError
 from etcompile.nn.decay import decay_of_step, fraction, has_unit, is_quantity, time_constant
 from etcompile.nn.like import Like
 
@@ -87,10 +88,22 @@ class GradExpon(brainstate.nn.Module):
 class _Filter(brainstate.nn.Module):
     """A leaky state with the shape of what it filters."""
 
-    def __init__(self, shape_or_example: Any, dtype: Any, name: str | None) -> None:
+    def __init__(self, shape_or_example: Any, init_value: Any, dtype: Any, name: str | None) -> None:
         super().__init__(name=name)  # pyright: ignore[reportCallIssue]
-        self._like = Like.of(shape_or_example, dtype)
-        self.state = brainstate.ShortTermState(self._like.zeros())
+        kind = type(self).__name__
+        if (shape_or_example is None) == (init_value is None):
+            raise OptionError(
+                f"{kind} needs a shape, an example or an initial value, and one of them only.",
+                got=f"shape_or_example={shape_or_example!r}, init_value={init_value!r}",
+                expected=f"{kind}((4, 3), ...), for example",
+            )
+        self._like = Like.of(shape_or_example if init_value is None else init_value, dtype)
+        zeros = self._like.zeros()
+        # a shape given as the initial value is a shape
+        start = None if init_value is None or not hasattr(init_value, "dtype") else init_value
+        self.state = brainstate.ShortTermState(
+            zeros if start is None else self._like.leak(kind, zeros, start, 0.0)
+        )
 
     @property
     def value(self) -> Any:
@@ -119,6 +132,8 @@ class KappaFilter(_Filter):
         Shape of x, batch axis first if there is one, or an example of it, which sets dtype and unit as well.
     kappa : float
         In [0, 1); 0 does not filter.
+    init_value : array, optional
+        In the place of ``shape_or_example``: the filter also starts with this value. A reset makes it zero.
     dtype : dtype, optional
         Default: that of the example, or ``brainstate.environ.dftype()`` for a shape or integers.
     name : str, optional
@@ -151,9 +166,15 @@ class KappaFilter(_Filter):
     """
 
     def __init__(
-        self, shape_or_example: Any, kappa: float, *, dtype: Any = None, name: str | None = None
+        self,
+        shape_or_example: Any = None,
+        kappa: Any = None,
+        *,
+        init_value: Any = None,
+        dtype: Any = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(shape_or_example, dtype, name)
+        super().__init__(shape_or_example, init_value, dtype, name)
         self.kappa = fraction("kappa", kappa, zero=True)
 
     def update(self, x: Any) -> Any:
@@ -174,6 +195,10 @@ class PresynapticTrace(_Filter):
         Shape of x, batch axis first if there is one, or an example of it, which sets dtype and unit as well.
     decay : float
         In (0, 1).
+    leak : float, optional
+        ``decay`` under its other name.
+    init_value : array, optional
+        In the place of ``shape_or_example``: the filter also starts with this value. A reset makes it zero.
     dtype : dtype, optional
         Default: that of the example, or ``brainstate.environ.dftype()`` for a shape or integers.
     name : str, optional
@@ -205,10 +230,29 @@ class PresynapticTrace(_Filter):
     """
 
     def __init__(
-        self, shape_or_example: Any, decay: float, *, dtype: Any = None, name: str | None = None
+        self,
+        shape_or_example: Any = None,
+        decay: Any = None,
+        *,
+        leak: Any = None,
+        init_value: Any = None,
+        dtype: Any = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__(shape_or_example, dtype, name)
+        super().__init__(shape_or_example, init_value, dtype, name)
+        if decay is not None and leak is not None:
+            raise OptionError(
+                "decay and leak are two names of one number: give one of them.",
+                got=f"decay={decay!r}, leak={leak!r}",
+                expected="decay=0.9, for example",
+            )
+        decay = leak if decay is None else decay
         self.decay = fraction("decay", decay)
+
+    @property
+    def leak(self) -> float:
+        """The decay."""
+        return self.decay
 
     def update(self, x: Any) -> Any:
         """Take one x; returns the new a, of the same shape."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from etcompile.errors import InputError
 __all__ = [
     "MultiStepData",
     "SingleStepData",
+    "extract_y_target",
     "has_multi_step",
     "number_of_steps",
     "over_time",
@@ -76,6 +77,26 @@ class MultiStepData:
 def has_multi_step(args: Any) -> bool:
     """Whether there is a :class:`MultiStepData` anywhere in `args`."""
     return any(isinstance(v, MultiStepData) for v in jax.tree.leaves(args, is_leaf=_is_multi))
+
+
+def extract_y_target(args: Sequence[Any], index: int = -1) -> Any:
+    """The target among the positional arguments of a call: the last, or that at ``index``; None where there are none.
+
+    Examples
+    --------
+    >>> from etcompile import extract_y_target
+    >>> extract_y_target(("x", "y")), extract_y_target(("x", "y"), 0), extract_y_target(())
+    ('y', 'x', None)
+    """
+    if not args:
+        return None
+    if not -len(args) <= index < len(args):
+        raise InputError(
+            "there is no such argument.",
+            got=f"index={index} of {len(args)}",
+            expected="a position among them",
+        )
+    return args[index]
 
 
 def number_of_steps(args: Any) -> int:
