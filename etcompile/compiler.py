@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from etcompile.analysis.analysis import Analysis, analyse
 from etcompile.analysis.headers import program_header
 from etcompile.errors import InputError, OptionError
+from etcompile.frontend.given import as_array, refuse_iterators
 from etcompile.frontend.module import initialise, is_module, restore, snapshot
 from etcompile.frontend.step_model import step_model
 from etcompile.integers import positive_integer
@@ -109,8 +109,9 @@ def compile(
     algorithm, passes = pipeline(algo, options, optimise, windows=within == "exact")
     manager = manager or PassManager()
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    inputs = tuple(jax.tree.map(_example, x) for x in example_inputs)
     live = access(model)
+    refuse_iterators(example_inputs)
+    inputs = tuple(jax.tree.map(as_array, x) for x in example_inputs)
     if batch_size is not None:
         batch_size = positive_integer("batch_size", batch_size, error=InputError)
 
@@ -150,7 +151,3 @@ def compile(
         if is_module(model):
             restore(model, before)
         raise
-
-
-def _example(value: Any) -> Any:
-    return value if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)) else jnp.asarray(value)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from etcompile.errors import EtcompileError, OptionError, PassError
 from etcompile.ir.program import TraceProgram
 from etcompile.ir.verifier import verify
+from etcompile.keywords import named_arguments
 
 __all__ = ["EFFECTS", "Pass", "PassManager", "PassRecord"]
 
@@ -162,6 +163,9 @@ class PassManager:
                     records,
                     f"{complaint} the gradient of {path} by {difference:.2g} (relative)",
                 )
+
+
+PassManager.__init__ = named_arguments("PassManager")(PassManager.__init__)
 
 
 def _check_pass(item: Any) -> None:

@@ -13,6 +13,7 @@ from etcompile.errors import AlgorithmError, OptionError
 from etcompile.ir.builder import ProgramBuilder
 from etcompile.ir.header import Header
 from etcompile.ir.program import TraceProgram
+from etcompile.keywords import unknown_option
 from etcompile.pass_manager import Pass
 from etcompile.paths import path_matches
 from etcompile.rule_errors import rule_failure
@@ -86,13 +87,7 @@ class Rule:
         known = list(inspect.signature(self.write).parameters)[1:]
         for key in options:
             if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                raise OptionError(
-                    f"{self.name} has no option {key!r}.",
-                    got=f"{key}={options[key]!r}",
-                    expected=f"one of {', '.join(known)}" if known else "no options",
-                    hint=f"did you mean {near[0]!r}?" if near else None,
-                )
+                raise unknown_option(self.name, key, options[key], known)
         return Algorithm(self, tuple(sorted(options.items())))
 
 

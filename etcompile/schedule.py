@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from etcompile.errors import OptionError
 from etcompile.integers import as_integer, positive_integer
+from etcompile.keywords import named_arguments
 
 __all__ = ["Schedule", "as_schedule", "check_chunk", "require_divisible_batch"]
 
@@ -89,6 +90,9 @@ class Schedule:
     def unit_axes(self) -> tuple[str, ...]:
         """Axes of the mesh for units."""
         return _names(self.units)
+
+
+Schedule.__init__ = named_arguments("Schedule")(Schedule.__init__)
 
 
 def _check_floating(dtype: Any) -> None:

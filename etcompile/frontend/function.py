@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from etcompile.errors import ModelError
 from etcompile.frontend.step_model import TracedStep, leaf_names
+from etcompile.frontend.user_code import user_frame
 
 __all__ = ["FunctionModel", "from_function", "own_copy"]
 
@@ -85,8 +86,12 @@ def from_function(fn: Callable[..., tuple[Any, Any]], params: Any, state: Any) -
     True
     """
     if not callable(fn):
+        swapped = callable(params) or callable(state)
         raise ModelError(
-            "from_function needs a function.", got=repr(fn), expected="fn(params, state, x) -> (state, out)"
+            "from_function needs a function first.",
+            got=f"a {type(fn).__name__}",
+            expected="from_function(fn, params, state), with fn(params, state, x) -> (state, out)",
+            hint="are the arguments swapped? The function comes first." if swapped else None,
         )
     return FunctionModel(
         fn, jax.tree.map(_array, params), jax.tree.map(_array, state), getattr(fn, "__name__", "fn")
@@ -105,6 +110,10 @@ def own_copy(value: Any) -> Any:
     return jnp.array(value, jnp.result_type(value))
 
 
+def _keys(tree: Any) -> list[str]:
+    return [str(key) for key in tree] if isinstance(tree, dict) else []
+
+
 def trace_function(model: FunctionModel, inputs: tuple[Any, ...], state: Any = None) -> TracedStep:
     """Trace one step to a jaxpr."""
     state = model.state if state is None else state
@@ -121,6 +130,13 @@ def trace_function(model: FunctionModel, inputs: tuple[Any, ...], state: Any = N
                 expected="(new_state, out)",
             )
         new, out = result
+        if jax.tree.structure(new) != jax.tree.structure(old) == jax.tree.structure(out):
+            raise ModelError(
+                f"{model.name} returns its output where the new state belongs.",
+                got="(out, new_state)",
+                expected="(new_state, out)",
+                hint="are the two swapped? The new state comes first.",
+            )
         if jax.tree.structure(new) != jax.tree.structure(old):
             raise ModelError(
                 f"{model.name} returns a state of another structure.",
@@ -132,6 +148,19 @@ def trace_function(model: FunctionModel, inputs: tuple[Any, ...], state: Any = N
         return [*jax.tree.leaves(out), *jax.tree.leaves(new)]
 
     leaves, tree = jax.tree.flatten(shapes)
-    closed = jax.make_jaxpr(flat)(*leaves)
+    try:
+        closed = jax.make_jaxpr(flat)(*leaves)
+    except (KeyError, IndexError, AttributeError) as error:
+        if set(map(str, error.args)) & set(_keys(state)) | set(map(str, error.args)) & set(
+            _keys(model.params)
+        ):
+            raise ModelError(
+                f"{model.name} looks for {error} and finds it among its other argument.",
+                where=user_frame(error),
+                got=f"params with {_keys(model.params)}, state with {_keys(state)}",
+                expected="from_function(fn, params, state)",
+                hint="are params and state swapped, in from_function or in the function?",
+            ) from error
+        raise
     owners = dict.fromkeys(leaf_names(state), "state")
     return TracedStep(model.name, closed, shapes[0], shapes[1], shapes[2], kept["out"], owners)

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from brainstate._state import TRACE_CONTEXT
 
 from etcompile.errors import EtcompileError, InputError, ModelError
+from etcompile.frontend.given import shape_hint
 from etcompile.frontend.jaxpr import in_transformation, is_staged, is_traced, run_jaxpr, source_line
+from etcompile.frontend.plain_attributes import plain_attributes, refuse_assigned
 from etcompile.frontend.step_model import TracedStep
 from etcompile.frontend.user_code import user_frame
 
@@ -147,12 +149,14 @@ def trace_module(model: Any, inputs: tuple[Any, ...]) -> tuple[TracedStep, Modul
     traced_inputs = jax.tree.map(_example, inputs)
     before = {".".join(map(str, path)): state for path, state in model.states().items()}
     fn = brainstate.transform.StatefulFunction(lambda *args: model(*args), return_only_write=False, name=name)
+    held = plain_attributes(model)
     try:
         fn.make_jaxpr(*traced_inputs)
     except EtcompileError:
         raise
     except Exception as error:
         raise _explained(model, name, inputs, error) from error
+    refuse_assigned(name, held)
     closed = fn.get_jaxpr(*traced_inputs)
     trace = fn.get_state_trace(*traced_inputs)
     _refuse_created_states(name, model, before)
@@ -306,6 +310,7 @@ def _explained(model: Any, name: str, inputs: tuple[Any, ...], error: Exception)
             ModelError,
             "initialise the states first: brainstate.nn.init_all_states(model, batch_size=...), or pass batch_size to compile().",
         )
+    hint = shape_hint(error, inputs) or hint
     return kind(
         f"one step of {name} fails on these inputs.",
         where=where,

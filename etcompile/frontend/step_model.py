@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from etcompile.errors import InputError, ModelError
+from etcompile.frontend.given import as_array, refuse_lists, shape_difference
 from etcompile.frontend.jaxpr import Aval, Graph, flatten_jaxpr, splice, with_copies
 
 __all__ = ["Leaf", "StepModel", "TracedStep", "leaf_names", "step_model"]
@@ -113,21 +114,25 @@ class StepModel:
         """Leaves of the inputs of one step; an input that does not fit is an :class:`InputError`."""
         leaves, tree = jax.tree.flatten(inputs)
         if tree != self.input_tree:
+            children = self.input_tree.children()
+            if len(children) == len(inputs):
+                for k, (given, child) in enumerate(zip(inputs, children, strict=True)):
+                    refuse_lists(given, child, "x" if len(inputs) == 1 else f"x{k}")
             raise InputError(
                 f"{self.name} was compiled for inputs of another structure.",
-                got=f"{len(inputs)} input(s), {tree}",
-                expected=f"{self.input_tree}",
+                got=f"{len(inputs)} input(s), {jax.tree.map(lambda _: '*', inputs)}",
+                expected=f"{len(children)} input(s), {jax.tree.unflatten(self.input_tree, ['*'] * self.input_tree.num_leaves)}",
                 hint="pass the same number and nesting of inputs as in the example given to compile().",
             )
         checked = []
         for leaf, value in zip(self.inputs, leaves, strict=True):
-            array = value if isinstance(value, jax.Array) else jnp.asarray(value)
+            array = as_array(value, f"input {leaf.path} of {self.name}")
             if tuple(array.shape) != leaf.aval.shape:
                 raise InputError(
                     f"input {leaf.path} of {self.name} has the wrong shape.",
                     got=f"{tuple(array.shape)}",
                     expected=f"{leaf.aval.shape}",
-                    hint="call step.reset(batch_size=...) after a change of batch size; compile again for another shape.",
+                    hint=shape_difference(tuple(array.shape), leaf.aval.shape),
                 )
             if array.dtype != leaf.aval.dtype:
                 if not _castable(array.dtype, leaf.aval.dtype):

@@ -16,6 +16,7 @@ from etcompile.errors import CheckpointError, DependencyError, OptionError
 from etcompile.frontend.jaxpr import Constant
 from etcompile.frontend.step_model import leaf_names
 from etcompile.integers import as_integer, positive_integer
+from etcompile.keywords import named_arguments
 from etcompile.lowering.functions import Carry
 from etcompile.runtime.progress import refuse_traced
 
@@ -82,10 +83,18 @@ class Checkpoints:
     (10,)
     """
 
+    @named_arguments("Checkpoints")
     def __init__(self, directory: str | os.PathLike[str], *, every: int = 1, keep: int = 3) -> None:
         every, keep = positive_integer("every", every), positive_integer("keep", keep)
         _orbax()
         self.directory = Path(directory).expanduser().absolute()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise CheckpointError(
+                "checkpoints are kept in a directory.",
+                got=f"the file {str(self.directory)!r}",
+                expected="a directory, or a path where none is yet",
+                hint=f"give its folder: etcompile.Checkpoints({str(self.directory.parent)!r}).",
+            )
         self.every = every
         self.keep = keep
         self._at = 0

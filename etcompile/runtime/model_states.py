@@ -15,6 +15,7 @@ import numpy as np
 
 from etcompile.errors import CarryError, EtcompileError, InputError, ModelError
 from etcompile.frontend.function import FunctionModel, from_function, own_copy, trace_function
+from etcompile.frontend.given import shape_hint
 from etcompile.frontend.module import (
     ModuleStates,
     abstract_states,
@@ -85,8 +86,14 @@ def access(model: Any) -> ModelAccess:
         return ModuleAccess(model)
     if isinstance(model, FunctionModel):
         return FunctionAccess(model)
+    hint = None
+    if isinstance(model, type):
+        hint = f"make one: etcompile.compile({model.__name__}(...), x)."
+    elif callable(model):
+        hint = "etcompile.from_function(fn, params, state) makes a model of a function."
     raise ModelError(
         "compile needs a model.",
+        hint=hint,
         got=repr(model)
         if not callable(model)
         else f"the {type(model).__name__} {getattr(model, '__name__', model)!r}",
@@ -239,7 +246,8 @@ class FunctionAccess:
                 f"one step of {self.model.name} fails on these inputs.",
                 where=user_frame(error),
                 got=f"inputs {shapes}; {type(error).__name__}: {error}",
-                hint="check feature size, rank and dtype of the inputs, and call the function once by itself.",
+                hint=shape_hint(error, inputs)
+                or "check feature size, rank and dtype of the inputs, and call the function once by itself.",
             ) from error
 
     @property

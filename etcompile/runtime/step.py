@@ -10,10 +10,12 @@ import jax.numpy as jnp
 
 from etcompile.errors import CarryError, InputError, ModelError, OptionError, UnsupportedError
 from etcompile.frontend.function import own_copy
+from etcompile.frontend.given import as_array, refuse_iterators, refuse_lists, shape_difference
 from etcompile.frontend.jaxpr import in_transformation, is_traced
 from etcompile.frontend.module import not_recorded
 from etcompile.frontend.step_model import leaf_names
 from etcompile.integers import positive_integer
+from etcompile.keywords import named_arguments
 from etcompile.lowering.functions import Call, Carry, Item, StepFunctions
 from etcompile.lowering.losses import Loss, LossValue
 from etcompile.lowering.placement import Placement
@@ -206,6 +208,7 @@ class Step:
             self._compiled.changes,
         )
 
+    @named_arguments("step.cost")
     def cost(
         self,
         batch: int | None = None,
@@ -304,6 +307,7 @@ class Step:
 
     # -- pure functions -----------------------------------------------------------------------------------------
 
+    @named_arguments("step.init_carry")
     def init_carry(self, batch_size: int | None = None) -> Carry:
         """A fresh carry: the model's initial states and zero traces.
 
@@ -331,6 +335,7 @@ class Step:
         held = place.put_states(states, self._functions.model.complex_states)
         return Carry(held, dict(place.put_traces(self._compiled.causal.init_traces())))
 
+    @named_arguments("step.apply")
     def apply(
         self, params: Any, carry: Carry, *inputs: Any, target: Any = None, modulator: Any = None
     ) -> tuple[Carry, Any]:
@@ -346,6 +351,7 @@ class Step:
 
     # -- running ------------------------------------------------------------------------------------------------
 
+    @named_arguments("step")
     def __call__(self, *inputs: Any, target: Any = None, modulator: Any = None) -> Any:
         """Run one time step; advances the model's states and the traces.
 
@@ -389,6 +395,7 @@ class Step:
         self._set_carry(carry)
         return out
 
+    @named_arguments("step.value_and_grad")
     def value_and_grad(self, loss_fn: Callable, has_aux: bool = False) -> Callable:
         """A function ``(x, *targets, modulator=None, mask=None) -> (loss, grads)`` that runs one online step.
 
@@ -451,6 +458,7 @@ class Step:
         bound.write(found.carried)
         return found, grads
 
+    @named_arguments("step.scan_value_and_grad")
     def scan_value_and_grad(
         self, loss_fn: Callable, chunk: int | str | None = None, has_aux: bool = False, reduction: str = "sum"
     ) -> Callable:
@@ -552,6 +560,7 @@ class Step:
         shapes = one_step_shapes((targets, mask), time)
         return bind_loss(self._access, self._now, loss_fn, options, *shapes)
 
+    @named_arguments("step.scan")
     def scan(self, xs: Any, progress: bool | Progress = False) -> Any:
         """Run a sequence forward (time is axis 0) and return all outputs; states and traces advance.
 
@@ -567,6 +576,7 @@ class Step:
         self._set_carry(carry)
         return outputs
 
+    @named_arguments("step.learn")
     def learn(
         self,
         loss_fn: Callable,
@@ -599,6 +609,7 @@ class Step:
         self._require_arrays()
         return self._now.traces
 
+    @named_arguments("step.reset")
     def reset(self, batch_size: int | None = None) -> None:
         """Model states and traces back to their initial values; with ``batch_size``, for another batch size.
 
@@ -791,10 +802,13 @@ class Step:
         return x
 
     def _check_sequence(self, inputs: tuple, targets: tuple) -> None:
+        refuse_iterators((inputs, targets), "xs or a target")
+        for given, child in zip(inputs, self._functions.model.input_tree.children(), strict=False):
+            refuse_lists(given, child, "xs")
         lengths = {}
         for name, tree in [("xs", inputs), *((f"target {k}", t) for k, t in enumerate(targets))]:
             for leaf in jax.tree.leaves(tree):
-                if not jnp.ndim(leaf):
+                if not jnp.ndim(leaf if hasattr(leaf, "ndim") else as_array(leaf, name)):
                     raise InputError(
                         f"{name} has no time axis.",
                         got="a scalar",
@@ -825,7 +839,7 @@ class Step:
                     f"one step of {leaf.path} has the wrong shape for {model.name}.",
                     got=f"{jnp.shape(value)} after the time axis",
                     expected=f"{leaf.aval.shape}",
-                    hint="time is axis 0; call step.reset(batch_size=...) after a change of batch size.",
+                    hint="time is axis 0. " + shape_difference(jnp.shape(value), leaf.aval.shape),
                 )
 
 

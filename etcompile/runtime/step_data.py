@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from etcompile.errors import InputError
+from etcompile.frontend.given import refuse_iterators
 
 __all__ = [
     "MultiStepData",
@@ -76,6 +77,7 @@ class MultiStepData:
 
 def has_multi_step(args: Any) -> bool:
     """Whether there is a :class:`MultiStepData` anywhere in `args`."""
+    refuse_iterators(args)
     return any(isinstance(v, MultiStepData) for v in jax.tree.leaves(args, is_leaf=_is_multi))
 
 
@@ -207,6 +209,7 @@ def unwrap(args: Any) -> Any:
 
 def over_time(args: Any) -> Any:
     """Arguments of a sequence without their wrappers: time is axis 0 of all, :class:`SingleStepData` are repeated."""
+    refuse_iterators(args)
     wrapped = _wrapped(args)
     if not any(_is_wrapper(v) for _, v in wrapped):
         return args

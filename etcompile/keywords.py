@@ -1,0 +1,71 @@
+"""Keywords that a function does not have: an error with the one that was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from etcompile.errors import OptionError
+
+__all__ = ["COMPILE", "named_arguments", "unknown_keyword", "unknown_option"]
+
+#: Keywords of :func:`etcompile.compile`; options of rules are given beside them.
+COMPILE = ("algo", "batch_size", "schedule", "within", "exclude", "manager", "optimise")
+
+#: What others call them, and where they go.
+_OTHER_NAMES = {
+    "algorithm": "algo='...'",
+    "rule": "algo='...'",
+    "chunk": "schedule=etcompile.Schedule(chunk=...)",
+    "chunks": "schedule=etcompile.Schedule(chunk=...)",
+    "batch": "batch_size=...",
+    "optimize": "optimise=...",
+}
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def unknown_keyword(
+    owner: str, key: str, value: Any, known: Sequence[str], other_names: Mapping[str, str] | None = None
+) -> OptionError:
+    """The error for a keyword that ``owner`` does not have."""
+    near = difflib.get_close_matches(key, known, 1, 0.6)
+    meant = (other_names or {}).get(key) or (f"{near[0]}=..." if near else None)
+    return OptionError(
+        f"{owner} has no option {key!r}.",
+        got=f"{key}={value!r}",
+        expected=f"one of {', '.join(known)}" if known else "no options",
+        hint=f"did you mean {meant}?" if meant else None,
+    )
+
+
+def unknown_option(rule: str, key: str, value: Any, options: Sequence[str]) -> OptionError:
+    """The error for a keyword of :func:`etcompile.compile` that is neither its own nor an option of the rule."""
+    known = [*options, *COMPILE]
+    error = unknown_keyword(rule, key, value, known, _OTHER_NAMES)
+    expected = f"one of {', '.join(options)}" if options else "no options"
+    return OptionError(
+        f"{rule} has no option {key!r}.", got=error.got, expected=f"{expected} of the rule", hint=error.hint
+    )
+
+
+def named_arguments(owner: str) -> Callable[[_Function], _Function]:
+    """Refuse keywords that the function does not have with :class:`OptionError`, which knows the near ones."""
+
+    def decorate(fn: _Function) -> _Function:
+        parameters = list(inspect.signature(fn).parameters)
+        known = [name for name in parameters if name != "self"]
+
+        @functools.wraps(fn)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for key, value in kwargs.items():
+                if key not in known:
+                    raise unknown_keyword(owner, key, value, known)
+            return fn(*args, **kwargs)
+
+        return checked  # pyright: ignore[reportReturnType]
+
+    return decorate
