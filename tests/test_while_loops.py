@@ -39,6 +39,7 @@ def test_a_model_without_hidden_state_because_of_a_loop_names_the_loop():
         f"v: a trained parameter reaches it only through the while loop at test_while_loops.py:{LINE}" in text
     )
     assert f"i: its old value is read only in the while loop at test_while_loops.py:{LINE}" in text
+    assert text.count(f"test_while_loops.py:{LINE}") == 2
     assert "fixed number of rounds" in text
 
 
@@ -59,3 +60,14 @@ def test_models_without_loops_keep_their_reasons():
         return {"i": x @ p["w"]}, x @ p["w"]
 
     assert "a result, not a memory" in refused(step, {"i": jnp.zeros(3)})
+
+
+def test_states_with_one_reason_are_told_together():
+    def step(p, s, x):
+        v = settle(s["v"], s["i"])
+        u = settle(s["u"], s["i"])
+        return {"v": v, "u": v + u, "i": x @ p["w"]}, v
+
+    zero = jnp.zeros(3)
+    text = refused(step, {"u": zero, "v": zero, "i": zero})
+    assert "u, v: a trained parameter reaches it only through the while loop" in text

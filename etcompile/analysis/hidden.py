@@ -118,7 +118,11 @@ _NONE = ", which passes no derivative"
 def require_hidden(model: StepModel, roles: Sequence[StateRole]) -> None:
     if any(role.hidden for role in roles):
         return
-    listed = "; ".join(f"{role.path}: {role.reason}" for role in roles) or "the step uses no state"
+    by_reason: dict[str, list[str]] = {}
+    for role in roles:
+        by_reason.setdefault(role.reason, []).append(role.path)
+    told = [f"{', '.join(paths)}: {reason}" for reason, paths in by_reason.items()]
+    listed = "; ".join(told) or "the step uses no state"
     raise ModelError(
         f"{model.name} has no hidden state to keep a trace for.",
         got=listed,

@@ -62,7 +62,7 @@ def with_reasons(roles: Sequence[StateRole], unfollowed: Sequence[Unfollowed]) -
             role,
             reason=f"{role.reason}; the {named[k].primitive} loop at {named[k].source} reads it, and passes no credit back",
         )
-        if k in named and not role.hidden and not role.excluded
+        if k in named and not role.hidden and not role.excluded and named[k].source not in role.reason
         else role
         for k, role in enumerate(roles)
     )
