@@ -10,6 +10,7 @@ from etcompile.errors import (
     CarryError,
     CheckpointError,
     DependencyError,
+    EnvironmentWarning,
     EtcompileError,
     EtcompileWarning,
     InputError,
@@ -38,7 +39,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlgorithmError", "Carry", "CarryError", "CheckpointError", "Checkpoints", "Cost", "DependencyError",
-    "EtcompileError", "EtcompileWarning", "FixedRandomFeedback", "FunctionModel", "GradExpon", "InputError", "KappaFilter",
+    "EnvironmentWarning", "EtcompileError", "EtcompileWarning", "FixedRandomFeedback", "FunctionModel", "GradExpon", "InputError",
+    "KappaFilter",
     "LeakyRateReadout", "ModelError", "MultiStepData", "OptionError", "Pass", "PassError", "PassManager",
     "PresynapticTrace", "ProgramError", "Report", "Schedule", "SingleStepData", "Step", "SyntheticGradient",
     "TraceProgram", "UnsupportedError", "algorithm", "algorithm_names", "compile", "extract_y_target", "feedback_matrix",

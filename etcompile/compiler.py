@@ -84,6 +84,15 @@ def compile(
     -------
     Step
 
+    Notes
+    -----
+    The model is traced here, once. Of what its step reads, trained parameters and states are what they are at each call, and
+    so is ``brainstate.environ``: arrays there, and ``t`` and ``i``, are inputs of the step (in a sequence ``t`` counts up by
+    ``dt`` and ``i`` by 1, see :meth:`Step.scan_value_and_grad`); where another entry that it read has changed (``fit``, ``dt``,
+    a number), the step is compiled for the new value, and both are kept; one that the model cannot do without and that is no
+    longer set stays what it was. A plain attribute (``net.decay = 0.1``) and a global
+    variable stay what they were: compile again, or keep the value in a ``brainstate`` state.
+
     Raises
     ------
     ModelError, InputError, AlgorithmError, OptionError

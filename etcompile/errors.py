@@ -11,6 +11,7 @@ __all__ = [
     "CarryError",
     "CheckpointError",
     "DependencyError",
+    "EnvironmentWarning",
     "EtcompileError",
     "EtcompileWarning",
     "ForeignWriteWarning",
@@ -100,6 +101,10 @@ class PassError(EtcompileError, RuntimeError):
 
 class UnsupportedError(EtcompileError, NotImplementedError):
     """Something that the chosen schedule or rule cannot compute; the message names one that can."""
+
+
+class EnvironmentWarning(EtcompileWarning):
+    """An entry of ``brainstate.environ`` changed in a way that costs time or credit."""
 
 
 class ForeignWriteWarning(EtcompileWarning):

@@ -49,7 +49,7 @@ def find_examples(analysis: Analysis) -> Examples:
     model, body = analysis.model, analysis.model.graph
     hidden = [s for g in analysis.groups for s in g.states]
     outputs = [v for v in model.output_vars if not isinstance(v, Constant) and body.avals[v].differentiable]
-    inputs = [v for v, leaf in zip(model.input_vars, model.inputs, strict=True) if leaf.aval.differentiable]
+    inputs = [v for v, leaf in zip(model.input_vars, model.given, strict=False) if leaf.aval.differentiable]
     carried = [model.state_vars[s] for s in hidden]
     shapes = [body.avals[v].shape for v in (*carried, *outputs, *inputs)]
     if not shapes or any(not shape for shape in shapes) or len({shape[0] for shape in shapes}) != 1:

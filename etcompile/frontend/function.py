@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from etcompile.errors import ModelError
+from etcompile.frontend.environment import recorded, traced_with
+from etcompile.frontend.jaxpr import inputs_used, run_jaxpr
 from etcompile.frontend.step_model import TracedStep, leaf_names
 from etcompile.frontend.user_code import user_frame
 
@@ -121,8 +123,9 @@ def trace_function(model: FunctionModel, inputs: tuple[Any, ...], state: Any = N
     kept: dict[str, Any] = {}
 
     def flat(*leaves: Any) -> list[Any]:
-        params, old, args = jax.tree.unflatten(tree, leaves)
-        result = model.fn(params, old, *args)
+        params, old, args, around = jax.tree.unflatten(kept["tree"], leaves)
+        with brainstate.environ.context(**around):
+            result = model.fn(params, old, *args)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise ModelError(
                 f"{model.name} must return two values.",
@@ -147,9 +150,12 @@ def trace_function(model: FunctionModel, inputs: tuple[Any, ...], state: Any = N
         kept["out"] = jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v), jnp.result_type(v)), out)
         return [*jax.tree.leaves(out), *jax.tree.leaves(new)]
 
-    leaves, tree = jax.tree.flatten(shapes)
+    def with_entries(given: dict[str, Any]) -> Any:
+        leaves, kept["tree"] = jax.tree.flatten((*shapes, given))
+        return jax.make_jaxpr(flat)(*leaves)
+
     try:
-        closed = jax.make_jaxpr(flat)(*leaves)
+        closed, given, asked = traced_with(with_entries)
     except (KeyError, IndexError, AttributeError) as error:
         if set(map(str, error.args)) & set(_keys(state)) | set(map(str, error.args)) & set(
             _keys(model.params)
@@ -162,5 +168,15 @@ def trace_function(model: FunctionModel, inputs: tuple[Any, ...], state: Any = N
                 hint="are params and state swapped, in from_function or in the function?",
             ) from error
         raise
+    first = len(jax.tree.leaves(shapes))
+    reads = inputs_used(closed)
+    environment = recorded(asked, given, lambda k: first + k in reads)
+    if given:
+
+        def of_used(*leaves: Any) -> list[Any]:
+            around = environment.completed(leaves[first:], given)
+            return run_jaxpr(closed, *leaves[:first], *jax.tree.leaves(around))
+
+        closed = jax.make_jaxpr(of_used)(*jax.tree.leaves(shapes), *environment.shapes())
     owners = dict.fromkeys(leaf_names(state), "state")
-    return TracedStep(model.name, closed, shapes[0], shapes[1], shapes[2], kept["out"], owners)
+    return TracedStep(model.name, closed, shapes[0], shapes[1], shapes[2], kept["out"], owners, environment)

@@ -470,6 +470,13 @@ def run_jaxpr(closed: Any, *args: Any) -> list[Any]:
     return list(jex_core.jaxpr_as_fun(closed)(*args))
 
 
+def inputs_used(closed: Any) -> set[int]:
+    """Which inputs of a closed jaxpr anything in it reads, by number."""
+    read = {v for eqn in closed.jaxpr.eqns for v in eqn.invars if not isinstance(v, jex_core.Literal)}
+    read.update(v for v in closed.jaxpr.outvars if not isinstance(v, jex_core.Literal))
+    return {k for k, v in enumerate(closed.jaxpr.invars) if v in read}
+
+
 def flatten_jaxpr(closed: Any, n_params: int = 0, inside: _Inside = "derivatives") -> Graph:
     """Flatten a closed jaxpr, whose first ``n_params`` inputs are parameters; operations that nothing needs are dropped."""
     builder = _Builder(inside)

@@ -12,8 +12,17 @@ import jax.numpy as jnp
 from brainstate._state import TRACE_CONTEXT
 
 from etcompile.errors import EtcompileError, InputError, ModelError
+from etcompile.frontend.environment import recorded, traced_with
+from etcompile.frontend.explain import known_cause
 from etcompile.frontend.given import shape_hint
-from etcompile.frontend.jaxpr import in_transformation, is_staged, is_traced, run_jaxpr, source_line
+from etcompile.frontend.jaxpr import (
+    in_transformation,
+    inputs_used,
+    is_staged,
+    is_traced,
+    run_jaxpr,
+    source_line,
+)
 from etcompile.frontend.plain_attributes import plain_attributes, refuse_assigned
 from etcompile.frontend.step_model import TracedStep
 from etcompile.frontend.user_code import user_frame
@@ -148,20 +157,20 @@ def trace_module(model: Any, inputs: tuple[Any, ...]) -> tuple[TracedStep, Modul
     name = type(model).__name__
     traced_inputs = jax.tree.map(_example, inputs)
     before = {".".join(map(str, path)): state for path, state in model.states().items()}
-    fn = brainstate.transform.StatefulFunction(lambda *args: model(*args), return_only_write=False, name=name)
     held = plain_attributes(model)
     try:
-        fn.make_jaxpr(*traced_inputs)
+        fn, given, asked = _traced_with_environment(model, name, traced_inputs)
     except EtcompileError:
         raise
     except Exception as error:
-        raise _explained(model, name, inputs, error) from error
+        raise (known_cause(error, name) or _explained(model, name, inputs, error)) from error
     refuse_assigned(name, held)
-    closed = fn.get_jaxpr(*traced_inputs)
-    trace = fn.get_state_trace(*traced_inputs)
+    arguments = (given, *traced_inputs)
+    closed = fn.get_jaxpr(*arguments)
+    trace = fn.get_state_trace(*arguments)
     _refuse_created_states(name, model, before)
     by_id = {id(state): path for path, state in before.items()}
-    found = fn.get_states(*traced_inputs)
+    found = fn.get_states(*arguments)
     paths = [by_id.get(id(state)) or _outside_path(state, k) for k, state in enumerate(found)]
     params = {p: s for p, s in before.items() if isinstance(s, brainstate.ParamState)}
     params |= {p: s for p, s in zip(paths, found, strict=True) if isinstance(s, brainstate.ParamState)}
@@ -175,16 +184,19 @@ def trace_module(model: Any, inputs: tuple[Any, ...]) -> tuple[TracedStep, Modul
                 expected="parameters that only the optimiser changes",
                 hint="keep values that change by themselves in a HiddenState, ShortTermState or LongTermState.",
             )
-    out_shape, _ = fn.get_out_shapes(*traced_inputs)
+    out_shape, _ = fn.get_out_shapes(*arguments)
     example_params = {p: jax.tree.map(_shape, s.value) for p, s in sorted(params.items())}
     example_states = {p: jax.tree.map(_shape, s.value) for p, s in sorted(states.items())}
 
+    reads = inputs_used(closed)
+    environment = recorded(asked, given, lambda k: k in reads)
     leaf_count = [len(jax.tree.leaves(s.value)) for s in found]
 
     def flat(*leaves: Any) -> list[Any]:
-        given_params, given_states, args = jax.tree.unflatten(tree, leaves)
+        given_params, given_states, args, moving = jax.tree.unflatten(tree, leaves)
         values = [given_params[p] if p in given_params else given_states[p] for p in paths]
-        flat_out = run_jaxpr(closed, *jax.tree.leaves((args, values)))
+        around = environment.completed(moving, given)
+        flat_out = run_jaxpr(closed, *jax.tree.leaves((around, args, values)))
         n_out = len(flat_out) - sum(leaf_count)
         new, at = {}, n_out
         for path, count in zip(paths, leaf_count, strict=True):
@@ -192,16 +204,45 @@ def trace_module(model: Any, inputs: tuple[Any, ...]) -> tuple[TracedStep, Modul
             at += count
         return [*flat_out[:n_out], *[leaf for p in sorted(states) for leaf in new[p]]]
 
-    example = (example_params, example_states, jax.tree.map(_shape, traced_inputs))
+    example = (
+        example_params,
+        example_states,
+        jax.tree.map(_shape, traced_inputs),
+        environment.shapes(),
+    )
     leaves, tree = jax.tree.flatten(example)
     ordered = jax.make_jaxpr(flat)(*leaves)
     owners = {p: type(s).__name__ for p, s in states.items()}
     traced = TracedStep(
-        name, ordered, example_params, example_states, example[2], jax.tree.map(_shape, out_shape), owners
+        name,
+        ordered,
+        example_params,
+        example_states,
+        example[2],
+        jax.tree.map(_shape, out_shape),
+        owners,
+        environment,
     )
     return traced, ModuleStates(
         {p: params[p] for p in sorted(params)}, {p: states[p] for p in sorted(states)}, frozenset(before)
     )
+
+
+def _traced_with_environment(
+    model: Any, name: str, inputs: tuple[Any, ...]
+) -> tuple[Any, dict[str, Any], set[str]]:
+    """The traced function ``(environment, *inputs)``, shapes of what it was given of the environment, and what it asked for."""
+
+    def with_entries(given: dict[str, Any]) -> Any:
+        def run(around: dict[str, Any], *args: Any) -> Any:
+            with brainstate.environ.context(**around):
+                return model(*args)
+
+        fn = brainstate.transform.StatefulFunction(run, return_only_write=False, name=name)
+        fn.make_jaxpr(given, *inputs)
+        return fn
+
+    return traced_with(with_entries)
 
 
 def _example(value: Any) -> Any:

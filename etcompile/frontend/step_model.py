@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from etcompile.errors import InputError, ModelError
+from etcompile.frontend.environment import NOTHING, Environment, WithEnvironment
 from etcompile.frontend.given import as_array, refuse_lists, shape_difference
 from etcompile.frontend.jaxpr import Aval, Graph, flatten_jaxpr, splice, with_copies
 
@@ -28,7 +29,10 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TracedStep:
-    """What a frontend hands over: a closed jaxpr ``(params, states, inputs) -> (outputs, new states)`` and its trees."""
+    """What a frontend hands over: a closed jaxpr ``(params, states, inputs) -> (outputs, new states)`` and its trees.
+
+    Arrays of the environment follow the inputs.
+    """
 
     name: str
     jaxpr: Any
@@ -37,15 +41,16 @@ class TracedStep:
     inputs: tuple[Any, ...]
     outputs: Any
     owners: dict[str, str]
+    environment: Environment = NOTHING
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepModel:
     """One time step of a model as a graph over real arrays.
 
-    The graph's inputs are the parameter leaves, then the state leaves, then the input leaves; its outputs are the output
-    leaves, then the new state leaves. A complex state appears as two real ones, ``.re`` and ``.im``: a credit that flows
-    through ``real`` or ``abs`` then needs no special case.
+    The graph's inputs are the parameter leaves, then the state leaves, then the input leaves, of which the last are those of
+    the environment; its outputs are the output leaves, then the new state leaves. A complex state appears as two real ones,
+    ``.re`` and ``.im``: a credit that flows through ``real`` or ``abs`` then needs no special case.
     """
 
     name: str
@@ -59,6 +64,12 @@ class StepModel:
     input_tree: Any
     output_tree: Any
     complex_states: tuple[bool, ...]
+    environment: Environment = NOTHING
+
+    @property
+    def given(self) -> tuple[Leaf, ...]:
+        """The inputs that a call gives."""
+        return self.inputs[: len(self.inputs) - len(self.environment.shapes())]
 
     @property
     def param_vars(self) -> tuple[int, ...]:
@@ -110,8 +121,25 @@ class StepModel:
     def unflatten_states(self, leaves: Sequence[Any]) -> Any:
         return jax.tree.unflatten(self.state_tree, join_complex(leaves, self.complex_states))
 
-    def flatten_inputs(self, inputs: tuple[Any, ...]) -> list[Any]:
-        """Leaves of the inputs of one step; an input that does not fit is an :class:`InputError`."""
+    def with_environment(self, inputs: Any, steps: int | None = None) -> Any:
+        """Inputs with what the step takes from the environment as it is now; with ``steps``, for each of so many steps."""
+        return self._joined(inputs, self.environment.values(steps))
+
+    def with_environment_shapes(self, inputs: Any) -> Any:
+        """Shapes of the inputs with those of what the step takes from the environment."""
+        return self._joined(inputs, self.environment.shapes())
+
+    def _joined(self, inputs: Any, environment: tuple[Any, ...]) -> Any:
+        return WithEnvironment(inputs, environment) if environment else inputs
+
+    def flatten_inputs(self, inputs: Any) -> list[Any]:
+        """Leaves of the inputs of one step, joined with its environment; what does not fit is an :class:`InputError`."""
+        if not self.environment.inputs:
+            return self.flatten_given(inputs)
+        return [*self.flatten_given(inputs.given), *inputs.environment]
+
+    def flatten_given(self, inputs: tuple[Any, ...]) -> list[Any]:
+        """Leaves of the inputs that a call gives."""
         leaves, tree = jax.tree.flatten(inputs)
         if tree != self.input_tree:
             children = self.input_tree.children()
@@ -125,7 +153,7 @@ class StepModel:
                 hint="pass the same number and nesting of inputs as in the example given to compile().",
             )
         checked = []
-        for leaf, value in zip(self.inputs, leaves, strict=True):
+        for leaf, value in zip(self.given, leaves, strict=True):
             array = as_array(value, f"input {leaf.path} of {self.name}")
             if tuple(array.shape) != leaf.aval.shape:
                 raise InputError(
@@ -214,7 +242,12 @@ def step_model(traced: TracedStep) -> StepModel:
             Leaf(p, a, _owner(traced.owners, p)) for p, a in zip(state_names, avals[n : n + s], strict=True)
         ),
         inputs=tuple(
-            Leaf(p, a) for p, a in zip(leaf_names(_named_inputs(traced.inputs)), avals[n + s :], strict=True)
+            Leaf(p, a)
+            for p, a in zip(
+                [*leaf_names(_named_inputs(traced.inputs)), *_environment_names(traced.environment)],
+                avals[n + s :],
+                strict=True,
+            )
         ),
         outputs=tuple(
             Leaf(p, graph.aval(v))
@@ -225,11 +258,16 @@ def step_model(traced: TracedStep) -> StepModel:
         input_tree=input_tree,
         output_tree=output_tree,
         complex_states=flags,
+        environment=traced.environment,
     )
 
 
 def _named_inputs(inputs: tuple[Any, ...]) -> Any:
     return {"x": inputs[0]} if len(inputs) == 1 else {f"x{k}": v for k, v in enumerate(inputs)}
+
+
+def _environment_names(environment: Environment) -> list[str]:
+    return [f"environ.{entry.name}" for entry in environment.inputs for _ in entry.avals]
 
 
 def _owner(owners: dict[str, str], path: str) -> str:

@@ -102,7 +102,7 @@ class _Compiled:
         if any(e.op == "modulator" for e in functions.causal.program.equations):
             call["modulator"] = jax.ShapeDtypeStruct((), jnp.result_type(float))
         traces = functions.causal.init_traces_shapes()
-        inputs, targets = self.inputs, _shapes(targets)
+        inputs, targets = functions.model.with_environment_shapes(self.inputs), _shapes(targets)
         if steps is None:
             fn = apart(one_step(functions))
         else:
@@ -137,7 +137,8 @@ def _at_batch(step: Step, batch: int) -> _Compiled:
     """The step for another batch size, from shapes; the model stays as it is."""
     inputs = step._resized_inputs(batch)
     with step._access.resized(batch, batch_leaves(step._compiled.analysis)[0]):
-        compiled = step._build(step._access, inputs)
+        with step._functions.model.environment.supplied():
+            compiled = step._build(step._access, inputs)
         held = _shapes((step._access.params(), step._access.states()))
     return _Compiled(StepFunctions(compiled.causal), held, inputs)
 

@@ -97,6 +97,9 @@ class Learner:
     ) -> Any:
         """Losses of all steps, ``(T,)``; the model's parameters and states advance.
 
+        ``t`` and ``i`` of ``brainstate.environ`` around the call are those of its first step, and count up as in
+        :meth:`Step.scan_value_and_grad`.
+
         With ``progress``, ``checkpoints`` or ``callback`` the sequence runs in pieces, each from where the one before stopped, so
         the numbers are those of one call. An interrupted call leaves everything as it was after its last whole piece.
 
@@ -128,7 +131,8 @@ class Learner:
         mask = check_mask(mask, steps)
         every = jax.tree.map(lambda m: m if jnp.ndim(m) else jnp.full(steps, m), modulator)
         self._step.place_states()
-        data = self._step.place_data((xs, targets, every, mask), time=1)
+        around = self._step.environment(steps)
+        data = self._step.place_data((xs, targets, every, mask, around), time=1)
         if progress is False and checkpoints is None and callback is None:
             return self._as_asked(self._run(*data))
         if checkpoints is None:
@@ -203,8 +207,8 @@ class Learner:
         return 0 if is_traced(waiting) else min(-int(waiting) % self._every, steps)
 
     def _loop(self, kind: str, one: Callable) -> Callable:
-        """A compiled loop over ``one``; another one where the traces, or what the loss closes over, are others."""
-        key = (kind, Same(self._step.traces_state), *loss_key(self._loss_fn))
+        """A compiled loop over ``one``; another one where the compilation, or what the loss closes over, is another."""
+        key = (kind, Same(self._step.compilation), *loss_key(self._loss_fn))
         if key not in self._loops:
             while len(self._loops) >= _KEPT:
                 self._loops.pop(next(iter(self._loops)))
@@ -226,8 +230,13 @@ class Learner:
         """Steps between updates."""
         return self._every
 
-    def _one(self, x: Any, targets: tuple[Any, ...], modulator: Any, mask: Any) -> Any:
-        found, grads = self._step.step_gradients(self._loss_fn, self._options, x, targets, modulator, mask)
+    def _one(
+        self, x: Any, targets: tuple[Any, ...], modulator: Any, mask: Any, around: tuple[Any, ...]
+    ) -> Any:
+        with self._step.environment_of(around):
+            found, grads = self._step.step_gradients(
+                self._loss_fn, self._options, x, targets, modulator, mask
+            )
         keyed = self._step.by_param_state(grads)
         if self._every == 1:
             self._update(_uphill(keyed))
@@ -242,10 +251,13 @@ class Learner:
         brainstate.transform.cond(self._count.value == 0, update, lambda: None)
         return found.value, found.aux
 
-    def _block(self, xs: Any, targets: tuple[Any, ...], modulator: Any, mask: Any) -> Any:
+    def _block(
+        self, xs: Any, targets: tuple[Any, ...], modulator: Any, mask: Any, around: tuple[Any, ...]
+    ) -> Any:
         """All steps from one update to the next; none waits."""
         gradients = self._step.sequence_gradients(self._loss_fn, self._options)
-        found, grads = gradients(xs, *targets, modulator=modulator, mask=mask)
+        with self._step.environment_of(around):
+            found, grads = gradients(xs, *targets, modulator=modulator, mask=mask)
         self._update(_uphill(self._step.by_param_state(grads)))
         return found.value, found.aux
 

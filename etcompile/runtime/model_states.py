@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from etcompile.errors import CarryError, EtcompileError, InputError, ModelError
+from etcompile.frontend.explain import known_cause
 from etcompile.frontend.function import FunctionModel, from_function, own_copy, trace_function
 from etcompile.frontend.given import shape_hint
 from etcompile.frontend.module import (
@@ -241,6 +242,9 @@ class FunctionAccess:
         except EtcompileError:
             raise
         except Exception as error:
+            known = known_cause(error, self.model.name)
+            if known is not None:
+                raise known from error
             shapes = jax.tree.map(lambda v: f"{jnp.result_type(v)}{list(jnp.shape(v))}", inputs)
             raise InputError(
                 f"one step of {self.model.name} fails on these inputs.",

@@ -17,7 +17,7 @@ def batch_leaves(analysis: Analysis) -> tuple[list[bool], list[bool]]:
     without raw random keys. Compiling for the new size shows whether that was right.
     """
     model, examples = analysis.model, find_examples(analysis)
-    first = next((leaf.aval.shape for leaf in model.inputs if leaf.aval.shape), (0,))
+    first = next((leaf.aval.shape for leaf in model.given if leaf.aval.shape), (0,))
     size = examples.size or first[0]
     along = examples.along if examples.size else leading_is_examples(analysis, size)
 
@@ -31,4 +31,4 @@ def batch_leaves(analysis: Analysis) -> tuple[list[bool], list[bool]]:
     found = [is_batch(v, leaf.aval) for v, leaf in zip(model.state_vars, model.states, strict=True)]
     parts = iter(found)
     states = [any([next(parts), next(parts)]) if flag else next(parts) for flag in model.complex_states]
-    return states, [is_batch(v, leaf.aval) for v, leaf in zip(model.input_vars, model.inputs, strict=True)]
+    return states, [is_batch(v, leaf.aval) for v, leaf in zip(model.input_vars, model.given, strict=False)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from etcompile.errors import CarryError, InputError, ModelError, OptionError, UnsupportedError
+from etcompile.errors import CarryError, EtcompileError, InputError, ModelError, OptionError, UnsupportedError
 from etcompile.frontend.function import own_copy
 from etcompile.frontend.given import as_array, refuse_iterators, refuse_lists, shape_difference
 from etcompile.frontend.jaxpr import in_transformation, is_traced
@@ -22,6 +24,7 @@ from etcompile.lowering.placement import Placement
 from etcompile.lowering.windows import check_end
 from etcompile.report import Report, make_report
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
+from etcompile.runtime.environment import alike, completed, give_up_traces, warn_of_many
 from etcompile.runtime.foreign_writes import ForeignWrites
 from etcompile.runtime.losses import BoundLoss, LossOptions, bind_loss, check_mask, one_step_shapes
 from etcompile.runtime.model_states import ModelAccess, shapes_alone
@@ -75,6 +78,7 @@ class Step:
         self._compile = build
         self._writes = ForeignWrites(self._clear_for_others)
         self._variants = Variants()
+        self._required: dict[str, Any] = {}
         self._now: Variant
         self._use(shapes_of(inputs))
         access.remember()
@@ -101,16 +105,12 @@ class Step:
 
     # -- compilations -------------------------------------------------------------------------------------------
 
-    def _switches(self) -> Hashable:
-        """Settings outside of the model that change what it computes: part of what a compilation is for."""
-        return ()
-
     def _use(self, inputs: tuple[Any, ...]) -> None:
-        """Take the compilation for these shapes of inputs, for the model's states and the switches as they are.
+        """Take the compilation for these shapes of inputs, for the model's states and the environment as they are.
 
         It is found among those kept, or made. An error leaves everything as it was.
         """
-        key = Key(kinds_of(inputs), self._access.kinds(), self._switches())
+        key = Key(kinds_of(inputs), self._access.kinds())
         variant = self._variants.find(key)
         if variant is None:
             found = self._access.found
@@ -120,6 +120,35 @@ class Step:
                 self._access.found = found
             self._variants.add(key, variant)
         self._take(variant)
+
+    def _follow_environment(self) -> None:
+        """Take another compilation where the model read something in ``brainstate.environ`` that is now another.
+
+        A switch that is no longer set and that the model cannot do without stays what it was compiled for.
+        """
+        before = self._now
+        environment = self._functions.model.environment
+        with completed(self._required):
+            name = environment.differs()
+            if name is None:
+                return
+            try:
+                self._use(self._inputs)
+            except EtcompileError:
+                if not environment.misses(name):
+                    raise
+                self._required[name] = environment.switches[name]
+        if self._now is before:
+            self._follow_environment()
+            return
+        warn_of_many(name, self._variants)
+        if not alike(before, self._now):
+            give_up_traces(name, before, self._now)
+
+    def _with_environment(self, inputs: Any, steps: int | None = None) -> Any:
+        """Inputs with what the step takes from ``brainstate.environ``; with ``steps``, for each of so many steps."""
+        with completed(self._required):
+            return self._functions.model.with_environment(inputs, steps)
 
     def _made(self, compiled: Compiled, inputs: tuple[Any, ...]) -> Variant:
         shapes = compiled.causal.init_traces_shapes()
@@ -139,6 +168,11 @@ class Step:
     def _install(self, compiled: Compiled, inputs: tuple[Any, ...]) -> None:
         """Run something else that was compiled for the same states."""
         self._take(self._made(compiled, shapes_of(inputs)))
+
+    @property
+    def compilation(self) -> Variant:
+        """What runs now: one of the compilations that are kept by shapes and environment."""
+        return self._now
 
     @property
     def _compiled(self) -> Compiled:
@@ -286,10 +320,11 @@ class Step:
         new._compile = self._compile
         new._writes = ForeignWrites(new._clear_for_others)
         new._variants = Variants()
+        new._required = dict(self._required)
         now, compiled = self._now, self._now.compiled
         traces = new._variants.traces(compiled.causal.init_traces_shapes())
         new._take(Variant(compiled, now.inputs, new._access.found, now.kinds, traces))
-        new._variants.add(Key(kinds_of(now.inputs), new._access.kinds(), new._switches()), new._now)
+        new._variants.add(Key(kinds_of(now.inputs), new._access.kinds()), new._now)
         if now.traces.allocated:
             traces.set_own(jax.tree.map(jnp.copy, now.traces.own()))
         new._watch()
@@ -314,6 +349,7 @@ class Step:
         Its arrays are copies, so they may be donated. ``batch_size`` only says what is expected: it must be the one that the
         step is compiled for now, see :meth:`reset`.
         """
+        self._follow_environment()
         if batch_size is not None:
             batch_size = _check_batch(batch_size)
             size = self._functions.causal.model.examples
@@ -345,9 +381,14 @@ class Step:
         Forward mode (``jax.jvp``, ``jax.linearize``, ``jax.jacfwd``) has no meaning here, and JAX refuses it with a word of
         ``custom_vjp``; for forward mode through time differentiate the model itself.
 
-        ``target`` and ``modulator`` are for rules that read them, where the step is differentiated.
+        ``target`` and ``modulator`` are for rules that read them, where the step is differentiated. What the model reads in
+        ``brainstate.environ`` is taken from the environment around this call, tracers included: in a loop of your own,
+        ``with brainstate.environ.context(i=i, t=i * dt): carry, out = step.apply(params, carry, x)``.
         """
-        return self._functions.apply(params, carry, inputs, _call(self.program, target, modulator))
+        self._follow_environment()
+        self._functions.model.flatten_given(inputs)
+        given = self._with_environment(inputs)
+        return self._functions.apply(params, carry, given, _call(self.program, target, modulator))
 
     # -- running ------------------------------------------------------------------------------------------------
 
@@ -362,36 +403,45 @@ class Step:
         if has_multi_step((inputs, target, modulator)):
             return self._run_steps((inputs, target, modulator))
         inputs, target, modulator = unwrap((inputs, target, modulator))
+        self._follow_environment()
         carry = self._carry()
-        self._functions.model.flatten_inputs(inputs)
-        params, carry, data = self._placed(carry, (inputs, _call(self.program, target, modulator)))
+        self._functions.model.flatten_given(inputs)
+        given = self._with_environment(inputs)
+        params, carry, data = self._placed(carry, (given, _call(self.program, target, modulator)))
         carry, out = self._jit("apply", self._functions.apply)(params, carry, *data)
         self._set_carry(carry)
         return out
 
     def _run_steps(self, args: tuple[Any, Any, Any]) -> Any:
         """Outputs of all steps of multi-step arguments, time on axis 0."""
+        self._follow_environment()
         per_step, join = split(args)
         one = jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v)[1:], jnp.result_type(v)), per_step)
         self._check_one(join(one)[0])
 
-        def run(params: Any, carry: Carry, args: tuple[Any, Any, Any]) -> tuple[Carry, Any]:
+        count = len(jax.tree.leaves(per_step)[0])
+        around = self._with_environment((), count)
+
+        def run(params: Any, carry: Carry, args: tuple[Any, Any, Any], around: Any) -> tuple[Carry, Any]:
             # Split again: what is the same at every step must come in as an argument, not be baked in.
             xs, join = split(args)
 
-            def body(carry: Carry, x: Any) -> tuple[Carry, Any]:
+            def body(carry: Carry, item: tuple[Any, Any]) -> tuple[Carry, Any]:
+                x, now = item
                 inputs, target, modulator = join(x)
-                return self._functions.apply(params, carry, inputs, _call(self.program, target, modulator))
+                given = inputs if now == () else dataclasses.replace(now, given=inputs)
+                return functions.apply(params, carry, given, _call(self.program, target, modulator))
 
-            return jax.lax.scan(body, carry, xs)
+            return jax.lax.scan(body, carry, (xs, around))
 
+        functions = self._functions
         params, carry, _ = self._placed(self._carry(), ())
         args = jax.tree.map(
             lambda v: self.place_data(v, 1 if isinstance(v, MultiStepData) else 0),
             args,
             is_leaf=lambda v: isinstance(v, MultiStepData),
         )
-        carry, out = self._jit("steps", run)(params, carry, args)
+        carry, out = self._jit("steps", run)(params, carry, args, around)
         self._set_carry(carry)
         return out
 
@@ -443,8 +493,10 @@ class Step:
         self, loss_fn: Callable, options: LossOptions, x: Any, targets: tuple, modulator: Any, mask: Any
     ) -> tuple[LossValue, Any]:
         """One step with its gradients and all that the loss gave; for :meth:`value_and_grad` and learners."""
+        self._follow_environment()
         inputs, mask = self._as_inputs(x), check_mask(mask, None)
-        self._functions.model.flatten_inputs(inputs)
+        self._functions.model.flatten_given(inputs)
+        inputs = self._with_environment(inputs)
         carry = self._carry(give_away=True)
         bound = self._bound(loss_fn, options, targets, mask, time=False)
         item = _item(targets, mask, 0)
@@ -481,6 +533,11 @@ class Step:
 
         For a program of windows (``compile(..., within="exact")``, ``algo="bptt"``) ``chunk`` is the number of steps in a window;
         by default that of the rule, or else the whole call.
+
+        What the model reads in ``brainstate.environ`` is taken from the environment around the call. ``t`` and ``i`` there are
+        those of the first step; ``t`` advances by ``dt`` from step to step and ``i`` by 1. An array with one entry per step,
+        time on axis 0, gives them, or any other array that the model reads, for every step:
+        ``with brainstate.environ.context(i=0, t=0 * saiunit.ms): step.scan_value_and_grad(loss_fn)(xs, ys)``.
 
         ``progress=True`` shows a bar with steps per second and the mean loss of the last steps. The sequence then runs in about
         200 pieces of whole chunks, with the numbers of one call: each goes on from the states, traces and summed gradients of
@@ -520,8 +577,7 @@ class Step:
                     expected="no modulator",
                 )
             xs, targets, mask = over_time((xs, targets, mask))
-            inputs = self._as_inputs(xs)
-            self._check_sequence(inputs, targets)
+            inputs = self._sequence(xs, targets)
             mask = check_mask(mask, _steps(inputs))
             carry = self._carry(give_away=True)
             bound = self._bound(loss_fn, options, targets, mask, time=True)
@@ -564,17 +620,37 @@ class Step:
     def scan(self, xs: Any, progress: bool | Progress = False) -> Any:
         """Run a sequence forward (time is axis 0) and return all outputs; states and traces advance.
 
-        ``progress`` as in :meth:`scan_value_and_grad`.
+        ``progress`` as in :meth:`scan_value_and_grad`, and so are ``t`` and ``i`` of ``brainstate.environ``.
         """
-        inputs = self._as_inputs(xs)
-        self._check_sequence(inputs, ())
+        inputs = self._sequence(xs, ())
         if progress is not False:
             lengths = piece_lengths(_steps(inputs))
-            return in_pieces(self, self.scan, (xs,), lengths, progress, "steps", shown=None)
+            return in_pieces(self, self._forward, (inputs,), lengths, progress, "steps", shown=None)
+        return self._forward(inputs)
+
+    def _forward(self, inputs: Any) -> Any:
+        """Outputs of a sequence of inputs, joined with their environment."""
         params, carry, (inputs,) = self._placed(self._carry(), (inputs,), time=1)
         outputs, carry = self._jit("forward", self._functions.scan)(params, carry, inputs)
         self._set_carry(carry)
         return outputs
+
+    def _sequence(self, xs: Any, targets: tuple[Any, ...]) -> Any:
+        """The inputs of a sequence, checked, and joined with the environment of each step."""
+        self._follow_environment()
+        inputs = self._as_inputs(xs)
+        self._check_sequence(inputs, targets)
+        return self._with_environment(inputs, _steps(inputs))
+
+    def environment(self, steps: int) -> tuple[Any, ...]:
+        """What a sequence of ``steps`` steps takes from ``brainstate.environ``, time on axis 0."""
+        self._follow_environment()
+        with completed(self._required):
+            return self._functions.model.environment.values(steps)
+
+    def environment_of(self, arrays: tuple[Any, ...]) -> AbstractContextManager[Any]:
+        """The environment of some steps of a sequence, from their share of :meth:`environment`."""
+        return self._functions.model.environment.around(arrays)
 
     @named_arguments("step.learn")
     def learn(
@@ -639,7 +715,8 @@ class Step:
         try:
             with self._writes.own(), self._access.unchanged_on_error():
                 self._access.resize(batch_size, batch_leaves(self._compiled.analysis)[0])
-                self._use(self._resized_inputs(batch_size))
+                with self._functions.model.environment.supplied():
+                    self._use(self._resized_inputs(batch_size))
                 self._access.remember()
                 if self._now is not before:
                     before.traces.release()
@@ -832,8 +909,8 @@ class Step:
         model = self._functions.model
         leaves, tree = jax.tree.flatten(one)
         if tree != model.input_tree:
-            model.flatten_inputs(one)
-        for leaf, value in zip(model.inputs, leaves, strict=True):
+            model.flatten_given(one)
+        for leaf, value in zip(model.given, leaves, strict=True):
             if jnp.shape(value) != leaf.aval.shape:
                 raise InputError(
                     f"one step of {leaf.path} has the wrong shape for {model.name}.",

@@ -301,6 +301,7 @@ class SyntheticGradient:
         return self.step.program.window, shapes, Predictors.of(self.step._compiled.causal.model, self._hidden)
 
     def _check_same_step(self) -> None:
+        self.step._follow_environment()
         if self.step._compiled is self._compiled:
             return
         now, then = self._signature(), self._made_for
@@ -348,8 +349,8 @@ class SyntheticGradient:
             self._jitted = {}
 
     def _start(self, xs: Any, targets: tuple) -> tuple[Carry, tuple]:
-        self.step.check_sequence(xs, targets)
-        return self.step._carry(), self.step._as_inputs(xs)
+        inputs = self.step._sequence(xs, targets)
+        return self.step._carry(), inputs
 
     def _jit(self, name: str, fn: Callable) -> Callable:
         if name not in self._jitted:

@@ -32,13 +32,10 @@ class Key:
     ----------
     inputs, states : hashable
         Structure, shapes and dtypes.
-    switches : hashable
-        Settings outside of the model that change what it computes.
     """
 
     inputs: Hashable
     states: Hashable
-    switches: Hashable = ()
 
 
 class Variant:
@@ -88,25 +85,27 @@ class Variant:
 
 
 class Variants:
-    """The compilations of one step by :class:`Key`, and the states that hold traces by shape."""
+    """The compilations of one step by :class:`Key` and environment, and the states that hold traces by shape."""
 
     def __init__(self) -> None:
-        self._kept: dict[Key, Variant] = {}
+        self._kept: list[tuple[Key, Variant]] = []  # the last is the one used last
+        self.made = 0
         self._traces: dict[Hashable, TraceState] = {}
 
     def find(self, key: Key) -> Variant | None:
-        """The compilation for a key, if it is kept."""
-        variant = self._kept.pop(key, None)
-        if variant is not None:
-            self._kept[key] = variant  # the last is the one used last
-        return variant
+        """The compilation for a key and for the environment as it is, if it is kept."""
+        for one in reversed(self._kept):
+            if one[0] == key and one[1].functions.model.environment.differs() is None:
+                self._kept.remove(one)
+                self._kept.append(one)
+                return one[1]
+        return None
 
     def add(self, key: Key, variant: Variant) -> None:
         """Keep a compilation."""
-        self._kept.pop(key, None)
-        while len(self._kept) >= _KEPT:
-            self._kept.pop(next(iter(self._kept)))
-        self._kept[key] = variant
+        del self._kept[: len(self._kept) - _KEPT + 1]
+        self._kept.append((key, variant))
+        self.made += 1
 
     def traces(self, shapes: dict[str, Any]) -> TraceState:
         """The one state for traces of these shapes: functions that the user compiled around it find it again."""

@@ -1,0 +1,39 @@
+"""What an exception from the user's model means, where its own words do not say what to do."""
+
+from __future__ import annotations
+
+import re
+
+from etcompile.errors import ModelError
+from etcompile.frontend.environment import CONCRETE
+from etcompile.frontend.user_code import user_frame
+
+__all__ = ["known_cause"]
+
+_UNITS = {"dt": "0.1 * saiunit.ms", "t": "0 * saiunit.ms", "i": "0", "fit": "True"}
+
+
+def known_cause(error: Exception, name: str) -> ModelError | None:
+    """The error to raise for one whose cause is known: an entry of the environment not set, or a value needed too early."""
+    if isinstance(error, CONCRETE):
+        return ModelError(
+            f"one step of {name} needs the value of an array while it is traced.",
+            where=user_frame(error),
+            got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            expected="operations that hold for every value",
+            hint="instead of a Python if or while on an array use jnp.where(condition, a, b), jax.lax.cond or "
+            "brainstate.transform.cond; sizes and indices for Python must be numbers.",
+        )
+    entry = re.match(r"[\"']?Key '(\w+)' not found in environment", str(error))
+    if isinstance(error, KeyError) and entry is not None:
+        key = entry.group(1)
+        value = _UNITS.get(key, "...")
+        return ModelError(
+            f"one step of {name} reads {key!r} from brainstate.environ, where it is not set.",
+            where=user_frame(error),
+            got=f"no entry {key!r}",
+            expected="a value at compile and at every call",
+            hint=f"brainstate.environ.set({key}={value}), or around compile and every call: "
+            f"with brainstate.environ.context({key}={value}): ...",
+        )
+    return None

@@ -1,0 +1,75 @@
+"""What a step does where ``brainstate.environ`` changed: another compilation, and its traces."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import brainstate
+import jax
+import jax.numpy as jnp
+
+from etcompile.errors import EnvironmentWarning
+from etcompile.frontend.jaxpr import in_transformation
+from etcompile.runtime.variants import Variant, Variants
+
+__all__ = ["alike", "completed", "give_up_traces", "warn_of_many"]
+
+#: So many compilations of one step are worth a word.
+_MANY = 8
+
+
+def completed(values: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """The environment with these values for entries that it lacks."""
+    now = brainstate.environ.all() if values else {}
+    missing = {name: value for name, value in values.items() if name not in now}
+    return brainstate.environ.context(**missing) if missing else nullcontext()
+
+
+def alike(before: Variant, after: Variant) -> bool:
+    """Whether the traces of one compilation are those of the other."""
+    return before is after or (before.traces is after.traces and _carried(before) == _carried(after))
+
+
+def _carried(variant: Variant) -> Any:
+    """What is carried: for each trace its equation's type and the weight and group that it belongs to."""
+    program = variant.compiled.program
+    header = program.header
+    return [(name, str(program.equation(name).type)) for name in program.carried], (
+        header.groups,
+        header.relations,
+    )
+
+
+def give_up_traces(name: str, before: Variant, after: Variant) -> None:
+    """Start with zero traces, and say so where there were others."""
+    moved = in_transformation() or (before.traces.allocated and _any(before.traces.value))
+    for state in {id(v.traces): v.traces for v in (before, after)}.values():
+        if in_transformation():
+            state.value = state.zeros()
+        else:
+            state.release()
+    if moved:
+        warnings.warn(
+            f"{name!r} in brainstate.environ changed within a sequence, and the program for its new value has other traces: they "
+            "start from zero, so gradients leave out the steps before. Call step.reset() where a new sequence starts.",
+            EnvironmentWarning,
+            stacklevel=4,
+        )
+
+
+def _any(traces: Any) -> bool:
+    return any(bool(jnp.any(v != 0)) for v in jax.tree.leaves(traces))
+
+
+def warn_of_many(name: str, variants: Variants) -> None:
+    """Say that an entry changes so often that compiling takes the time."""
+    if variants.made == _MANY:
+        warnings.warn(
+            f"this step was compiled {_MANY} times, the last time since {name!r} in brainstate.environ changed. Give a value "
+            f"that changes often as an array, and it becomes an input: brainstate.environ.context({name}=jnp.asarray(...)).",
+            EnvironmentWarning,
+            stacklevel=4,
+        )
