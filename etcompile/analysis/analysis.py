@@ -25,6 +25,7 @@ from etcompile.analysis.sites import (
     separate_opaque_uses,
     split_step,
 )
+from etcompile.analysis.underivable import refuse_without_derivative
 from etcompile.analysis.unfollowed import Unfollowed, find_unfollowed, with_reasons
 from etcompile.errors import ModelError
 from etcompile.frontend.jaxpr import UNROLL_LIMIT, Constant, Graph
@@ -120,6 +121,7 @@ def analyse(model: StepModel, exclude: Sequence[str] = ()) -> Analysis:
     model = separate_opaque_uses(model, dependence(model.graph))
     dep = dependence(model.graph)
     refuse_parameters_in_while(model, dep)
+    refuse_without_derivative(model, dep)
     roles = state_roles(model, dep, exclude)
     unfollowed = find_unfollowed(model)
     roles = with_reasons(roles, unfollowed)

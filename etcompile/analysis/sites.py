@@ -7,6 +7,7 @@ within a sequence. They form the *hoisted* graph; its results, the effective wei
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jax import lax
@@ -88,11 +89,21 @@ def split_step(model: StepModel, dep: Dependence) -> SplitStep:
             body.append(operation)  # what depends on constants alone is computed wherever it is needed
     used = [v for operation in body for v in operation.inputs] + list(graph.outputs)
     weights = tuple(dict.fromkeys(v for v in used if not isinstance(v, Constant) and parameter_only(v)))
-    hoisted_graph = Graph(graph.avals, model.param_vars, tuple(hoisted), weights)
+    hoisted_graph = Graph(graph.avals, model.param_vars, _needed(hoisted, weights), weights)
     body_graph = Graph(
         graph.avals, (*weights, *model.state_vars, *model.input_vars), tuple(body), graph.outputs
     )
     return SplitStep(hoisted_graph, body_graph, weights, _find_sites(model, body_graph, weights, dep))
+
+
+def _needed(operations: list[Operation], results: Sequence[int]) -> tuple[Operation, ...]:
+    """The operations that these results need: what is called for its effects alone belongs to the step."""
+    needed, kept = set(results), []
+    for operation in reversed(operations):
+        if needed.intersection(operation.outputs):
+            kept.append(operation)
+            needed.update(v for v in operation.inputs if not isinstance(v, Constant))
+    return tuple(reversed(kept))
 
 
 def separate_opaque_uses(model: StepModel, dep: Dependence) -> StepModel:

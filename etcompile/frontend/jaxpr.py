@@ -15,7 +15,7 @@ import functools
 import itertools
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -159,10 +159,15 @@ class Graph:
     def aval(self, operand: Operand) -> Aval:
         return operand.aval if isinstance(operand, Constant) else self.avals[operand]
 
-    def evaluate(self, *args: Any) -> list[Any]:
-        """Run the graph on arrays or tracers."""
+    def evaluate(self, *args: Any, known: Mapping[int, Any] | None = None) -> list[Any]:
+        """Run the graph on arrays or tracers; with ``known``, results of what has effects, without these effects."""
         env: dict[int, Any] = dict(zip(self.inputs, args, strict=True))
+        env.update(known or {})
         for operation in self.operations:
+            if known is not None:
+                if all(v in known for v in operation.outputs):
+                    continue
+                operation = silenced(operation)
             values = bind(operation, [read(env, operand) for operand in operation.inputs])
             env.update(zip(operation.outputs, values, strict=True))
         return [read(env, operand) for operand in self.outputs]
@@ -527,7 +532,55 @@ def has_effects(operation: Operation) -> bool:
     """Whether an operation does something beside its results (prints, checks a value)."""
     if operation.params.get("effect") or operation.params.get("callback") or not operation.outputs:
         return True
-    return any(_closed(b).effects for b in operation.params.get("branches", ()))
+    return bool(_effects(operation.params))
+
+
+def calls_out(operation: Operation) -> bool:
+    """Whether an operation gets its results from outside, so that it must not be done again to have them."""
+    return bool(operation.outputs) and has_effects(operation) and without_derivative(operation)
+
+
+def silenced(operation: Operation) -> Operation:
+    """The operation without the prints and calls to the host, those without results, that its inner programs make."""
+    if not has_effects(operation):
+        return operation
+    return dataclasses.replace(operation, params={k: _silent(v) for k, v in operation.params.items()})
+
+
+def _silent(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_silent, value)) if any(getattr(v, "effects", None) for v in value) else value
+    if not getattr(value, "effects", None):
+        return value
+    if hasattr(value, "jaxpr"):
+        if value.jaxpr is not value:  # one class since jax 0.11
+            return value.replace(jaxpr=_silent(value.jaxpr))
+    equations = []
+    for eqn in value.eqns:
+        if eqn.effects and not eqn.outvars:
+            continue
+        if eqn.effects:
+            params = {k: _silent(v) for k, v in eqn.params.items()}
+            left = _effects(params) if _effects(eqn.params) else eqn.effects
+            eqn = eqn.replace(params=params, effects=left)
+        equations.append(eqn)
+    return value.replace(eqns=equations, effects=frozenset().union(*[e.effects for e in equations]))
+
+
+def _effects(params: dict[str, Any]) -> frozenset[Any]:
+    """Effects of the inner programs of an operation."""
+    inner = itertools.chain.from_iterable(
+        v if isinstance(v, (tuple, list)) else (v,) for v in params.values()
+    )
+    return frozenset().union(*[getattr(v, "effects", None) or () for v in inner])
+
+
+def without_derivative(operation: Operation) -> bool:
+    """Whether JAX has no derivative for an operation: a call to the host, or a primitive that declares none."""
+    if operation.params.get("callback"):
+        return True
+    declared = operation.primitive in ad.primitive_jvps or operation.name.startswith("custom_")
+    return not declared and inner_jaxpr(operation.params) is None
 
 
 def _without_dead(graph: Graph) -> Graph:

@@ -116,14 +116,20 @@ class CausalProgram:
         return jax.eval_shape(self.init_traces)
 
     def forward(
-        self, weights: list[Array], states: list[Array], traces: Traces, inputs: list[Array]
+        self,
+        weights: list[Array],
+        states: list[Array],
+        traces: Traces,
+        inputs: list[Array],
+        done: Mapping[int, Array] | None = None,
     ) -> tuple[StepDerivatives, Traces, dict]:
-        """Run one step of the model and advance the traces.
+        """Run one step of the model and advance the traces; ``done`` as found by :meth:`LoweredModel.perform` before.
 
         Returns the step with its derivatives, the new traces, and all values that do not need the loss.
         """
         place = self.placement
-        step = self.model.step(weights, place.hold_states(states), place.hold_batch(inputs))
+        held = place.hold_states(states), place.hold_batch(inputs)
+        step = self.model.step(weights, *held, known=done, quiet=done is not None)
         context = Context(self.program, self.model, step, None, self.functions)
         values = evaluate(context, self.early, {}, self.wide(traces))
         return step, self.stored(values), values

@@ -161,7 +161,7 @@ class ChunkProgram:
         if writes or reads.params:
 
             def results(old: list[Array], dear: dict[int, Array], x: list[Array]) -> Any:
-                step = self.model.step(weights, old, x, dear)
+                step = self.model.step(weights, old, x, dear, quiet=True)
                 return step.outputs, step.new_states
 
             made = jax.vmap(results)(olds, dear, inputs)
@@ -178,7 +178,7 @@ class ChunkProgram:
         def at_step(
             old: list[Array], dear: dict[int, Array], x: list[Array], item: Any, now: Any
         ) -> tuple[Any, dict[str, Value]]:
-            step = self.model.step(weights, old, x, dear)
+            step = self.model.step(weights, old, x, dear, quiet=True)
             found, cotangents = loss_and_cotangents(
                 loss, without_params, step.outputs, step.new_states, params, now, item
             )
@@ -242,7 +242,7 @@ class ChunkProgram:
             )
             if operation.name not in CHEAP and plain:
                 dear += operation.outputs
-        return tuple(dear)
+        return tuple(dict.fromkeys([*dear, *(self.model.effects or ())]))
 
     def _states(
         self, weights: list[Array], states: list[Array], inputs: list[Array]

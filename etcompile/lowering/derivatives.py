@@ -18,7 +18,7 @@ from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.examples import Examples, find_examples
 from etcompile.analysis.groups import HiddenGroup
 from etcompile.analysis.shown import Shown, shown_by
-from etcompile.frontend.jaxpr import Constant
+from etcompile.frontend.jaxpr import Constant, calls_out, has_effects
 from etcompile.lowering.geometry import SiteGeometry, TraceGeometry, site_geometry, trace_geometry
 from etcompile.lowering.tape import Tape
 
@@ -107,11 +107,31 @@ class LoweredModel:
         states: list[Array],
         inputs: list[Array],
         known: Mapping[int, Array] | None = None,
+        quiet: bool = False,
     ) -> StepDerivatives:
-        """One step; ``known`` are variables of the body that were computed already."""
-        return StepDerivatives(
-            self, Tape(self.analysis.split.body, [*weights, *states, *inputs], self.frozen, known)
-        )
+        """One step; ``known`` are variables of the body that were computed already; ``quiet`` as in :class:`Tape`."""
+        body = self.analysis.split.body
+        return StepDerivatives(self, Tape(body, [*weights, *states, *inputs], self.frozen, known, quiet))
+
+    @cached_property
+    def effects(self) -> tuple[int, ...] | None:
+        """Results that a step gets from outside; None where it does nothing beside its results."""
+        found = [operation for operation in self.analysis.split.body.operations if has_effects(operation)]
+        return tuple(v for op in found if calls_out(op) for v in op.outputs) if found else None
+
+    def perform(
+        self, weights: list[Array], states: list[Array], inputs: list[Array]
+    ) -> dict[int, Array] | None:
+        """Do what a step does beside its results, once, and return the results of the operations that do it.
+
+        The step can then be run quietly, under any transformation. None where it does nothing else.
+        """
+        if self.effects is None:
+            return None
+        body = self.analysis.split.body
+        fixed = jax.tree.map(jax.lax.stop_gradient, [*weights, *states, *inputs])
+        tape = Tape(body, fixed, self.frozen)
+        return {v: tape.values[v] for v in self.effects}
 
 
 class StepDerivatives:

@@ -83,33 +83,39 @@ class StepFunctions:
         """One time step: ``(params, carry, inputs) -> (carry, outputs)``; ``call`` as in :class:`CausalProgram`."""
         model = self.model
         states, traces = self._enter(carry)
-        outputs, states, traces = self._apply(
-            self._leaves(params), states, traces, model.flatten_inputs(inputs), call or {}
-        )
+        leaves, flat = self._leaves(params), model.flatten_inputs(inputs)
+        done = None
+        if (
+            self.causal.model.effects is not None
+        ):  # here, since what is below may run again to be differentiated
+            done = self.causal.model.perform(self.causal.model.hoist(leaves), states, flat)
+        outputs, states, traces = self._apply(leaves, states, traces, flat, call or {}, done)
         outputs = self.placement.hold_batch(outputs)
         return self._leave(states, traces), jax.tree.unflatten(model.output_tree, outputs)
 
     def _primal(
-        self, params: list, states: list, traces: Traces, inputs: list, call: Call
+        self, params: list, states: list, traces: Traces, inputs: list, call: Call, done: Any
     ) -> tuple[list, list, Traces]:
         weights = self.causal.model.hoist(params)
         if not self.causal.keeps:
-            step = self.causal.model.step(weights, states, inputs)
+            step = self.causal.model.step(weights, states, inputs, done, quiet=done is not None)
             return step.outputs, step.new_states, traces
-        step, new_traces, _ = self.causal.forward(weights, states, traces, inputs)
+        step, new_traces, _ = self.causal.forward(weights, states, traces, inputs, done)
         return step.outputs, step.new_states, new_traces
 
     def _forward(
-        self, params: list, states: list, traces: Traces, inputs: list, call: Call
+        self, params: list, states: list, traces: Traces, inputs: list, call: Call, done: Any
     ) -> tuple[tuple, tuple]:
-        return self._primal(params, states, traces, inputs, call), (params, states, traces, inputs, call)
+        given = (params, states, traces, inputs, call, done)
+        return self._primal(*given), given
 
     def _backward(self, residuals: tuple, cotangents: tuple) -> tuple:
         check_end(self.causal.program)
         self.require_kept("the gradient of one step")
-        params, states, traces, inputs, call = residuals
+        params, states, traces, inputs, call, done = residuals
         outputs, new_states, _ = cotangents
-        step, _, values = self.causal.forward(self.causal.model.hoist(params), states, traces, inputs)
+        weights = self.causal.model.hoist(params)
+        step, _, values = self.causal.forward(weights, states, traces, inputs, done)
         sites, loss = self.causal.gradients(step, traces, values, _live(outputs), _live(new_states), call)
         gradients = self.causal.model.unhoist(params, sites)
         moved = [
@@ -121,6 +127,7 @@ class StepFunctions:
             jax.tree.map(_zero_cotangent, traces),
             moved,
             jax.tree.map(lambda v: _zero_cotangent(jnp.asarray(v)), call),
+            jax.tree.map(_zero_cotangent, done),
         )
 
     def require_kept(self, what: str) -> None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from etcompile.frontend.jaxpr import Constant, Graph, bind, read
+from etcompile.frontend.jaxpr import Constant, Graph, bind, read, silenced, without_derivative
 
 __all__ = ["Tape"]
 
@@ -33,10 +33,18 @@ class Tape:
         Operand uses that no cotangent passes (weights at sites: their gradient is made from y's cotangent).
     known : mapping of variable to array
         Values computed elsewhere; the operations that would compute them are skipped.
+    quiet : bool
+        Whether the step ran before: what it does beside its results (prints, calls to the host) is not done again. ``known`` then
+        holds the results of such operations.
     """
 
     def __init__(
-        self, graph: Graph, inputs: Any, frozen: Set[Use], known: Mapping[int, Array] | None = None
+        self,
+        graph: Graph,
+        inputs: Any,
+        frozen: Set[Use],
+        known: Mapping[int, Array] | None = None,
+        quiet: bool = False,
     ) -> None:
         self.graph = graph
         self.frozen = frozen
@@ -46,6 +54,10 @@ class Tape:
             if operation.outputs and all(v in known for v in operation.outputs):
                 self.values.update((v, known[v]) for v in operation.outputs)
                 continue
+            if quiet and not operation.outputs:
+                continue
+            if quiet:
+                operation = silenced(operation)
             results = bind(operation, [read(self.values, v) for v in operation.inputs])
             self.values.update(zip(operation.outputs, results, strict=True))
         self._pulls: dict[tuple[int, tuple[int, ...]], Callable] = {}
@@ -92,7 +104,7 @@ class Tape:
                 and (number, k) not in self.frozen
                 and self.graph.avals[v].differentiable
             )
-            if not moving or operation.name == "stop_gradient":
+            if not moving or operation.name == "stop_gradient" or without_derivative(operation):
                 continue
             for k, cotangent in zip(moving, self._pullback(number, moving)(found), strict=True):
                 mask = cuts.get((number, k))
@@ -120,7 +132,7 @@ class Tape:
                 for k, v in enumerate(operation.inputs)
                 if not isinstance(v, Constant) and v in found and self.graph.avals[v].differentiable
             )
-            if not moving or operation.name == "stop_gradient":
+            if not moving or operation.name == "stop_gradient" or without_derivative(operation):
                 continue
             given = [found[v] for k in moving if isinstance(v := operation.inputs[k], int)]
             for v, tangent in zip(self._live(number), self._pushed(number, moving, given), strict=True):
@@ -136,7 +148,7 @@ class Tape:
         self, number: int, moving: tuple[int, ...]
     ) -> tuple[Callable[..., list[Array]], tuple[Array, ...]]:
         """An operation as a function from some operands to its results that have a derivative; and those operands."""
-        operation = self.graph.operations[number]
+        operation = silenced(self.graph.operations[number])
         values = [self.read(v) for v in operation.inputs]
         live = [k for k, v in enumerate(operation.outputs) if self.graph.avals[v].differentiable]
 

@@ -130,20 +130,22 @@ def window_gradients(
     moving_states = [k for k, s in enumerate(states) if jnp.issubdtype(s.dtype, jnp.inexact)]
     n_out = len(model.outputs)
 
+    done = _performed(causal, weights, states, inputs)
+
     def run(
         some_weights: list[Array], some_states: list[Array], some_params: list[Array]
     ) -> tuple[tuple[Array, list[Array]], tuple[list[Array], Any, Any]]:
         full_weights = replaced(weights, moving_weights, some_weights)
         full_params = replaced(params, reads.params, some_params)
 
-        def body_step(loop: Any, item: tuple[list[Array], Any]) -> tuple[Any, Any]:
-            (now, held), (x, extra) = loop, item
-            results = body.evaluate(*full_weights, *now, *x)
+        def body_step(loop: Any, item: tuple[list[Array], Any, Any]) -> tuple[Any, Any]:
+            (now, held), (x, extra, known) = loop, item
+            results = body.evaluate(*full_weights, *now, *x, known=known)
             found = loss(results[:n_out], results[n_out:], full_params, held, extra)
             return (results[n_out:], found.carried), (found.value, found.aux)
 
         start = (replaced(states, moving_states, some_states), carried)
-        (last, held), (losses, aux) = lax.scan(body_step, start, (inputs, items))
+        (last, held), (losses, aux) = lax.scan(body_step, start, (inputs, items, done))
         return (losses, [last[k] for k in moving_states]), (last, held, aux)
 
     (losses, ends), pull, (last, held, aux) = jax.vjp(
@@ -179,21 +181,42 @@ def window_gradients(
         dict(zip(reads.params, of_params, strict=True)),
         total,
         last,
-        _advanced(causal, weights, states, traces, inputs),
+        _advanced(causal, weights, states, traces, inputs, done),
         [starts.get(k) for k in range(len(states))],
     )
 
 
 def _advanced(
-    causal: CausalProgram, weights: list[Array], states: list[Array], traces: Traces, inputs: list[Array]
+    causal: CausalProgram,
+    weights: list[Array],
+    states: list[Array],
+    traces: Traces,
+    inputs: list[Array],
+    done: dict[int, Array] | None,
 ) -> Traces:
     """Traces at the end of the window."""
     if not jax.tree.leaves(traces):
         return traces
 
-    def body(loop: tuple[list[Array], Traces], x: list[Array]) -> tuple[tuple[list[Array], Traces], None]:
-        step, new, _ = causal.forward(weights, loop[0], loop[1], x)
+    def body(loop: tuple[list[Array], Traces], item: Any) -> tuple[tuple[list[Array], Traces], None]:
+        x, known = item
+        step, new, _ = causal.forward(weights, loop[0], loop[1], x, known)
         return (step.new_states, new), None
 
-    (_, traces), _ = lax.scan(body, (states, traces), inputs)
+    (_, traces), _ = lax.scan(body, (states, traces), (inputs, done))
     return traces
+
+
+def _performed(
+    causal: CausalProgram, weights: list[Array], states: list[Array], inputs: list[Array]
+) -> dict[int, Array] | None:
+    """Do what the steps do beside their results, each once, and return the results of what does it, time on axis 0."""
+    effects = causal.model.effects
+    if effects is None:
+        return None
+
+    def body(now: list[Array], x: list[Array]) -> tuple[list[Array], dict[int, Array]]:
+        step = causal.model.step(weights, now, x)
+        return step.new_states, {v: step.tape.values[v] for v in effects}
+
+    return lax.scan(body, states, inputs)[1]

@@ -1,0 +1,57 @@
+"""Operations that JAX cannot differentiate: credit that would have to pass one is refused."""
+
+from __future__ import annotations
+
+from etcompile.analysis.dependence import Dependence
+from etcompile.errors import ModelError
+from etcompile.frontend.jaxpr import Constant, Operation, without_derivative
+from etcompile.frontend.step_model import StepModel
+
+__all__ = ["refuse_without_derivative"]
+
+
+def refuse_without_derivative(model: StepModel, dep: Dependence) -> None:
+    """Raise :class:`ModelError` where credit of a trained parameter would have to pass an operation without a derivative."""
+    graph = model.graph
+    shadowed = [op for op in graph.operations if without_derivative(op) and _differentiable(model, op)]
+    if not shadowed:
+        return
+    reached = _trained(model, dep)
+    needed = {v for v in (*model.output_vars, *model.new_state_vars) if not isinstance(v, Constant)}
+    for operation in reversed(graph.operations):
+        if not needed.intersection(v for v in operation.outputs if graph.avals[v].differentiable):
+            continue
+        if operation in shadowed and any(dep.on(v, reached) for v in operation.inputs):
+            leaves = enumerate((*model.params, *model.states))
+            names = [
+                leaf.path
+                for bit, leaf in leaves
+                if reached >> bit & 1 and any(dep.on(v, 1 << bit) for v in operation.inputs)
+            ]
+            raise ModelError(
+                f"the credit of {', '.join(names[:3])} would have to pass {operation.name}, which has no derivative.",
+                where=operation.source,
+                got=f"{operation.name} of values that depend on trained parameters",
+                expected="an operation that JAX can differentiate",
+                hint="give it a derivative with jax.custom_jvp or jax.custom_vjp; or, if no credit shall pass, "
+                "apply it to jax.lax.stop_gradient(value).",
+            )
+        if operation.name != "stop_gradient":
+            needed.update(v for v in operation.inputs if not isinstance(v, Constant))
+
+
+def _differentiable(model: StepModel, operation: Operation) -> bool:
+    return any(model.graph.avals[v].differentiable for v in operation.outputs)
+
+
+def _trained(model: StepModel, dep: Dependence) -> int:
+    """Bits of the trained parameters, and of the states that carry their credit from step to step."""
+    found = (1 << len(model.params)) - 1
+    while True:
+        more = found
+        for k, v in enumerate(model.new_state_vars):
+            if dep.on(v, found):
+                more |= 1 << (len(model.params) + k)
+        if more == found:
+            return found
+        found = more
