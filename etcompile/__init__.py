@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from etcompile import brainstate_import as _  # noqa: F401  (the first import: see there)
 from etcompile import nn
 from etcompile.compiler import compile
 from etcompile.cost.cost import Cost
