@@ -33,7 +33,7 @@ def unknown_keyword(
 ) -> OptionError:
     """The error for a keyword that ``owner`` does not have."""
     near = difflib.get_close_matches(key, known, 1, 0.6)
-    meant = (other_names or {}).get(key) or (f"{near[0]}=..." if near else None)
+    meant = (other_names or {}).get(key) or (repr(near[0]) if near else None)
     return OptionError(
         f"{owner} has no option {key!r}.",
         got=f"{key}={value!r}",

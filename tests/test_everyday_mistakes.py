@@ -84,18 +84,18 @@ AT_COMPILE = {
     "results swapped": (function(X, fn=swapped_results), ModelError, "are the two swapped"),
     "the order of the peer": (lambda: etcompile.compile(Net(), "d_rtrl", X), InputError, "compile(model, x, algo='d_rtrl')"),
     "algorithm=": (on(X, algorithm="e_prop"), OptionError, "algo="),
-    "batchsize=": (on(X, batchsize=2), OptionError, "did you mean batch_size="),
+    "batchsize=": (on(X, batchsize=2), OptionError, "did you mean 'batch_size'"),
     "chunk= of compile": (on(X, chunk=4), OptionError, "etcompile.Schedule(chunk=...)"),
     "optimize=": (on(X, optimize=False), OptionError, "optimise="),
-    "an option of the rule": (on(X, algo="pp_prop", dcay=0.9), OptionError, "did you mean decay="),
+    "an option of the rule": (on(X, algo="pp_prop", dcay=0.9), OptionError, "did you mean 'decay'"),
     "a generator": (on(v for v in [X]), InputError, "jnp.stack(list("),
     "a string": (on("text"), InputError, "turn text into numbers"),
     "a tensor of torch": (on(Tensor()), InputError, ".numpy()"),
     "a function as input": (on(loss), InputError, "no input"),
     "state in a plain attribute": (lambda: etcompile.compile(Plain(), X), ModelError, "assigns h during a step"),
-    "Schedule(chunks=4)": (lambda: etcompile.Schedule(chunks=4), OptionError, "did you mean chunk="),
-    "PassManager(chek=True)": (lambda: etcompile.PassManager(chek=True), OptionError, "did you mean check="),
-    "Checkpoints(evry=3)": (lambda: etcompile.Checkpoints("x", evry=3), OptionError, "did you mean every="),
+    "Schedule(chunks=4)": (lambda: etcompile.Schedule(chunks=4), OptionError, "did you mean 'chunk'"),
+    "PassManager(chek=True)": (lambda: etcompile.PassManager(chek=True), OptionError, "did you mean 'check'"),
+    "Checkpoints(evry=3)": (lambda: etcompile.Checkpoints("x", evry=3), OptionError, "did you mean 'every'"),
 }  # fmt: skip
 
 
@@ -123,8 +123,8 @@ AT_CALLS = {
     "a list over time": (lambda s: s.scan(list(XS)), "jnp.stack(xs)"),
     "a generator over time": (lambda s: s.scan(v for v in XS), "jnp.stack(list("),
     "features over time": (lambda s: s.scan(jnp.ones((5, 2, 7))), "axis 1 has 7 entries in place of 3"),
-    "chunks=": (lambda s: s.scan_value_and_grad(loss, chunks=2), "did you mean chunk="),
-    "batch=": (lambda s: s.reset(batch=3), "did you mean batch_size="),
+    "chunks=": (lambda s: s.scan_value_and_grad(loss, chunks=2), "did you mean 'chunk'"),
+    "batch=": (lambda s: s.reset(batch=3), "did you mean 'batch_size'"),
     "two inputs": (lambda s: s(X, X), "2 input(s)"),
 }
 

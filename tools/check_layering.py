@@ -59,6 +59,7 @@ RULES = (
             "etcompile/frontend/function.py",
             "etcompile/frontend/loss.py",
             "etcompile/frontend/captured.py",
+            "etcompile/brainstate_import.py",
             "etcompile/frontend/environment.py",
             "etcompile/nn",
             "etcompile/runtime",

@@ -38,12 +38,12 @@ def refuse_iterators(given: Any, name: str = "an input") -> None:
         as_array(given, name)
 
 
-def refuse_lists(given: Any, expected: Any, name: str) -> None:
+def refuse_lists(given: Any, expected: Any, name: str, model: str) -> None:
     """Raise :class:`InputError` for a list of arrays where the structure ``expected`` is one array."""
     if not isinstance(given, (list, tuple)) or not jax.tree_util.treedef_is_leaf(expected):
         return
     raise InputError(
-        f"{name} is a {type(given).__name__} where the model takes one array.",
+        f"{name} is a {type(given).__name__} where {model} takes one array.",
         got=f"a {type(given).__name__} of {len(given)}",
         expected="one array",
         hint=f"stack it: jnp.stack({name}), or jnp.asarray({name}) for numbers.",

@@ -145,7 +145,7 @@ class StepModel:
             children = self.input_tree.children()
             if len(children) == len(inputs):
                 for k, (given, child) in enumerate(zip(inputs, children, strict=True)):
-                    refuse_lists(given, child, "x" if len(inputs) == 1 else f"x{k}")
+                    refuse_lists(given, child, "x" if len(inputs) == 1 else f"x{k}", self.name)
             raise InputError(
                 f"{self.name} was compiled for inputs of another structure.",
                 got=f"{len(inputs)} input(s), {jax.tree.map(lambda _: '*', inputs)}",

@@ -881,7 +881,7 @@ class Step:
     def _check_sequence(self, inputs: tuple, targets: tuple) -> None:
         refuse_iterators((inputs, targets), "xs or a target")
         for given, child in zip(inputs, self._functions.model.input_tree.children(), strict=False):
-            refuse_lists(given, child, "xs")
+            refuse_lists(given, child, "xs", self._functions.model.name)
         lengths = {}
         for name, tree in [("xs", inputs), *((f"target {k}", t) for k, t in enumerate(targets))]:
             for leaf in jax.tree.leaves(tree):
