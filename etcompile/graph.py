@@ -295,7 +295,7 @@ class _Builder:
             if cut.name not in applies:
                 continue
             heads = self.graph.graph["groups"].get(cut.group, {"states": cut.origins})["states"]
-            near = self._sources(seen, _variables(operands[number : number + 1]))
+            near = self._sources(seen, _variables(operands[number] if number < len(operands) else ()))
             tails = [node for node in near if self._has_credit(node)]
             for tail in tails or [paths.get(origin) or self.parameters[origin] for origin in cut.origins]:
                 for head in heads:
@@ -304,12 +304,17 @@ class _Builder:
                         primitive=cut.primitive, source=user_line(cut.source), meaning=cut.meaning, part=cut.part,
                     )  # fmt: skip
 
-    def _cut_operands(self) -> list:
-        """The operand at which each cut stops, in the order of the cuts, which begin with those at operations."""
+    def _cut_operands(self) -> list[list]:
+        """The operand at which each cut stops, in the order of the cuts, which begin with those at operations.
+
+        None for one inside of a loop, whose variables are not drawn.
+        """
         operands = []
         for group in self.analysis.groups:
             uses = {use for s in group.states for use in self.analysis.uses_cut[s]}
-            operands += [self.body.operations[number].inputs[k] for number, k in sorted(uses)]
+            operands += [
+                [self.body.operations[use[0]].inputs[use[1]]] if len(use) == 2 else [] for use in sorted(uses)
+            ]
         return operands
 
     def _has_credit(self, node: str) -> bool:

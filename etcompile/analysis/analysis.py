@@ -14,8 +14,10 @@ from etcompile.analysis.dependence import Dependence, dependence
 from etcompile.analysis.groups import HiddenGroup, Link, align, consistent
 from etcompile.analysis.hidden import StateRole, require_hidden, state_roles
 from etcompile.analysis.index_rules import NONE
-from etcompile.analysis.influence import Influence, Use, influence_on
+from etcompile.analysis.influence import Influence, influence_on
 from etcompile.analysis.layers import Effect, Layer, find_effects, find_layers
+from etcompile.analysis.loop_weights import take_weights_out
+from etcompile.analysis.loops import located
 from etcompile.analysis.relations import Relation, relate
 from etcompile.analysis.silence import find_silent
 from etcompile.analysis.sites import (
@@ -28,7 +30,8 @@ from etcompile.analysis.sites import (
 from etcompile.analysis.underivable import refuse_without_derivative
 from etcompile.analysis.unfollowed import Unfollowed, find_unfollowed, with_reasons
 from etcompile.errors import ModelError
-from etcompile.frontend.jaxpr import UNROLL_LIMIT, Constant, Graph
+from etcompile.frontend.jaxpr import Constant, Graph
+from etcompile.frontend.loops import Use
 from etcompile.frontend.step_model import StepModel
 from etcompile.graph import connected_components
 from etcompile.ir.header import Cut
@@ -118,6 +121,7 @@ class Analysis:
 
 def analyse(model: StepModel, exclude: Sequence[str] = ()) -> Analysis:
     """Find hidden states, groups, sites, relations and cuts of a step."""
+    model = take_weights_out(model, dependence(model.graph))
     model = separate_opaque_uses(model, dependence(model.graph))
     dep = dependence(model.graph)
     refuse_parameters_in_while(model, dep)
@@ -275,11 +279,8 @@ def _cuts(
         for s in group.states:
             for use, mask in found[s].cuts.items():
                 merged[use] = mask | merged.get(use, False)
-        for (number, k), mask in sorted(merged.items(), key=lambda item: item[0]):
-            operation = body.operations[number]
-            cut_value = operation.inputs[k]
-            assert not isinstance(cut_value, Constant)
-            bits = dep.derivative[cut_value]
+        for use, mask in sorted(merged.items(), key=lambda item: item[0]):
+            operation, _, bits = located(body, dep, use)
             states = [j for j in names if bits >> (n + j) & 1]
             params = [leaf.path for j, leaf in enumerate(model.params) if bits >> j & 1]
             share = float(mask.mean())

@@ -22,6 +22,7 @@ from etcompile.analysis.dependence import dependence
 from etcompile.analysis.groups import HiddenGroup
 from etcompile.analysis.relations import Relation
 from etcompile.frontend.jaxpr import Constant, Graph, Operand, bind, has_effects, vjp_graph
+from etcompile.frontend.loops import within
 from etcompile.ir.header import Response
 
 if TYPE_CHECKING:
@@ -146,6 +147,8 @@ class _Walk:
             )
             if not moving:
                 continue
+            if within(cuts, number):
+                return None  # cut in some of the uses inside of a loop
             varying = self._varying(number)
             if any(varying[k] for k in moving) or len(pulls) == LONGEST_PATH:
                 return None

@@ -357,5 +357,4 @@ _RULES: dict[str, Rule] = {
     "conv_general_dilated": _opaque,
     "sort": _opaque,
     "while": _opaque,
-    "scan": _opaque,
 }

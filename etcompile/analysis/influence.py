@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from etcompile.analysis.index_rules import MANY, NONE, join, operand_influence
+from etcompile.analysis.loops import moving_inside, through_rounds
 from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operation, jvp_graph, vjp_graph
+from etcompile.frontend.loops import Loop, Use, within
 
 __all__ = ["Influence", "Use", "influence_on"]
 
 Array = Any
-Use = tuple[int, int]  #: (number of the operation, number of its operand)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ class Influence:
     positions : mapping of int to array
         For each kept variable the flat position of the state that each element reaches, or NONE.
     cuts : mapping of Use to array
-        Elements of an operand at which a use is cut.
+        Elements of an operand at which a use is cut. A use in the body of a loop is cut in all rounds.
     """
 
     positions: Mapping[int, Array]
@@ -40,7 +41,13 @@ class Influence:
 
 
 def influence_on(
-    graph: Graph, seeds: Mapping[int, Array], active: Sequence[bool], keep: set[int], frozen: set[Use]
+    graph: Graph,
+    seeds: Mapping[int, Array],
+    active: Sequence[bool],
+    keep: set[int],
+    frozen: set[Use],
+    cut: Mapping[Use, Array] | None = None,
+    size: int | None = None,
 ) -> Influence:
     """Walk ``graph`` backwards from ``seeds``.
 
@@ -54,11 +61,17 @@ def influence_on(
         Variables whose influence the caller wants.
     frozen : set of Use
         Uses that are not followed and not cut (weights at an operation that makes a relation of its own).
+    cut : mapping of Use to array
+        Elements at which a use is cut in any case.
+    size : int
+        Number of positions, where they are not those of a seed.
     """
+    cut = cut or {}
     uses: dict[int, list[tuple[Use | None, Array]]] = {v: [(None, p)] for v, p in seeds.items()}
     positions: dict[int, Array] = {}
     cuts: dict[Use, Array] = {}
-    size = max((int(np.prod(p.shape)) for p in seeds.values()), default=0)
+    if size is None:
+        size = max((int(np.prod(p.shape)) for p in seeds.values()), default=0)
 
     def settle(variable: int) -> Array | None:
         found = uses.pop(variable, None)
@@ -85,13 +98,26 @@ def influence_on(
         results = [settle(v) for v in operation.outputs]
         if all(r is None for r in results):
             continue
-        for k, operand in enumerate(operation.inputs):
-            if isinstance(operand, Constant) or not active[operand] or (number, k) in frozen:
-                continue
-            found = operand_influence(graph, operation, k, results, _inner)
+        followed = [
+            k
+            for k, v in enumerate(operation.inputs)
+            if not isinstance(v, Constant) and active[v] and (number, k) not in frozen
+        ]
+        of_operands: Mapping[int, Array | None] = {}
+        if operation.loop is not None:
+            of_operands, inner = _through_loop(operation.loop, results, followed, size, within(cut, number))
+            cuts.update({(number, *use): mask for use, mask in inner.items()})
+        for k in followed:
+            operand = operation.inputs[k]
+            assert isinstance(operand, int)
+            found = (
+                operand_influence(graph, operation, k, results, _inner)
+                if operation.loop is None
+                else of_operands.get(k)
+            )
             if found is None:
                 continue
-            many = found == MANY
+            many = (found == MANY) | (cut.get((number, k), False) & (found != NONE))
             if many.any():
                 cuts[number, k] = many
                 found = np.where(many, NONE, found)
@@ -113,16 +139,67 @@ def _own_position(resolved: Array, found: Sequence[Array], size: int) -> Array:
     return np.where(resolved == MANY, np.where(reached, own, NONE), resolved)
 
 
+def _through_loop(
+    loop: Loop,
+    results: list[Array | None],
+    followed: Sequence[int],
+    size: int,
+    cut: Mapping[Use, Array],
+) -> tuple[Mapping[int, Array | None], dict[Use, Array]]:
+    """Influence of a loop's operands, and the cuts in its body.
+
+    A use that is cut in one round is cut in all of them, since all run the same program: so the rounds are walked through
+    again until no other cut comes up.
+    """
+    moving = [k in followed for k in range(loop.operands)]
+    active = moving_inside(loop, moving)
+    keep = set(loop.body.inputs)
+    known = dict(cut)
+    while True:
+        new: dict[Use, Array] = {}
+
+        def walk(seeds: dict[int, Array], new: dict[Use, Array] = new) -> Mapping[int, Array]:
+            found = influence_on(loop.body, seeds, active, keep, set(), known, size)
+            for use, mask in found.cuts.items():
+                new[use] = mask | new.get(use, False)
+            return found.positions
+
+        operands = through_rounds(loop, results, walk)
+        if operands is None:
+            return {k: np.broadcast_to(np.int64(MANY), _shape_of(loop, k)) for k in followed}, {}
+        if all(use in known and not (mask & ~known[use]).any() for use, mask in new.items()):
+            return dict(enumerate(operands)), new
+        for use, mask in new.items():
+            known[use] = mask | known.get(use, False)
+
+
+def _shape_of(loop: Loop, operand: int) -> tuple[int, ...]:
+    aval = loop.body.avals[loop.body.inputs[operand]]
+    sliced = operand >= loop.constants + loop.carried
+    return (loop.length, *aval.shape) if sliced else aval.shape
+
+
 def _inner(
     operation: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]
 ) -> Array | None:
     """Influence through a primitive without a rule of its own: through its JVP, its VJP, or MANY."""
     many = np.broadcast_to(np.int64(MANY), avals[operand].shape)
+    if operation.loop is not None:
+        return _inside(operation.loop, operand, results)
     if operation.name == "custom_vjp_call":
         found = _through_vjp(operation, avals, operand, results)
     else:
         found = _through_jvp(operation, avals, operand, results)
     return many if found is None else found
+
+
+def _inside(loop: Loop, operand: int, results: list[Array | None]) -> Array | None:
+    """Influence of one operand of a loop: MANY, and not cut, where its elements spread in the body."""
+    if operand >= loop.operands:
+        return None
+    size = max((r.size for r in results if r is not None), default=0)
+    operands, cuts = _through_loop(loop, results, [operand], size, {})
+    return np.broadcast_to(np.int64(MANY), _shape_of(loop, operand)) if cuts else operands.get(operand)
 
 
 def _through_jvp(

@@ -16,8 +16,9 @@ import numpy as np
 from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.groups import HiddenGroup
 from etcompile.analysis.index_rules import MANY, NONE, operand_influence
-from etcompile.analysis.influence import Use, _inner, influence_on
+from etcompile.analysis.influence import _inner, influence_on
 from etcompile.frontend.jaxpr import Constant
+from etcompile.frontend.loops import Use
 
 __all__ = ["Shown", "shown_by"]
 

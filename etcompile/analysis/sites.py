@@ -19,7 +19,7 @@ from etcompile.errors import ModelError
 from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operand, Operation
 from etcompile.frontend.step_model import StepModel
 
-__all__ = ["Site", "SplitStep", "refuse_parameters_in_while", "split_step"]
+__all__ = ["Site", "SplitStep", "refuse_parameters_in_while", "site_kind", "split_step"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,7 +122,7 @@ def separate_opaque_uses(model: StepModel, dep: Dependence) -> StepModel:
             for k, v in enumerate(operation.inputs):
                 if isinstance(v, Constant) or not dep.derivative[v] or dep.value[v] & ~params_mask:
                     continue
-                if _kind(graph, operation, k) == "opaque":
+                if site_kind(graph, operation, k) == "opaque":
                     number = len(avals)
                     inputs[k] = number
                     avals.append(graph.avals[v])
@@ -171,7 +171,7 @@ def _find_sites(model: StepModel, body: Graph, weights: tuple[int, ...], dep: De
         for k, v in enumerate(operation.inputs):
             if isinstance(v, Constant) or v not in trained:
                 continue
-            kind = _kind(body, operation, k)
+            kind = site_kind(body, operation, k)
             if kind == "opaque":
                 add(kind, v, -1, -1, v, operation.source, operation.name)
             elif kind != "direct":
@@ -186,7 +186,8 @@ def _find_sites(model: StepModel, body: Graph, weights: tuple[int, ...], dep: De
     return tuple(sites)
 
 
-def _kind(body: Graph, operation: Operation, operand: int) -> str:
+def site_kind(body: Graph, operation: Operation, operand: int) -> str:
+    """What kind of site a weight makes as an operand of an operation: see :class:`Site`."""
     if operation.name == "dot_general":
         return "dot_general"
     if (
@@ -201,6 +202,8 @@ def _kind(body: Graph, operation: Operation, operand: int) -> str:
         and is_embedding(operation, body.aval(operation.inputs[0]))
     ):
         return "embedding"
+    if operation.loop is not None:
+        return "direct"  # what spreads in a loop was taken out of it, or is cut there
     results = [np.arange(body.avals[v].size).reshape(body.avals[v].shape) for v in operation.outputs]
     found = operand_influence(body, operation, operand, list(results), _inner)
     if found is None or not (found == MANY).any():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.relations import Relation
-from etcompile.frontend.jaxpr import Constant
+from etcompile.frontend.jaxpr import Constant, Operation
 
 __all__ = ["carries_whole_credit", "reached_beside"]
 
@@ -40,4 +40,10 @@ def carries_whole_credit(analysis: Analysis, relation: Relation) -> bool:
         return False
     stops = {use for s in group.states for use in analysis.uses_cut[s]}
     stops |= {(s.operation, s.operand) for s in analysis.sites if s.operation >= 0}
-    return not any(body.operations[number].inputs[k] in reached for number, k in stops)
+    if any(len(use) > 2 and reached.intersection(_variables(body.operations[use[0]])) for use in stops):
+        return False  # cut inside of a loop that y enters
+    return not any(body.operations[use[0]].inputs[use[1]] in reached for use in stops if len(use) == 2)
+
+
+def _variables(operation: Operation) -> set[int]:
+    return {v for v in operation.inputs if not isinstance(v, Constant)}

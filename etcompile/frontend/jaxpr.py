@@ -2,10 +2,11 @@
 
 A :class:`Graph` is what the rest of the compiler sees of a model: numbered variables, operations in program order,
 each with its primitive, its parameters and the user's source line. Calls (``jit``, ``remat``, ``closed_call``) are
-inlined, ``scan`` of fixed length is unrolled, ``cond`` becomes a selection between its inlined branches, and every
-implicit broadcast of an element-wise operation is made explicit. Primitives of other libraries are replaced by what they
-compute, with the derivative that they declare. What is left has no inner programs except ``custom_jvp_call``,
-``custom_vjp_call``, ``while`` and primitives that have no implementation in jax.
+inlined, a short ``scan`` is unrolled and a longer one becomes a :class:`~etcompile.frontend.loops.Loop` with a flat body,
+``cond`` becomes a selection between its inlined branches, and every implicit broadcast of an element-wise operation is made
+explicit. Primitives of other libraries are replaced by what they compute, with the derivative that they declare. What is left
+has no inner programs except loops, ``custom_jvp_call``, ``custom_vjp_call``, ``while`` and primitives that have no
+implementation in jax.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from jax.core import Tracer
 from jax.interpreters import ad, batching, mlir
 
 from etcompile.frontend.implementations import traced_implementation
+from etcompile.frontend.loops import Loop, Use, stopped, within
 from etcompile.frontend.user_code import user_line
 
 __all__ = [
     "Aval",
     "Constant",
     "Graph",
+    "GraphBuilder",
     "Operand",
     "Operation",
     "bind",
@@ -46,8 +49,8 @@ __all__ = [
     "jvp_graph",
 ]
 
-#: An unrolled scan may grow to this many operations; a longer one stays whole and is analysed as one operation.
-UNROLL_LIMIT = 4096
+#: A scan that grows to no more than this many operations is unrolled; a longer one stays a loop.
+UNROLL_LIMIT = 128
 
 _INLINED = {
     "jit",
@@ -134,6 +137,8 @@ class Operation:
     outputs : tuple of int
     source : str
         ``file:line`` in the user's code, or ``"?"``.
+    loop : Loop or None
+        What a loop does in each round.
     """
 
     primitive: Any
@@ -141,6 +146,7 @@ class Operation:
     inputs: tuple[Operand, ...]
     outputs: tuple[int, ...]
     source: str
+    loop: Loop | None = None
 
     @property
     def name(self) -> str:
@@ -159,17 +165,25 @@ class Graph:
     def aval(self, operand: Operand) -> Aval:
         return operand.aval if isinstance(operand, Constant) else self.avals[operand]
 
-    def evaluate(self, *args: Any, known: Mapping[int, Any] | None = None) -> list[Any]:
-        """Run the graph on arrays or tracers; with ``known``, results of what has effects, without these effects."""
+    def evaluate(
+        self, *args: Any, known: Mapping[int, Any] | None = None, cuts: Mapping[Use, Any] | None = None
+    ) -> list[Any]:
+        """Run the graph on arrays or tracers; with ``known``, results of what has effects, without these effects.
+
+        No derivative passes uses at the elements that ``cuts`` has for them.
+        """
         env: dict[int, Any] = dict(zip(self.inputs, args, strict=True))
         env.update(known or {})
-        for operation in self.operations:
+        for number, operation in enumerate(self.operations):
             if known is not None:
                 if all(v in known for v in operation.outputs):
                     continue
                 operation = silenced(operation)
-            values = bind(operation, [read(env, operand) for operand in operation.inputs])
-            env.update(zip(operation.outputs, values, strict=True))
+            values = [read(env, operand) for operand in operation.inputs]
+            if cuts:
+                masks = [cuts.get((number, k)) for k in range(len(values))]
+                values = [v if m is None else stopped(v, m) for v, m in zip(values, masks, strict=True)]
+            env.update(zip(operation.outputs, bind(operation, values, within(cuts, number)), strict=True))
         return [read(env, operand) for operand in self.outputs]
 
 
@@ -197,8 +211,10 @@ def read(env: dict[int, Any], operand: Operand) -> Any:
     return operand.value if isinstance(operand, Constant) else env[operand]
 
 
-def bind(operation: Operation, values: Sequence[Any]) -> list[Any]:
-    """Apply the operation's primitive to ``values``."""
+def bind(operation: Operation, values: Sequence[Any], cuts: Mapping[Use, Any] | None = None) -> list[Any]:
+    """Apply the operation's primitive to ``values``; ``cuts`` are uses in the body of a loop."""
+    if operation.loop is not None:
+        return operation.loop.run(values, cuts)
     params = operation.primitive.get_bind_params(operation.params)
     result = operation.primitive.bind(*values, **params)
     return list(result) if operation.primitive.multiple_results else [result]
@@ -235,12 +251,13 @@ def source_line(source_info: Any) -> str:
 _Inside = Literal["nothing", "values", "derivatives"]
 
 
-class _Builder:
-    """Collects variables and operations while jaxprs are inlined into it."""
+class GraphBuilder:
+    """Writes a graph: collects variables and operations while jaxprs are inlined into it."""
 
-    def __init__(self, inside: _Inside = "derivatives") -> None:
+    def __init__(self, inside: _Inside = "derivatives", last_rounds_apart: bool = True) -> None:
         self.inside: _Inside = inside
         self.seen: dict[int, tuple[Any, _Insight | None]] = {}
+        self.last_rounds_apart = last_rounds_apart
         self.avals: list[Aval] = []
         self.operations: list[Operation] = []
         self.parameter_only: set[int] = set()
@@ -254,10 +271,16 @@ class _Builder:
         return operand.aval if isinstance(operand, Constant) else self.avals[operand]
 
     def emit(
-        self, primitive: Any, params: dict, inputs: Sequence[Operand], avals: Sequence[Aval], source: str
+        self,
+        primitive: Any,
+        params: dict,
+        inputs: Sequence[Operand],
+        avals: Sequence[Aval],
+        source: str,
+        loop: Loop | None = None,
     ) -> list[int]:
         outputs = tuple(self.variable(aval) for aval in avals)
-        self.operations.append(Operation(primitive, params, tuple(inputs), outputs, source))
+        self.operations.append(Operation(primitive, params, tuple(inputs), outputs, source, loop))
         if all(isinstance(i, Constant) or i in self.parameter_only for i in inputs):
             self.parameter_only.update(outputs)
         return list(outputs)
@@ -294,8 +317,10 @@ class _Builder:
                 results = self.inline(inner, inputs, source)
                 self.around = outside
                 return results
-        if name == "scan" and _unrolled_size(eqn) <= UNROLL_LIMIT:
+        if name == "scan" and (_unrolled_size(eqn) <= UNROLL_LIMIT or eqn.params["length"] <= 2):
             return self.unroll(eqn, inputs, where, source)
+        if name == "scan":
+            return self.loop(eqn, inputs, where, source)
         if name == "cond" and not any(_closed(b).effects for b in eqn.params["branches"]):
             return self.select_branches(eqn, inputs, where, source)
         if name in _BROADCASTING:
@@ -393,6 +418,106 @@ class _Builder:
                 )
         return [*carry, *stacked]
 
+    def loop(self, eqn: Any, inputs: list[Operand], where: str, source: str | None) -> list[Operand]:
+        """Keep a scan as a loop with a flat body.
+
+        A new state is a variable of its own, and credit stops at it or goes through it. Where a round reads the values that
+        it carries on, the last round therefore stands behind the loop, so that they are variables there.
+        """
+        num_consts, num_carry = scan_signature(eqn.params)
+        m, length, reverse = num_consts + num_carry, eqn.params["length"], eqn.params["reverse"]
+        closed = _closed(eqn.params["jaxpr"])
+        body, order, numbers, constants, reads_new = self.body_of(
+            closed, inputs, num_consts, num_carry, source
+        )
+        apart = self.last_rounds_apart and reads_new
+        rounds = length - 1 if apart else length
+        entered = list(inputs)
+        if apart:
+            start = 1 if reverse else 0
+            for k in range(m, len(inputs)):
+                entered[k] = self.call(lambda v: v[start : start + rounds], [inputs[k]], where)[0]
+        avals = [Aval(tuple(v.aval.shape), v.aval.dtype) for v in eqn.outvars]
+        avals[num_carry:] = [Aval((rounds, *a.shape[1:]), a.dtype) for a in avals[num_carry:]]
+        carried = sum(k < num_carry for k in numbers)
+        found = self.emit(
+            eqn.primitive,
+            {"length": rounds, "reverse": reverse},
+            [entered[k] for k in order],
+            [avals[k] for k in numbers],
+            where,
+            Loop(body, rounds, reverse, constants, carried),
+        )
+        full: dict[int, Operand] = dict(enumerate(inputs[num_consts:m]))
+        full.update(zip(numbers, found, strict=True))
+        results = [full[k] for k in range(len(avals))]
+        if not apart:
+            return results
+        at = 0 if reverse else length - 1
+        slices = [self.call(lambda v: v[at], [x], where)[0] for x in inputs[m:]]
+        last = self.inline(closed, [*inputs[:num_consts], *results[:num_carry], *slices], source)
+
+        def together(all_before: Any, now: Any) -> Any:
+            return jnp.concatenate([now[None], all_before] if reverse else [all_before, now[None]])
+
+        stacked = [
+            self.call(together, [before, now], where)[0]
+            for before, now in zip(results[num_carry:], last[num_carry:], strict=True)
+        ]
+        return [*last[:num_carry], *stacked]
+
+    def body_of(
+        self, closed: Any, inputs: list[Operand], num_consts: int, num_carry: int, source: str | None
+    ) -> tuple[Graph, list[int], list[int], int, bool]:
+        """The body of a loop over ``closed`` as a graph.
+
+        A carried value that no round changes is a constant of the loop, and constants of the model are constants of the body.
+        So there come with it: which of the inputs the loop reads, and which of its results it makes, how many of the inputs
+        are the same in all rounds, and whether a round reads what it carries on.
+        """
+        m = num_consts + num_carry
+        fixed = list(range(num_consts))
+        while True:
+            inner = GraphBuilder(self.inside, last_rounds_apart=False)
+            inner.around = self.around
+            entered = [
+                inputs[k]
+                if k in fixed and isinstance(inputs[k], Constant)
+                else inner.variable(Aval(tuple(v.aval.shape), v.aval.dtype))
+                for k, v in enumerate(closed.jaxpr.invars)
+            ]
+            inner.parameter_only.update(
+                v for k in fixed if isinstance(v := entered[k], int) and inputs[k] in self.parameter_only
+            )
+            results = inner.inline(closed, entered, source)
+            same = [
+                k for k in range(num_consts, m) if results[k - num_consts] == entered[k] and k not in fixed
+            ]
+            if not same:
+                break
+            fixed += same
+        constants = [k for k in fixed if not isinstance(entered[k], Constant)]
+        changed = [k for k in range(num_consts, m) if k not in fixed]
+        order = [*constants, *changed, *range(m, len(inputs))]
+        numbers = [*(k - num_consts for k in changed), *range(num_carry, len(results))]
+        graph = simplified(
+            Graph(
+                tuple(inner.avals),
+                tuple(v for k in order if isinstance(v := entered[k], int)),
+                tuple(inner.operations),
+                tuple(results[k] for k in numbers),
+            )
+        )
+        new = {
+            v
+            for v in graph.outputs[: len(changed)]
+            if isinstance(v, int) and graph.avals[v].differentiable and v not in graph.inputs
+        }
+        reads_new = any(graph.outputs.count(v) > 1 for v in new) or any(
+            v in new for operation in graph.operations for v in operation.inputs
+        )
+        return with_copies(graph, range(len(numbers))), order, numbers, len(constants), reads_new
+
     def select_branches(
         self, eqn: Any, inputs: list[Operand], where: str, source: str | None
     ) -> list[Operand]:
@@ -484,13 +609,16 @@ def inputs_used(closed: Any) -> set[int]:
 
 def flatten_jaxpr(closed: Any, n_params: int = 0, inside: _Inside = "derivatives") -> Graph:
     """Flatten a closed jaxpr, whose first ``n_params`` inputs are parameters; operations that nothing needs are dropped."""
-    builder = _Builder(inside)
+    builder = GraphBuilder(inside)
     inputs = tuple(builder.variable(Aval(tuple(v.aval.shape), v.aval.dtype)) for v in closed.jaxpr.invars)
     builder.parameter_only.update(inputs[:n_params])
     outputs = builder.inline(closed, inputs)
-    return _without_dead(
-        _folded(Graph(tuple(builder.avals), inputs, tuple(builder.operations), tuple(outputs)))
-    )
+    return simplified(Graph(tuple(builder.avals), inputs, tuple(builder.operations), tuple(outputs)))
+
+
+def simplified(graph: Graph) -> Graph:
+    """A graph without the operations that nothing needs, those on constants done."""
+    return _without_dead(_folded(graph))
 
 
 def _folded(graph: Graph) -> Graph:
@@ -532,6 +660,8 @@ def has_effects(operation: Operation) -> bool:
     """Whether an operation does something beside its results (prints, checks a value)."""
     if operation.params.get("effect") or operation.params.get("callback") or not operation.outputs:
         return True
+    if operation.loop is not None:
+        return any(map(has_effects, operation.loop.body.operations))
     return bool(_effects(operation.params))
 
 
@@ -544,6 +674,8 @@ def silenced(operation: Operation) -> Operation:
     """The operation without the prints and calls to the host, those without results, that its inner programs make."""
     if not has_effects(operation):
         return operation
+    if operation.loop is not None:
+        return dataclasses.replace(operation, loop=dataclasses.replace(operation.loop, quiet=True))
     return dataclasses.replace(operation, params={k: _silent(v) for k, v in operation.params.items()})
 
 
@@ -598,7 +730,7 @@ def with_copies(graph: Graph, positions: Sequence[int]) -> Graph:
 
     A new hidden state is then never the same variable as another output, an input or a constant.
     """
-    builder = _Builder()
+    builder = GraphBuilder()
     builder.avals, builder.operations = list(graph.avals), list(graph.operations)
     outputs = list(graph.outputs)
     computed = {v for operation in graph.operations for v in operation.outputs}
@@ -625,7 +757,7 @@ def splice(
     after: Callable[..., Sequence[Any]],
 ) -> Graph:
     """The graph of ``after(*graph(*before(*inputs)))``, where ``before`` and ``after`` are ordinary jax functions."""
-    builder = _Builder()
+    builder = GraphBuilder()
     new_inputs = [builder.variable(a) for a in inputs]
     args = builder.call(lambda *a: list(before(*a)), new_inputs, "?")
     env: dict[int, Operand] = dict(zip(graph.inputs, args, strict=True))
@@ -640,6 +772,7 @@ def splice(
             [get(i) for i in operation.inputs],
             [graph.avals[v] for v in operation.outputs],
             operation.source,
+            operation.loop,
         )
         env.update(zip(operation.outputs, outputs, strict=True))
     results = builder.call(lambda *a: list(after(*a)), [get(o) for o in graph.outputs], "?")

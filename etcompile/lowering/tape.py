@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from etcompile.frontend.jaxpr import Constant, Graph, bind, read, silenced, without_derivative
+from etcompile.frontend.jaxpr import Constant, Graph, Operation, bind, read, silenced, without_derivative
+from etcompile.frontend.loops import Use, within
 
 __all__ = ["Tape"]
 
 Array = Any
-Use = tuple[int, int]
 
 
 class Tape:
@@ -60,7 +60,7 @@ class Tape:
                 operation = silenced(operation)
             results = bind(operation, [read(self.values, v) for v in operation.inputs])
             self.values.update(zip(operation.outputs, results, strict=True))
-        self._pulls: dict[tuple[int, tuple[int, ...]], Callable] = {}
+        self._pulls: dict[Any, Callable] = {}
         self._reach: dict[frozenset[int], list[bool]] = {}
 
     def read(self, operand: Any) -> Array:
@@ -75,8 +75,8 @@ class Tape:
     ) -> dict[int, Array]:
         """Cotangents of ``targets`` for cotangents ``seeds`` of any variables.
 
-        ``cuts`` maps uses to the elements at which no cotangent passes. Variables in ``independent`` are treated as if
-        they were inputs: their cotangent is reported and goes no further.
+        ``cuts`` maps uses, in the bodies of loops as well, to the elements at which no cotangent passes. Variables in
+        ``independent`` are treated as if they were inputs: their cotangent is reported and goes no further.
         """
         cuts = cuts or {}
         wanted = frozenset(targets)
@@ -106,7 +106,8 @@ class Tape:
             )
             if not moving or operation.name == "stop_gradient" or without_derivative(operation):
                 continue
-            for k, cotangent in zip(moving, self._pullback(number, moving)(found), strict=True):
+            pullback = self._pullback(number, moving, within(cuts, number) if operation.loop else {})
+            for k, cotangent in zip(moving, pullback(found), strict=True):
                 mask = cuts.get((number, k))
                 if mask is not None:
                     if mask.all():
@@ -145,7 +146,7 @@ class Tape:
         return [v for v in self.graph.operations[number].outputs if self.graph.avals[v].differentiable]
 
     def _function(
-        self, number: int, moving: tuple[int, ...]
+        self, number: int, moving: tuple[int, ...], cuts: Mapping[Use, np.ndarray] | None = None
     ) -> tuple[Callable[..., list[Array]], tuple[Array, ...]]:
         """An operation as a function from some operands to its results that have a derivative; and those operands."""
         operation = silenced(self.graph.operations[number])
@@ -156,14 +157,16 @@ class Tape:
             args = list(values)
             for k, v in zip(moving, moved, strict=True):
                 args[k] = v
-            results = bind(operation, args)
+            results = bind(operation, args, cuts)
             return [results[k] for k in live]
 
         return fn, tuple(values[k] for k in moving)
 
     def _pushed(self, number: int, moving: tuple[int, ...], given: list[Array]) -> list[Array]:
         operation = self.graph.operations[number]
-        if operation.name == "custom_vjp_call":  # it has no forward derivative: transpose the backward one
+        if operation.name == "custom_vjp_call" or _backward_only(
+            operation
+        ):  # it has no forward derivative: transpose the backward one
             avals = [self.graph.avals[v] for v in operation.outputs]
             zeros = [jax.ShapeDtypeStruct(a.shape, a.dtype) if a.differentiable else None for a in avals]
             pull = self._pullback(number, moving)
@@ -198,13 +201,13 @@ class Tape:
         return self._reach[targets]
 
     def _pullback(
-        self, number: int, moving: tuple[int, ...]
+        self, number: int, moving: tuple[int, ...], cuts: Mapping[Use, np.ndarray] | None = None
     ) -> Callable[[list[Array | None]], tuple[Array, ...]]:
-        key = (number, moving)
+        key = (number, moving, tuple((use, mask.tobytes()) for use, mask in sorted((cuts or {}).items())))
         if key not in self._pulls:
             operation = self.graph.operations[number]
             live = [k for k, v in enumerate(operation.outputs) if self.graph.avals[v].differentiable]
-            fn, at = self._function(number, moving)
+            fn, at = self._function(number, moving, cuts)
             _, pull = jax.vjp(fn, *at)
 
             def pullback(found: list[Array | None]) -> tuple[Array, ...]:
@@ -221,3 +224,9 @@ class Tape:
 
 def _accumulate(cotangents: dict[int, Array], variable: int, value: Array) -> None:
     cotangents[variable] = value if variable not in cotangents else cotangents[variable] + value
+
+
+def _backward_only(operation: Operation) -> bool:
+    """Whether a loop has operations in its rounds that have no forward derivative."""
+    body = operation.loop.body.operations if operation.loop is not None else ()
+    return any(inner.name == "custom_vjp_call" or _backward_only(inner) for inner in body)
