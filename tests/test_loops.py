@@ -133,6 +133,19 @@ def nested(rounds):
     return step, {"w": (INPUTS, UNITS), "gain": (UNITS,), "o": (UNITS, 2)}, "v"
 
 
+def indexed(rounds):
+    """A weight read at a running index."""
+
+    def step(p, s, x):
+        def one(k, v):
+            return v + 0.1 * (jnp.tanh(x @ p["w"] * p["gain"][k]) - v)
+
+        v = jax.lax.fori_loop(0, rounds, one, s["v"])
+        return {"v": v}, v @ p["o"]
+
+    return step, {"w": (INPUTS, UNITS), "gain": (rounds,), "o": (UNITS, 2)}, "v"
+
+
 def alone(rounds):
     """One example, no batch axis."""
 
@@ -221,6 +234,12 @@ def test_cuts_in_a_loop_name_the_line_in_its_body(monkeypatch):
     assert {c.primitive for c in kept.program.header.cuts} == {"dot_general"}
 
 
+def test_a_weight_read_at_a_running_index_learns(monkeypatch):
+    step, _, grads = learned(monkeypatch, indexed, 5, 0, "rtrl")
+    assert_same(grads, through_time(indexed, 5))
+    assert not learned(monkeypatch, indexed, 5, 0)[0].exact
+
+
 @pytest.mark.parametrize("model", [lif, liquid], ids=lambda m: m.__name__)
 @pytest.mark.parametrize("algo", ["rtrl", "pp_prop", "e_prop"])
 def test_other_rules_agree_too(monkeypatch, model, algo):
@@ -240,6 +259,35 @@ def test_a_loop_of_many_rounds_equals_backpropagation_through_time(monkeypatch):
     step, _, grads = learned(monkeypatch, two_states, 1000, jaxpr.UNROLL_LIMIT)
     assert step.exact
     assert_same(grads, through_time(two_states, 1000))
+
+
+def search(p, s, x, inside):
+    """A while loop in a loop, which reads no trained parameter unless ``inside``."""
+
+    def one(v, _):
+        start = v if inside else x.sum()
+        found = jax.lax.while_loop(lambda c: jnp.sum(c) < 1, lambda c: c + 0.5, start)
+        return v + 0.1 * (jnp.tanh(x @ p["w"]) - v) + 0.01 * found, None
+
+    v, _ = rounds_of(one, s["v"], 60)
+    return {"v": v}, v
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_while_loop_in_a_loop_is_data_or_refused(inside):
+    params = {"w": jax.random.normal(jax.random.key(1), (INPUTS, UNITS))}
+    model = etcompile.from_function(
+        lambda p, s, x: search(p, s, x, inside), params, {"v": jnp.zeros((BATCH, UNITS))}
+    )
+    xs, ys = data((BATCH, UNITS))
+    if inside:
+        with pytest.raises(etcompile.errors.ModelError, match="while loop"):
+            etcompile.compile(model, xs[0])
+    else:
+        step = etcompile.compile(model, xs[0])
+        _, grads = step.scan_value_and_grad(square)(xs, ys)
+        assert step.exact
+        assert float(jnp.abs(grads["w"]).max()) > 1e-3
 
 
 def size(closed):

@@ -54,9 +54,12 @@ def dependence_given(
         if operation.loop is not None:
             found = _of_loop(operation, operation.loop, value, derivative, through)
             inside[operation.outputs[0]] = found
+            everything = 0  # to have one of its results the whole loop has to run
+            for v in operation.inputs:
+                everything |= 0 if isinstance(v, Constant) else value[v]
             for v, result in zip(operation.outputs, operation.loop.body.outputs, strict=True):
                 assert isinstance(result, int)
-                value[v], derivative[v] = found.value[result], found.derivative[result]
+                value[v], derivative[v] = everything, found.derivative[result]
             continue
         variables = [v for v in operation.inputs if not isinstance(v, Constant)]
         all_values = 0
