@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import etcompile
+from etcompile.errors import ModelError
 from etcompile.frontend import jaxpr
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -281,7 +282,7 @@ def test_a_while_loop_in_a_loop_is_data_or_refused(inside):
     )
     xs, ys = data((BATCH, UNITS))
     if inside:
-        with pytest.raises(etcompile.errors.ModelError, match="while loop"):
+        with pytest.raises(ModelError, match="while loop"):
             etcompile.compile(model, xs[0])
     else:
         step = etcompile.compile(model, xs[0])
@@ -330,7 +331,7 @@ def test_a_for_loop_of_a_module_is_a_loop():
                 )
                 return self.v.value
 
-            return brainstate.transform.for_loop(one, jnp.arange(40)).mean(0)
+            return jnp.mean(jnp.asarray(brainstate.transform.for_loop(one, jnp.arange(40))), axis=0)
 
     net = Cell()
     xs, ys = data((BATCH, UNITS))

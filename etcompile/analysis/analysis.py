@@ -17,7 +17,7 @@ from etcompile.analysis.index_rules import NONE
 from etcompile.analysis.influence import Influence, influence_on
 from etcompile.analysis.layers import Effect, Layer, find_effects, find_layers
 from etcompile.analysis.loop_weights import take_weights_out
-from etcompile.analysis.loops import located
+from etcompile.analysis.loops import ROUNDS_LIMIT, located
 from etcompile.analysis.relations import Relation, relate
 from etcompile.analysis.silence import find_silent
 from etcompile.analysis.sites import (
@@ -30,7 +30,7 @@ from etcompile.analysis.sites import (
 from etcompile.analysis.underivable import refuse_without_derivative
 from etcompile.analysis.unfollowed import Unfollowed, find_unfollowed, with_reasons
 from etcompile.errors import ModelError
-from etcompile.frontend.jaxpr import Constant, Graph
+from etcompile.frontend.jaxpr import Graph
 from etcompile.frontend.loops import Use
 from etcompile.frontend.step_model import StepModel
 from etcompile.graph import connected_components
@@ -336,7 +336,7 @@ def _meaning(primitive: str, group: str, origin_groups: set[str], params: Sequen
     how = (
         "weights"
         if weights
-        else f"a scan of more than {UNROLL_LIMIT} operations, which is not followed inside"
+        else f"a loop whose rounds reach different positions, or go on differing after {ROUNDS_LIMIT} of them"
         if primitive == "scan"
         else "a value shared by several units"
         if primitive in _SHARED

@@ -74,7 +74,9 @@ def dependence_given(
     return Dependence(tuple(value), tuple(derivative), inside)
 
 
-def _of_loop(operation: Operation, loop: Loop, value: Sequence[int], derivative: Sequence[int], through: frozenset[str]) -> Dependence:
+def _of_loop(
+    operation: Operation, loop: Loop, value: Sequence[int], derivative: Sequence[int], through: frozenset[str]
+) -> Dependence:
     """What the variables of a loop's body depend on in any round."""
     inputs = operation.inputs[: loop.operands]
     bits = [0 if isinstance(v, Constant) else value[v] for v in inputs]

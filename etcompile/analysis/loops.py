@@ -6,7 +6,7 @@ earlier rounds are alike. In most loops that is the case after one or two rounds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from etcompile.analysis.index_rules import NONE, join
 from etcompile.frontend.jaxpr import Constant, Graph, Operand, Operation
 from etcompile.frontend.loops import Loop, Use
 
-__all__ = ["ROUNDS_LIMIT", "located", "moving_inside", "through_rounds"]
+__all__ = ["ROUNDS_LIMIT", "everywhere", "located", "moving_inside", "through_rounds"]
 
 Array = Any
 
@@ -108,3 +108,11 @@ def located(graph: Graph, dep: Dependence, use: Use) -> tuple[Operation, Operand
         return located(operation.loop.body, dep.inside[operation.outputs[0]], tuple(rest))
     operand = operation.inputs[rest[0]]
     return operation, operand, 0 if isinstance(operand, Constant) else dep.derivative[operand]
+
+
+def everywhere(graph: Graph, dep: Dependence) -> Iterator[tuple[Graph, Operation, Dependence]]:
+    """The operations of a graph and of the bodies of its loops, with what the variables there depend on."""
+    for operation in graph.operations:
+        yield graph, operation, dep
+        if operation.loop is not None:
+            yield from everywhere(operation.loop.body, dep.inside[operation.outputs[0]])

@@ -7,7 +7,7 @@ within a sequence. They form the *hoisted* graph; its results, the effective wei
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jax import lax
@@ -15,6 +15,7 @@ from jax import lax
 from etcompile.analysis.dependence import Dependence
 from etcompile.analysis.index_rules import MANY, operand_influence
 from etcompile.analysis.influence import _inner
+from etcompile.analysis.loops import everywhere
 from etcompile.errors import ModelError
 from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operand, Operation
 from etcompile.frontend.step_model import StepModel
@@ -137,15 +138,15 @@ def separate_opaque_uses(model: StepModel, dep: Dependence) -> StepModel:
 def refuse_parameters_in_while(model: StepModel, dep: Dependence) -> None:
     """A while loop has no reverse derivative, so a trained parameter in it could only get a wrong gradient."""
     params_mask = (1 << len(model.params)) - 1
-    for operation, there in _everywhere(model.graph, dep):
+    for graph, operation, there in everywhere(model.graph, dep):
         if operation.name == "while" and any(there.on(v, params_mask) for v in operation.inputs):
             names = [
                 leaf.path
                 for bit, leaf in enumerate(model.params)
                 if any(there.on(v, 1 << bit) for v in operation.inputs)
             ]
-            made = next((v for v in operation.inputs if dep.on(v, params_mask)), None)
-            (by,) = [o.source for o in model.graph.operations if made in o.outputs] or [None]
+            made = next((v for v in operation.inputs if there.on(v, params_mask)), None)
+            (by,) = [o.source for o in graph.operations if made in o.outputs] or [None]
             how = "is used inside" if by is None else f"reaches, by the value computed at {by},"
             raise ModelError(
                 f"a trained parameter ({', '.join(names)}) {how} a while loop.",
@@ -154,14 +155,6 @@ def refuse_parameters_in_while(model: StepModel, dep: Dependence) -> None:
                 expected="a loop of fixed length: lax.scan, lax.fori_loop with constant bounds, brainstate.transform.for_loop",
                 hint="give the loop a fixed number of rounds, or move the parameter out of it.",
             )
-
-
-def _everywhere(graph: Graph, dep: Dependence) -> Iterator[tuple[Operation, Dependence]]:
-    """The operations of a graph and of the bodies of its loops, with what the variables there depend on."""
-    for operation in graph.operations:
-        yield operation, dep
-        if operation.loop is not None:
-            yield from _everywhere(operation.loop.body, dep.inside[operation.outputs[0]])
 
 
 def _find_sites(model: StepModel, body: Graph, weights: tuple[int, ...], dep: Dependence) -> tuple[Site, ...]:

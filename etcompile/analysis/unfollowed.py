@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from etcompile.analysis.dependence import NO_DERIVATIVE, NO_REVERSE
+from etcompile.analysis.dependence import NO_DERIVATIVE, NO_REVERSE, dependence
 from etcompile.analysis.hidden import StateRole
+from etcompile.analysis.loops import everywhere
 from etcompile.frontend.jaxpr import Constant, Graph
 from etcompile.frontend.step_model import StepModel
 
@@ -26,7 +27,8 @@ class Unfollowed:
 def find_unfollowed(model: StepModel) -> tuple[Unfollowed, ...]:
     """Loops that states reach which depend on trained parameters; parameters themselves are refused there."""
     graph, first = model.graph, len(model.params)
-    if not any(o.name in NO_REVERSE for o in graph.operations):
+    followed = dependence(graph, through=frozenset(NO_REVERSE))
+    if not any(o.name in NO_REVERSE for _, o, _ in everywhere(graph, followed)):
         return ()
     bits = _forward(graph)
     mask = sum(1 << k for k, leaf in enumerate(model.params) if leaf.aval.differentiable)
@@ -47,6 +49,14 @@ def find_unfollowed(model: StepModel) -> tuple[Unfollowed, ...]:
             continue
         inputs = [v for v in operation.inputs if not isinstance(v, Constant)]
         goes_on |= set(inputs)
+        if operation.loop is not None:
+            inside = followed.inside[operation.outputs[0]]
+            for _, inner, there in everywhere(operation.loop.body, inside):
+                reached = sorted(
+                    k for k in learns if any(there.on(v, 1 << (first + k)) for v in inner.inputs)
+                )
+                if inner.name in NO_REVERSE and reached:
+                    found.append(Unfollowed(inner.name, inner.source, tuple(reached)))
         if operation.name in NO_REVERSE:
             reached = sorted(k for k in learns if any(bits[v] >> (first + k) & 1 for v in inputs))
             if reached:

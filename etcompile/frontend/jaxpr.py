@@ -990,7 +990,7 @@ def _is_its_derivative(
     own = vjp_graph(operation, avals, wrt, inside="values")
     if own is None:
         return True  # no reverse derivative: the forward one is all that the primitive declares
-    builder = _Builder()
+    builder = GraphBuilder()
     inputs = [builder.variable(a) for a in avals]
     outputs = builder.inline_insight(insight, inputs, "?")
     graph = Graph(tuple(builder.avals), tuple(inputs), tuple(builder.operations), tuple(outputs))
