@@ -180,7 +180,7 @@ class Graph:
                     continue
                 operation = silenced(operation)
             values = [read(env, operand) for operand in operation.inputs]
-            if operation.name == "while":  # no derivative passes it, and jax would refuse to ask
+            if operation.name == "while" or without_derivative(operation):  # jax would refuse to ask
                 values = [lax.stop_gradient(v) for v in values]
             if cuts:
                 masks = [cuts.get((number, k)) for k in range(len(values))]
