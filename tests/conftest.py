@@ -37,6 +37,12 @@ def pytest_addoption(parser):
         help="how many random models the property tests draw",
     )
     parser.addoption(
+        "--random-steps",
+        type=int,
+        default=int(os.environ.get("ETCOMPILE_RANDOM_STEPS", "300")),
+        help="how many random step functions of users' operations the tests draw",
+    )
+    parser.addoption(
         "--every-rule",
         action="store_true",
         help="run every rule in chunks on every model of the zoo, where otherwise they take turns",
@@ -46,6 +52,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     # hypothesis reads its settings at decoration time, before fixtures exist.
     os.environ["ETCOMPILE_RANDOM_MODELS"] = str(config.getoption("--random-models"))
+    os.environ["ETCOMPILE_RANDOM_STEPS"] = str(config.getoption("--random-steps"))
     if config.getoption("--every-rule"):
         os.environ["ETCOMPILE_EVERY_RULE"] = "1"
 
