@@ -26,7 +26,7 @@ ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp complex conj
     convert_element_type copy copy_p cos cosh declared_derivative digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
     heaviside_surrogate_gradient igamma igammac igamma_grad_a imag integer_pow is_finite le lgamma log log1p log2 logistic lt
-    max min mul name ne neg nextafter not one_minus_square optimization_barrier or polygamma population_count pow pvary real
+    max min mul name ne neg nextafter not one_minus_square or polygamma population_count pow pvary real
     reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic
     shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta pcast sharding_constraint
     device_put layout_constraint""".split()  # noqa: SIM905
@@ -35,7 +35,7 @@ ELEMENTWISE = frozenset(
 #: Operations that pass over their operands once: as quick to repeat as to read their result from memory.
 CHEAP = ELEMENTWISE | frozenset(
     """reshape squeeze expand_dims transpose rev slice broadcast_in_dim concatenate split stack unstack tile pad iota
-    dynamic_slice reduce_sum reduce_max reduce_min reduce_prod""".split()  # noqa: SIM905
+    optimization_barrier dynamic_slice reduce_sum reduce_max reduce_min reduce_prod""".split()  # noqa: SIM905
 )
 
 Array = Any
@@ -205,6 +205,12 @@ def _tile(op: Operation, a: Array) -> Array:
     return np.tile(a, op.params["reps"])
 
 
+def _each_its_own(
+    op: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]
+) -> Array | None:
+    return results[operand]
+
+
 def _reduce(op: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]) -> Array | None:
     (influence,) = results
     if influence is None:
@@ -324,6 +330,7 @@ def _opaque(op: Operation, avals: Sequence[Aval], operand: int, results: list[Ar
 
 
 _RULES: dict[str, Rule] = {
+    "optimization_barrier": _each_its_own,
     "reshape": _moved(_reshape),
     "squeeze": _moved(_squeeze),
     "expand_dims": _moved(_expand_dims),

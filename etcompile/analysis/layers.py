@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from etcompile.analysis.dependence import NO_DERIVATIVE, NO_REVERSE
 from etcompile.frontend.jaxpr import Constant
 from etcompile.graph import strongly_connected_components
 
@@ -75,7 +76,7 @@ def find_effects(analysis: Analysis, layers: tuple[Layer, ...]) -> tuple[Effect,
         for site in analysis.sites:
             reached = {site.y}
             for operation in body.operations:
-                if operation.name != "stop_gradient" and any(
+                if operation.name not in NO_DERIVATIVE | NO_REVERSE and any(
                     v in reached and v not in others for v in operation.inputs if not isinstance(v, Constant)
                 ):
                     reached |= {v for v in operation.outputs if body.avals[v].differentiable}

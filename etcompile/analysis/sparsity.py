@@ -26,7 +26,7 @@ Array = Any
 #: Element-wise operations that take zero to zero.
 _KEEP_ZERO = frozenset(
     """neg abs sign sin tan tanh asin atan sinh asinh atanh sqrt cbrt square expm1 log1p floor ceil round erf convert_element_type
-    copy copy_p real imag conj reduce_precision integer_pow stop_gradient optimization_barrier device_put name""".split()  # noqa: SIM905
+    copy copy_p real imag conj reduce_precision integer_pow stop_gradient device_put name""".split()  # noqa: SIM905
 )
 _SUMS = {"add", "sub", "add_any", "max", "min"}
 

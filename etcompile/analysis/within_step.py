@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from etcompile.analysis.analysis import Analysis
+from etcompile.analysis.dependence import NO_DERIVATIVE, NO_REVERSE
 from etcompile.analysis.relations import Relation
 from etcompile.frontend.jaxpr import Constant, Operation
 
@@ -14,7 +15,7 @@ def reached_beside(analysis: Analysis, start: int, new: set[int]) -> set[int]:
     body = analysis.split.body
     reached = {start}
     for operation in body.operations:
-        if operation.name == "stop_gradient":
+        if operation.name in NO_DERIVATIVE | NO_REVERSE:
             continue
         if any(v in reached for v in operation.inputs if not isinstance(v, Constant)):
             reached |= {v for v in operation.outputs if body.avals[v].differentiable and v not in new}

@@ -107,7 +107,7 @@ def _array(value: Any) -> Any:
 
 def own_copy(value: Any) -> Any:
     """A copy with a buffer of its own and a dtype that gives way to no other's."""
-    if isinstance(value, jax.Array) and not value.weak_type:
+    if isinstance(value, jax.Array) and not getattr(value, "weak_type", False):  # typed keys have none
         return jnp.copy(value)
     return jnp.array(value, jnp.result_type(value))
 

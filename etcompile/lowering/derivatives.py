@@ -94,7 +94,7 @@ class LoweredModel:
             for site in analysis.sites:
                 if site.weight == self.weight_vars[k] and gradients.get(site.name) is not None:
                     total = total + gradients[site.name]
-            cotangents.append(total)
+            cotangents.append(total.astype(weight.dtype))  # sums over steps may be wider
         (pulled,) = pull(cotangents)
         result = [jnp.zeros_like(p) for p in params]
         for k, v in zip(moving, pulled, strict=True):

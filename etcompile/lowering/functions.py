@@ -15,6 +15,7 @@ from etcompile.errors import OptionError, UnsupportedError
 from etcompile.frontend.step_model import StepModel
 from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.chunks import ChunkProgram
+from etcompile.lowering.in_place import accumulator
 from etcompile.lowering.losses import Loss, LossValue, StepLoss, loss_and_cotangents, masked
 from etcompile.lowering.windows import check_end, check_windows, window_gradients
 
@@ -347,7 +348,7 @@ class StepFunctions:
     def zero_sums(self, loss: Loss | None = None) -> Sums:
         """Gradients of the sites, and of parameters that the loss reads, over no steps at all."""
         sites = self.causal.model.sites
-        zeros = {name: jnp.zeros(g.weight_shape, g.weight_dtype) for name, g in sites.items()}
+        zeros = {name: jnp.zeros(g.weight_shape, accumulator(g.weight_dtype)) for name, g in sites.items()}
         own = {} if loss is None else {_own(k): self.model.params[k].aval for k in loss.program.params}
         return {
             **self.placement.hold_weights(zeros),
@@ -421,7 +422,7 @@ def _in_parts(
 
 
 def _added(total: Sums, sums: Mapping[str, Array]) -> Sums:
-    return {k: v + sums[k] if k in sums else v for k, v in total.items()}
+    return {k: v + sums[k].astype(v.dtype) if k in sums else v for k, v in total.items()}
 
 
 def _moving(call: Call) -> tuple[list[Array], Callable[[list[Array]], Call]]:

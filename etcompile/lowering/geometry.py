@@ -148,7 +148,16 @@ class SiteGeometry:
         if self.too_large:
             raise self.cannot_store("write the operation as a matmul or convolution.")
         *others, weight = x
-        return jax.jacrev(lambda w: self.apply(w, tuple(others)))(weight)
+
+        def fn(w: Array) -> Array:
+            return self.apply(w, tuple(others))
+
+        try:
+            return jax.jacrev(fn)(weight)
+        except NotImplementedError:  # jax has primitives that it cannot batch
+            y, pull = jax.vjp(fn, weight)
+            rows = jax.lax.map(pull, jnp.eye(y.size, dtype=y.dtype).reshape(y.size, *y.shape))[0]
+            return rows.reshape(*y.shape, *weight.shape)
 
     def pullback(self, x: tuple[Array, ...] | Array, credit: Array) -> Array:
         """Weight gradient of a credit of y; ``x`` is a presynaptic value or a factor."""

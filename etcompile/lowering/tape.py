@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from etcompile.analysis.dependence import NO_DERIVATIVE, NO_REVERSE
 from etcompile.frontend.jaxpr import Constant, Graph, Operation, bind, read, silenced, without_derivative
 from etcompile.frontend.loops import Use, within
 
@@ -104,7 +105,7 @@ class Tape:
                 and (number, k) not in self.frozen
                 and self.graph.avals[v].differentiable
             )
-            if not moving or operation.name == "stop_gradient" or without_derivative(operation):
+            if not moving or _passes_none(operation):
                 continue
             pullback = self._pullback(number, moving, within(cuts, number) if operation.loop else {})
             for k, cotangent in zip(moving, pullback(found), strict=True):
@@ -133,7 +134,7 @@ class Tape:
                 for k, v in enumerate(operation.inputs)
                 if not isinstance(v, Constant) and v in found and self.graph.avals[v].differentiable
             )
-            if not moving or operation.name == "stop_gradient" or without_derivative(operation):
+            if not moving or _passes_none(operation):
                 continue
             given = [found[v] for k in moving if isinstance(v := operation.inputs[k], int)]
             for v, tangent in zip(self._live(number), self._pushed(number, moving, given), strict=True):
@@ -194,7 +195,7 @@ class Tape:
                     not isinstance(v, Constant) and reach[v] and (number, k) not in self.frozen
                     for k, v in enumerate(operation.inputs)
                 )
-                if moved:
+                if moved and not _passes_none(operation):
                     for v in operation.outputs:
                         reach[v] = reach[v] or self.graph.avals[v].differentiable
             self._reach[targets] = reach
@@ -220,6 +221,11 @@ class Tape:
 
             self._pulls[key] = pullback
         return self._pulls[key]
+
+
+def _passes_none(operation: Operation) -> bool:
+    """Whether no credit passes an operation, backwards or forwards."""
+    return operation.name in NO_DERIVATIVE | NO_REVERSE or without_derivative(operation)
 
 
 def _accumulate(cotangents: dict[int, Array], variable: int, value: Array) -> None:

@@ -95,7 +95,7 @@ def _rows_in_order(
             if row is not None and before is not None and (waited_for or e.name in read_now):
                 row = computed_once(row, before)
                 now[e.name] = tuple(row if j == k else v for j, v in enumerate(now[e.name]))
-                done = [*done, row[0]] if waited_for else done
+                done = [*done, row[0]] if waited_for and row.ndim else done
             rows[e.name][k] = row
     return {name: tuple(found) for name, found in rows.items()}
 

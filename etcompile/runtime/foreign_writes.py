@@ -133,7 +133,7 @@ class ForeignWrites:
         mine = [ref() for ref, _ in self._watched.values()]
         return any(w is not self for state in mine if state is not None for w in _watching(state))
 
-    def _noticed(self, state: Any) -> None:
+    def _noticed(self, state: Any, traced: bool) -> None:
         ref, path = self._watched.get(id(state), (lambda: None, ""))
         if self._quiet or ref() is not state or self.fresh:
             return
@@ -146,7 +146,7 @@ class ForeignWrites:
         elif any(f.f_code.co_name in _RESETS for f in _outwards(writer)):
             self._reset.add(path)
             self._all_reset()
-        else:
+        elif not traced:  # while a function is traced, its writes may come to nothing
             warnings.warn(
                 f"state {path} of {self._name} was assigned at {_place(writer)}, outside of the step: the traces stay, as if its "
                 "value had been shifted by a constant. step.reset() starts a new sequence.",
@@ -169,7 +169,7 @@ class _Notice:
     def __call__(self, context: Any) -> None:
         writes, state = self.writes(), context.state
         if writes is not None and state is not None:
-            writes._noticed(state)
+            writes._noticed(state, any(is_traced(v) for v in jax.tree.leaves(context.value)))
 
 
 def _watching(state: Any) -> list[ForeignWrites]:
