@@ -13,6 +13,7 @@ from zoo.spiking import spike
 
 import etcompile
 from etcompile.cost.cost import measured, priced
+from etcompile.lowering.losses import Loss
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence
 from etcompile.runtime.cost import step_cost
 
@@ -102,12 +103,13 @@ def of_xla(step, steps, chunk):
     """What XLA says of the function that the step runs."""
     model = step._functions.model
     out = Shape(model.outputs[0].aval.shape, model.outputs[0].aval.dtype)
-    inputs, targets, fn = step._inputs, (out,), one_step(step._functions, loss)
+    inputs, targets, fn = step._inputs, (out,), one_step(step._functions)
     if steps is not None:
         over_time = jax.tree.map(lambda v: Shape((steps, *v.shape), v.dtype), (inputs, targets))
-        (inputs, targets), fn = over_time, sequence(step._functions, loss, chunk)
+        (inputs, targets), fn = over_time, sequence(step._functions, chunk)
     traces = step._compiled.causal.init_traces_shapes()
-    args = (step._access.params(), step._access.states(), traces, inputs, targets, {})
+    given = (Loss.plain(loss), inputs, ((targets, None), None), {})
+    args = (step._access.params(), step._access.states(), traces, *given)
     found = jax.jit(apart(fn), donate_argnums=(DONATED,)).lower(*args).compile()
     memory, count = found.memory_analysis(), found.cost_analysis()
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

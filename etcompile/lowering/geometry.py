@@ -443,7 +443,7 @@ class TraceGeometry:
 def _folded(value: Array, first: int, last: int, sizes: tuple[int, ...]) -> Array:
     """The axes from ``first`` to ``last``, of these sizes or 1, as one."""
     full = jnp.broadcast_to(value, (*value.shape[:first], *sizes, *value.shape[last:]))
-    return full.reshape(*value.shape[:first], -1, *value.shape[last:])
+    return full.reshape(*value.shape[:first], math.prod(sizes), *value.shape[last:])
 
 
 def trace_geometry(analysis: Analysis, relation: Relation, divided: bool) -> TraceGeometry:
