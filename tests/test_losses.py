@@ -144,6 +144,15 @@ def test_a_loss_reads_the_state_of_a_plain_function():
     same(grads, jax.grad(plain, has_aux=True)(PARAMS, oracle)[0])
 
 
+@pytest.mark.parametrize("algo", ["rflo", "three_factor"])
+def test_a_rule_that_does_not_hear_of_states_says_so(algo):
+    net = Net()
+    step = etcompile.compile(net, XS[0], algo=algo)
+    with pytest.warns(etcompile.EtcompileWarning, match=f"reads h, and {algo}.*within the step only"):
+        given = {"modulator": 1.0} if algo == "three_factor" else {}
+        step.scan_value_and_grad(lambda out, y: square(out, y) + jnp.sum(net.h.value**2))(XS, YS, **given)
+
+
 def test_a_loss_that_draws_goes_on_with_the_random_numbers():
     step = etcompile.compile(Net(), XS[0])
     noisy = lambda out, y: jnp.mean((out - y + brainstate.random.normal(size=(B, 2))) ** 2)  # noqa: E731

@@ -22,6 +22,7 @@ __all__ = ["Tape"]
 
 Array = Any
 
+
 class Tape:
     """The values of one execution of ``graph`` and pullbacks of its operations.
 

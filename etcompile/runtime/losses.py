@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import brainstate
 import jax
 import jax.numpy as jnp
 
-from etcompile.errors import InputError
+from etcompile.errors import EtcompileWarning, InputError
 from etcompile.frontend.captured import Same, captured
 from etcompile.frontend.jaxpr import is_traced
 from etcompile.frontend.loss import TracedLoss, trace_loss
@@ -169,6 +170,7 @@ def _joined(
 
     read_states = [p for kind, p in sources if kind == "state"]
     read_params = [p for kind, p in sources if kind == "param"]
+    _say_what_ends_within_the_step(variant, read_states)
     program = LossProgram(
         source,
         _split_leaves(_numbered(model.state_tree, access.by_state, read_states), model),
@@ -182,6 +184,23 @@ def _joined(
         kind: tuple(k for k, (s, _) in enumerate(sources) if s == kind) for kind in ("fixed", "carried")
     }
     return _Joined(traced, program, of_kind["fixed"], of_kind["carried"])
+
+
+#: Operations by which a rule reads what the loss says of states.
+_OF_STATES = frozenset({"signal", "layer_signal", "start", "layer_start"})
+
+
+def _say_what_ends_within_the_step(variant: Variant, states: Sequence[str]) -> None:
+    """Warn where a loss reads states, and the rule takes its learning signal from the outputs alone."""
+    program = variant.compiled.program
+    if not states or program.window is not None or any(e.op in _OF_STATES for e in program.equations):
+        return
+    warnings.warn(
+        f"the loss reads {', '.join(states)}, and {program.name} has a learning signal of its own, made of the outputs: what the "
+        "loss says of states counts within the step only. Rules such as d_rtrl and e_prop follow it.",
+        EtcompileWarning,
+        stacklevel=2,
+    )
 
 
 def _numbered(tree: Any, by_path: Callable[[Any], dict[str, Any]], paths: Sequence[str]) -> list[int]:
