@@ -587,6 +587,14 @@ class RandomStep:
         return loss
 
 
+class _Drawn(Parameters):
+    """Parameters in numpy, so that a step can be traced to find which it asks for."""
+
+    def __call__(self, name: str, *shape: int):
+        with jax.ensure_compile_time_eval():
+            return np.asarray(super().__call__(name, *shape))
+
+
 def build(recipe: Recipe, length: int = 5) -> RandomStep:
     dtype, rng = jnp.dtype(recipe.dtype), np.random.default_rng(recipe.seed + 50)
     head = () if recipe.batch is None else (recipe.batch,)
@@ -595,9 +603,8 @@ def build(recipe: Recipe, length: int = 5) -> RandomStep:
         state.update(STATES[name].start(name, head, dtype, rng))
     xs = jnp.asarray(rng.normal(size=(length, *head, INPUTS)), dtype)
     targets = jnp.asarray(rng.normal(size=(length, *head, OUTPUTS)), dtype)
-    draws = Parameters(None, recipe.seed)
-    with jax.disable_jit():
-        body(recipe, draws, state, xs[0])
+    draws = _Drawn(None, recipe.seed)
+    jax.eval_shape(lambda state, x: body(recipe, draws, state, x), state, xs[0])
     weights = jnp.float32 if dtype.itemsize < 4 else dtype
     params = {name: jnp.asarray(np.asarray(v), weights) for name, v in draws.drawn.items()}
     return RandomStep(recipe, params, state, xs, targets)

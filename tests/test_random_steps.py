@@ -20,7 +20,7 @@ from random_steps import build, recipe
 import etcompile
 from etcompile.errors import EtcompileError, ModelError
 
-MODELS = int(os.environ.get("ETCOMPILE_RANDOM_STEPS", "300"))
+MODELS = int(os.environ.get("ETCOMPILE_RANDOM_STEPS", "100"))
 #: Models per test: enough tests to share among workers, and a failure names a few models.
 BLOCK = 10
 #: Rules that take turns; each runs, or says why it does not.
@@ -134,4 +134,5 @@ def test_laws_of_every_model(block):
         except Exception as error:
             error.add_note(f"random step {number}: {recipe(number)}")
             raise
-    jax.clear_caches()  # each compiled function holds maps of memory, of which a process has a limited number
+    if block // BLOCK % 5 == 4:
+        jax.clear_caches()  # each compiled function holds maps of memory, of which a process has a limited number
