@@ -25,6 +25,7 @@ import pytest
 from sharding_models import compiled, data, difference, over, square, states
 
 import etcompile
+from etcompile.lowering.losses import Loss
 
 SHAPES = [(4, 2), (8, 1), (1, 8)]
 #: Rules with each kind of carried value.
@@ -118,8 +119,9 @@ def collectives(model, shape, chunk, examples=8, **options):
         if chunk == 1
         else lambda loss, *args: functions.chunks_value_and_grad(loss, chunk, *args)
     )
-    params, carry, placed = step._placed(step._carry(), ((xs,), (ys,), {}), 1)
-    text = jax.jit(run, static_argnums=0).lower(square, params, carry, *placed).compile().as_text()
+    params, carry, (inputs, targets) = step._placed(step._carry(), ((xs,), (ys,)), 1)
+    items = ((targets, None), None)
+    text = jax.jit(run).lower(Loss.plain(square), params, carry, inputs, items, {}).compile().as_text()
     pattern = r"= (\(.*?\)|\S+) (?:all-gather|all-to-all|collective-permute)(?:-start)?\("
     sizes = [
         math.prod(int(n) for n in dims.split(",") if n)

@@ -180,8 +180,9 @@ def test_looking_at_a_cost_changes_nothing_of_what_runs():
 
     def program():
         args = (step._access.params(), step._access.states(), step._compiled.causal.init_traces_shapes())
-        fn = apart(one_step(step._functions, loss))
-        return str(jax.make_jaxpr(fn)(*args, step._inputs, (Shape((40, OUT), jnp.float32),), {}))
+        fn = apart(one_step(step._functions))
+        given = (Loss.plain(loss), step._inputs, (((Shape((40, OUT), jnp.float32),), None), None), {})
+        return str(jax.make_jaxpr(fn)(*args, *given))
 
     before = program()
     step.cost(), step.cost(steps=6)

@@ -148,8 +148,8 @@ def test_a_loss_reads_the_state_of_a_plain_function():
 def test_a_rule_that_does_not_hear_of_states_says_so(algo):
     net = Net()
     step = etcompile.compile(net, XS[0], algo=algo)
+    given = {"modulator": 1.0} if algo == "three_factor" else {}
     with pytest.warns(etcompile.EtcompileWarning, match=f"reads h, and {algo}.*within the step only"):
-        given = {"modulator": 1.0} if algo == "three_factor" else {}
         step.scan_value_and_grad(lambda out, y: square(out, y) + jnp.sum(net.h.value**2))(XS, YS, **given)
 
 
