@@ -15,6 +15,7 @@ from etcompile.errors import EtcompileWarning, InputError
 from etcompile.frontend.captured import Same, captured
 from etcompile.frontend.jaxpr import is_traced
 from etcompile.frontend.loss import TracedLoss, trace_loss
+from etcompile.ir.program import Ref, TraceProgram
 from etcompile.lowering.losses import Loss, LossProgram, checked_loss
 from etcompile.runtime.model_states import ModelAccess
 from etcompile.runtime.trace_state import TraceState
@@ -186,21 +187,45 @@ def _joined(
     return _Joined(traced, program, of_kind["fixed"], of_kind["carried"])
 
 
-#: Operations by which a rule reads what the loss says of states.
+#: Operations by which a rule reads what the loss says of states, and those that bring a learning signal of another kind.
 _OF_STATES = frozenset({"signal", "layer_signal", "start", "layer_start"})
+_OF_OUTPUTS = frozenset({"error", "target", "modulator"})
 
 
 def _say_what_ends_within_the_step(variant: Variant, states: Sequence[str]) -> None:
-    """Warn where a loss reads states, and the rule takes its learning signal from the outputs alone."""
+    """Warn where a loss reads states, and weights take their learning signal from the outputs or a modulator alone."""
     program = variant.compiled.program
-    if not states or program.window is not None or any(e.op in _OF_STATES for e in program.equations):
+    if not states or program.window is not None:
         return
-    warnings.warn(
-        f"the loss reads {', '.join(states)}, and {program.name} has a learning signal of its own, made of the outputs: what the "
-        "loss says of states counts within the step only. Rules such as d_rtrl and e_prop follow it.",
-        EtcompileWarning,
-        stacklevel=2,
-    )
+    deaf = []
+    for gradient in program.gradients:
+        ops = _ops_within_the_step(program, gradient.value)
+        if ops & _OF_OUTPUTS and not ops & _OF_STATES:
+            deaf.extend(program.header.site(gradient.site).params)
+    if deaf:
+        params = list(dict.fromkeys(deaf))
+        named = ", ".join(params[:4]) + (f" and {len(params) - 4} more" if len(params) > 4 else "")
+        warnings.warn(
+            f"the loss reads {', '.join(states)}, and {program.name} has a learning signal of its own for {named}, made of the "
+            "outputs or given with the call: what the loss says of states counts within the step only. Rules such as d_rtrl and "
+            "e_prop follow it.",
+            EtcompileWarning,
+            stacklevel=2,
+        )
+
+
+def _ops_within_the_step(program: TraceProgram, value: Ref) -> frozenset[str]:
+    """Operations that a value is made of in this step."""
+    made_by = {e.name: e for e in program.equations}
+    found: dict[str, str] = {}
+    wanted = [value]
+    while wanted:
+        ref = wanted.pop()
+        if ref.delay == 0 and ref.name in made_by and ref.name not in found:
+            equation = made_by[ref.name]
+            found[ref.name] = equation.op
+            wanted.extend(equation.refs)
+    return frozenset(found.values())
 
 
 def _numbered(tree: Any, by_path: Callable[[Any], dict[str, Any]], paths: Sequence[str]) -> list[int]:
