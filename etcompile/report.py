@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from etcompile.analysis.analysis import Analysis
+from etcompile.analysis.silence import reaches_output
 from etcompile.frontend.jaxpr import full_dtype
 from etcompile.ir.header import Cut
 from etcompile.ir.program import TraceProgram
@@ -45,7 +46,8 @@ class ParameterLine:
     ``part`` tells which part of a weight has no trace. A trace of an expression of several parameters counts for each.
     Where the trace is factorised, filtered presynaptic values are carried in its place: ``decays`` counts the different
     decays (else 0), ``saved_bytes`` what that saves. ``silent`` says it where no differentiable path leads from the
-    parameter to any output, with the operation that ends it.
+    parameter to any output, with the operation that ends it; ``zero`` where there is one, and all that the rule keeps of the
+    parameter misses the outputs: with a loss of the outputs alone its gradient is zero at every step.
     """
 
     path: str
@@ -57,6 +59,7 @@ class ParameterLine:
     decays: int = 0
     saved_bytes: int = 0
     silent: str = ""
+    zero: str = ""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -159,10 +162,26 @@ def parameter_lines(
         )
         decays, saved = _factorised(program, [s.name for s in sites], sizes or {})
         silent = analysis.silent.get(leaf.path, "") if sites else ""
+        zero = "" if silent or effects or not sites else _zero(analysis, program, leaf.path, groups)
         lines.append(
-            ParameterLine(leaf.path, leaf.aval.shape, how, groups, part, carried, decays, saved, silent)
+            ParameterLine(leaf.path, leaf.aval.shape, how, groups, part, carried, decays, saved, silent, zero)
         )
     return tuple(lines)
+
+
+#: What makes a signal of its own, that is not the derivative of the loss.
+_OTHER_SIGNALS = frozenset({"error", "target", "modulator", "random_feedback", "random_projection", "map"})
+
+
+def _zero(analysis: Analysis, program: TraceProgram, path: str, groups: Sequence[str]) -> str:
+    """Words where nothing that the rule keeps of a parameter reaches an output; else none."""
+    if program.window is not None or any(e.op in _OTHER_SIGNALS for e in program.equations):
+        return ""
+    states = [s for g in groups for s in analysis.group(g).states]
+    if reaches_output(analysis.model, analysis.dependence, path, states):
+        return ""
+    kept = f"and neither does {', '.join(groups)}" if groups else "and no trace of it is kept"
+    return f"its gradient is zero with {program.name}: within a step it reaches no output, {kept}; the cuts say why"
 
 
 def _verdict(program: TraceProgram, leaves_out: str, changes: bool) -> str:

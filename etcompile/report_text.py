@@ -59,8 +59,8 @@ def _lines(report: Report) -> Iterator[str]:
 def _parameter(p: ParameterLine, width: int) -> Iterator[str]:
     size = f", {_bytes(p.trace_bytes)}" if p.trace_bytes else ""
     yield f"    {p.path.ljust(width)}  {p.how}{size}{f' ({p.part})' if p.part else ''}"
-    if p.silent:
-        yield f"    {' ' * width}  {p.silent}"
+    for said in filter(None, (p.silent, p.zero)):
+        yield f"    {' ' * width}  {said}"
     if p.decays:
         count = "1 decay" if p.decays == 1 else f"{p.decays} decays"
         saved = _bytes(p.saved_bytes)

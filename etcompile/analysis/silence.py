@@ -14,7 +14,7 @@ from etcompile.analysis.hidden import StateRole
 from etcompile.frontend.jaxpr import Constant
 from etcompile.frontend.step_model import StepModel
 
-__all__ = ["find_silent"]
+__all__ = ["find_silent", "reaches_output"]
 
 _NAMED = 3  #: at most so many operations are named
 
@@ -35,6 +35,13 @@ def find_silent(model: StepModel, dep: Dependence, roles: Sequence[StateRole]) -
             model, dep, (1 << k) | sum(1 << (first + s) for s in carried), k < first and not hidden
         )
     return found
+
+
+def reaches_output(model: StepModel, dep: Dependence, param: str, states: Sequence[int]) -> bool:
+    """Whether a differentiable path leads within one step from a parameter, or from states, to any output."""
+    (k,) = [k for k, leaf in enumerate(model.params) if leaf.path == param]
+    bits = 1 << k | sum(1 << (len(model.params) + s) for s in states)
+    return any(dep.derivative[v] & bits for v in _variables(model.output_vars))
 
 
 def _in_words(model: StepModel, dep: Dependence, bits: int, nowhere: bool) -> str:

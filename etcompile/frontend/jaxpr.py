@@ -239,12 +239,19 @@ def _aval(value: Any) -> Aval:
 _FRONTEND = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
+#: ``(file, line)``, innermost first.
+_Frames = tuple[tuple[str, int], ...]
+
+
 def source_line(source_info: Any) -> str:
     """``file:line`` of the innermost frame in the user's own code; in a library's code if there is no other."""
+    return user_line(_frames(source_info)) or "?"
+
+
+def _frames(source_info: Any) -> _Frames:
     found = getattr(source_info, "traceback", None)
     frames = [] if found is None else [(frame.file_name, frame.line_num) for frame in found.frames]
-    model = itertools.takewhile(lambda frame: not frame[0].startswith(_FRONTEND), frames)
-    return user_line(model) or "?"
+    return tuple(itertools.takewhile(lambda frame: not frame[0].startswith(_FRONTEND), frames))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -265,7 +272,9 @@ class GraphBuilder:
         self.avals: list[Aval] = []
         self.operations: list[Operation] = []
         self.parameter_only: set[int] = set()
-        self.around = "?"  # where the call being inlined stands, for operations without a line of their own
+        #: Where the call being inlined stands: jax may know of an operation inside no more than what lies inside.
+        self.around: _Frames = ()
+        self._lines: dict[tuple[Any, _Frames], tuple[str, _Frames]] = {}
 
     def variable(self, aval: Aval) -> int:
         self.avals.append(aval)
@@ -306,21 +315,31 @@ class GraphBuilder:
             return Constant(atom.val) if isinstance(atom, jex_core.Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
-            where = source if source is not None else source_line(eqn.source_info)
-            where = self.around if where == "?" else where
-            results = self.equation(eqn, [get(a) for a in eqn.invars], where, source)
+            operands = [get(a) for a in eqn.invars]
+            if source is not None:
+                results = self.equation(eqn, operands, source, source)
+            else:
+                outside = self.around
+                where, self.around = self.place(eqn.source_info)
+                results = self.equation(eqn, operands, where, None)
+                self.around = outside
             env.update(zip(eqn.outvars, results, strict=True))
         return [get(a) for a in jaxpr.outvars]
+
+    def place(self, source_info: Any) -> tuple[str, _Frames]:
+        """The line of an operation, and its frames out to those of the calls that it stands in."""
+        key = getattr(source_info, "traceback", None), self.around
+        if key not in self._lines:
+            frames = (*_frames(source_info), *self.around)
+            self._lines[key] = user_line(frames) or "?", frames
+        return self._lines[key]
 
     def equation(self, eqn: Any, inputs: list[Operand], where: str, source: str | None) -> list[Operand]:
         name = eqn.primitive.name
         if name in _INLINED:
             inner = inner_jaxpr(eqn.params)
             if inner is not None:
-                outside, self.around = self.around, where
-                results = self.inline(inner, inputs, source)
-                self.around = outside
-                return results
+                return self.inline(inner, inputs, source)
         if name == "scan" and (_unrolled_size(eqn) <= UNROLL_LIMIT or eqn.params["length"] <= 2):
             return self.unroll(eqn, inputs, where, source)
         if name == "scan":
