@@ -189,7 +189,7 @@ def _through(
     found = operand_influence(body, operation, k, results, _inner)
     if found is None:
         return np.zeros((*aval.shape, count), bool)
-    flat, table = found.ravel(), table.reshape(-1, count)
+    flat, table = found.ravel(), table.reshape(found.size, count)
     result = np.zeros((aval.size, count), bool)
     single = flat >= 0
     if single.any():
@@ -207,6 +207,6 @@ def _of_many(
     count = table.shape[-1]
     chosen = np.where(spread[:, None], table, False).reshape(*shape, count)
     if examples is not None and shape[:1] == to[:1] == (examples,):
-        per_row = chosen.reshape(shape[0], -1, count).any(axis=1)
+        per_row = chosen.any(axis=tuple(range(1, len(shape))))
         return np.broadcast_to(per_row.reshape(shape[0], *(1,) * (len(to) - 1), count), (*to, count))
-    return np.broadcast_to(chosen.reshape(-1, count).any(axis=0), (*to, count))
+    return np.broadcast_to(chosen.any(axis=tuple(range(len(shape)))), (*to, count))

@@ -102,8 +102,12 @@ def at_once(step: StepDerivatives, fn: Callable[[Any], Any], columns: Any, count
     """``fn`` over the leading axis, a limited number of entries at a time; ``fn`` takes them through the step."""
     if count <= _AT_ONCE:
         return jax.vmap(fn)(columns)
-    with step.tape.inner():
-        return lax.map(fn, columns, batch_size=_AT_ONCE)
+
+    def apart(some: Any) -> Any:  # traced once for the loop and once for the rest
+        with step.tape.inner():
+            return fn(some)
+
+    return lax.map(apart, columns, batch_size=_AT_ONCE)
 
 
 # -- derivatives of a step --------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ products and never a dense Jacobian.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -152,8 +153,13 @@ def _rows(model: LoweredModel, layer: Layer, tables: dict[int, Array]) -> Array:
     Sources of the first example reach that one alone; others may belong to any, or to all.
     """
     new = [model.analysis.model.new_state_vars[s] for s in layer.states]
-    tables_of_all = [tables[v].reshape(model.examples or 1, -1, tables[v].shape[-1]) for v in new]
-    return np.concatenate([t.any(axis=0) for t in tables_of_all])
+    return np.concatenate([_by_example(model, tables[v], tables[v].shape[-1:]).any(axis=0) for v in new])
+
+
+def _by_example(model: LoweredModel, value: Array, tail: tuple[int, ...] = ()) -> Array:
+    """An array over a state and ``tail`` as [examples, elements, *tail]."""
+    rows = model.examples or 1
+    return value.reshape(rows, value.size // max(1, rows * math.prod(tail)), *tail)
 
 
 def _transition_table(model: LoweredModel, layer: Layer) -> Array:
@@ -207,8 +213,7 @@ def snap_shape(model: LoweredModel, name: str, order: int) -> tuple[tuple[int, .
 
 def _flat(model: LoweredModel, values: Sequence[Array]) -> Array:
     """Values of a layer's states as [examples, elements]."""
-    rows = model.examples or 1
-    return jnp.concatenate([v.reshape(rows, -1) for v in values], axis=1)
+    return jnp.concatenate([_by_example(model, v) for v in values], axis=1)
 
 
 def snap_immediate(context: Context, equation: Equation, args: Sequence[Any]) -> Array:
@@ -229,9 +234,9 @@ def snap_immediate(context: Context, equation: Equation, args: Sequence[Any]) ->
     n_y = len(model.sites[site.name].y_shape)
     shape = model.sites[site.name].y_shape
     along = site.y in model.batch.along
-    x = x.reshape(*x.shape[:n_y], -1)
+    x = x.reshape(*x.shape[:n_y], math.prod(x.shape[n_y:]))
     rows = jnp.broadcast_to(x, (*[n if x.shape[a] > 1 else 1 for a, n in enumerate(shape)], x.shape[-1]))
-    index = np.unravel_index(y, shape[1:] if along else shape)
+    index = _indices(y, shape[1:] if along else shape)
     if along:
         index = (slice(None), *(i if rows.shape[a + 1] > 1 else 0 * i for a, i in enumerate(index)))
         taken = rows[index] if len(index) > 1 else rows[:, None]
@@ -243,6 +248,11 @@ def snap_immediate(context: Context, equation: Equation, args: Sequence[Any]) ->
     total = jax.ops.segment_sum(terms, pairs, len(pattern.unit))
     full, dtype = snap_shape(model, effect.name, equation.type.shape[0])
     return jnp.moveaxis(total, 0, 1).astype(dtype).reshape(full)
+
+
+def _indices(flat: Array, shape: tuple[int, ...]) -> tuple[Array, ...]:
+    """Along each axis, of which there may be none."""
+    return np.unravel_index(flat, shape) if shape else ()
 
 
 def _compressed(step: StepDerivatives, layer: Layer, variable: int | None, colors: Array) -> Array:
