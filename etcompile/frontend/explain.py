@@ -13,11 +13,14 @@ __all__ = ["known_cause"]
 _UNITS = {"dt": "0.1 * saiunit.ms", "t": "0 * saiunit.ms", "i": "0", "fit": "True"}
 
 
-def known_cause(error: Exception, name: str) -> ModelError | None:
-    """The error to raise for one whose cause is known: an entry of the environment not set, or a value needed too early."""
+def known_cause(error: Exception, what: str) -> ModelError | None:
+    """The error to raise for one whose cause is known: an entry of the environment not set, or a value needed too early.
+
+    ``what`` failed: ``"one step of Net"``.
+    """
     if isinstance(error, CONCRETE):
         return ModelError(
-            f"one step of {name} needs the value of an array while it is traced.",
+            f"{what} needs the value of an array while it is traced.",
             where=user_frame(error),
             got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
             expected="operations that hold for every value",
@@ -29,7 +32,7 @@ def known_cause(error: Exception, name: str) -> ModelError | None:
         key = entry.group(1)
         value = _UNITS.get(key, "...")
         return ModelError(
-            f"one step of {name} reads {key!r} from brainstate.environ, where it is not set.",
+            f"{what} reads {key!r} from brainstate.environ, where it is not set.",
             where=user_frame(error),
             got=f"no entry {key!r}",
             expected="a value at compile and at every call",

@@ -9,6 +9,7 @@ from typing import Any
 import brainstate
 import jax
 
+from etcompile.frontend.host_calls import asks_host
 from etcompile.frontend.jaxpr import run_jaxpr
 
 __all__ = ["TracedLoss", "trace_loss"]
@@ -26,12 +27,15 @@ class TracedLoss:
         What it reads or writes, in the order of ``values``.
     written : tuple of bool
         Which of the states it writes.
+    asks_host : bool
+        It calls back to Python while it runs.
     """
 
     call: Callable[[list[Any], Sequence[Any], Any], tuple[Any, list[Any]]]
     constants: list[Any]
     states: tuple[Any, ...]
     written: tuple[bool, ...]
+    asks_host: bool
 
 
 def trace_loss(fn: Callable, args: tuple[Any, ...]) -> TracedLoss:
@@ -54,4 +58,6 @@ def trace_loss(fn: Callable, args: tuple[Any, ...]) -> TracedLoss:
             at += tree.num_leaves
         return found, new
 
-    return TracedLoss(call, list(closed.consts), states, tuple(traced.get_state_trace(*args).been_writen))
+    return TracedLoss(
+        call, list(closed.consts), states, tuple(traced.get_state_trace(*args).been_writen), asks_host(closed)
+    )

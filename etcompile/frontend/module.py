@@ -163,7 +163,7 @@ def trace_module(model: Any, inputs: tuple[Any, ...]) -> tuple[TracedStep, Modul
     except EtcompileError:
         raise
     except Exception as error:
-        raise (known_cause(error, name) or _explained(model, name, inputs, error)) from error
+        raise (known_cause(error, f"one step of {name}") or _explained(model, name, inputs, error)) from error
     refuse_assigned(name, held)
     arguments = (given, *traced_inputs)
     closed = fn.get_jaxpr(*arguments)

@@ -100,6 +100,7 @@ class StepModel:
                 expected=str(self.param_tree),
             )
         for leaf, value in zip(self.params, leaves, strict=True):
+            value = value if hasattr(value, "dtype") else as_array(value, f"parameter {leaf.path}")
             if tuple(jnp.shape(value)) != leaf.aval.shape or jnp.result_type(value) != leaf.aval.dtype:
                 raise InputError(
                     f"parameter {leaf.path} does not fit {self.name}.",

@@ -8,7 +8,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterable
 
-__all__ = ["user_frame", "user_line"]
+__all__ = ["is_users", "user_frame", "user_line"]
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _STANDARD = tuple(
@@ -58,6 +58,11 @@ def user_frame(error: Exception) -> str | None:
     frames = [(f.filename, f.lineno or 0) for f in reversed(traceback.extract_tb(error.__traceback__))]
     found = user_line(frames)
     return None if found is None else found.split(" (")[0]
+
+
+def is_users(name: str) -> bool:
+    """Whether a file is neither ours nor a library's."""
+    return not _is_machinery(name) and not _is_known(name) and not any(part in name for part in _INSTALLED)
 
 
 def _is_machinery(name: str) -> bool:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from etcompile.errors import OptionError, UnsupportedError
+from etcompile.frontend.host_calls import graph_asks_host
 from etcompile.frontend.step_model import StepModel
 from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.chunks import ChunkProgram
@@ -59,6 +60,7 @@ class StepFunctions:
         self.causal = causal
         self.model: StepModel = causal.model.analysis.model
         self.placement = causal.placement
+        self.asks_host = graph_asks_host(self.model.graph.operations)
         self._refuse_too_large()
         self._apply = jax.custom_vjp(self._primal)
         self._apply.defvjp(self._forward, self._backward)

@@ -38,11 +38,14 @@ class LossProgram:
         user, ``args`` the step's targets and its mask of examples.
     states, params : tuple of int
         Leaves of the new states, as the compiler has them, and of the parameters by which it must be differentiated.
+    asks_host : bool
+        It calls back to Python while it runs, and may fail there.
     """
 
     run: Callable[..., tuple[tuple[Array, Any], Any]]
     states: tuple[int, ...] = ()
     params: tuple[int, ...] = ()
+    asks_host: bool = False
 
 
 @jax.tree_util.register_dataclass

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from etcompile.errors import OptionError
 from etcompile.frontend.captured import Same
-from etcompile.frontend.jaxpr import is_traced
+from etcompile.frontend.jaxpr import in_transformation, is_traced
 from etcompile.integers import positive_integer
 from etcompile.runtime.losses import LossOptions, check_mask, loss_key
 from etcompile.runtime.progress import in_pieces, piece_lengths, segment_lengths
@@ -125,6 +125,10 @@ class Learner:
             The losses; with ``learn(outputs=True)`` and ``learn(has_aux=True)`` a tuple of losses, outputs and aux values,
             as far as asked for, time on axis 0.
         """
+        if callback is not None and not callable(callback):
+            raise OptionError(
+                "the callback must be a function.", got=repr(callback), expected="callback(steps, losses)"
+            )
         xs, targets, mask = over_time((xs, targets, mask))
         self._step.check_sequence(xs, targets)
         steps = len(jax.tree.leaves(xs)[0])
@@ -174,6 +178,23 @@ class Learner:
 
     def _run(self, *data: Any) -> tuple[Any, Any]:
         """Losses and what else the loss gave, of all steps.
+
+        A program that asks the host may fail there, when some of its parts have run: everything is then put back.
+        """
+        if not self._step.asks_host() or in_transformation():
+            return self._run_parts(*data)
+        own = list(self.saved_states().values())
+        before = [s.value for s in own]
+        try:
+            with self._step.unchanged_on_error():
+                return jax.block_until_ready(self._run_parts(*data))
+        except BaseException:
+            for state, value in zip(own, before, strict=True):
+                state.value = value
+            raise
+
+    def _run_parts(self, *data: Any) -> tuple[Any, Any]:
+        """As :meth:`_run`, one compiled loop after another.
 
         Between two updates the weights are fixed, so the steps there are one chunk, where the program has chunks and it is known
         now how many steps wait.
@@ -276,7 +297,10 @@ def _update_function(
 
         def update(grads: Any) -> None:
             values = {path: s.value for path, s in params.items()}
-            changes, state.value = optimizer.update(grads, state.value, values)
+            changes, new = optimizer.update(grads, state.value, values)
+            for path in params:
+                _check_change(path, values[path], changes[path])
+            state.value = new
             for path, parameter in params.items():
                 parameter.value = jax.tree.map(
                     lambda p, c: p + c.astype(p.dtype), values[path], changes[path]
@@ -290,6 +314,17 @@ def _update_function(
         got=repr(optimizer),
         expected="an optax GradientTransformation (optax.adam(1e-3)) or a braintools optimiser (braintools.optim.Adam(1e-3))",
     )
+
+
+def _check_change(path: str, value: Any, change: Any) -> None:
+    """Raise :class:`OptionError` unless an optimiser's change has the shapes of the parameter."""
+    shapes = [jax.tree.map(jnp.shape, v) for v in (value, change)]
+    if shapes[0] != shapes[1]:
+        raise OptionError(
+            f"the optimiser's change of parameter {path} does not have its shape.",
+            got=str(shapes[1]),
+            expected=str(shapes[0]),
+        )
 
 
 def _registered(optimizer: Any, params: dict[str, Any]) -> Callable[[Any], None]:

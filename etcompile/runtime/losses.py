@@ -11,10 +11,12 @@ import brainstate
 import jax
 import jax.numpy as jnp
 
-from etcompile.errors import EtcompileWarning, InputError
+from etcompile.errors import EtcompileError, EtcompileWarning, InputError
 from etcompile.frontend.captured import Same, captured
+from etcompile.frontend.given import as_array
 from etcompile.frontend.jaxpr import is_traced
 from etcompile.frontend.loss import TracedLoss, trace_loss
+from etcompile.frontend.loss_errors import check_takes, explained_loss
 from etcompile.ir.program import Ref, TraceProgram
 from etcompile.lowering.losses import Loss, LossProgram, checked_loss
 from etcompile.runtime.model_states import ModelAccess
@@ -69,7 +71,10 @@ def one_step_shapes(tree: Any, time: bool) -> Any:
     """Shapes of what belongs to one step; ``time``: axis 0 of the arrays is time."""
 
     def shape(value: Any) -> Any:
-        aval = jax.typeof(value)
+        try:
+            aval = jax.typeof(value)
+        except TypeError:
+            aval = jax.typeof(as_array(value, "a target"))
         return jax.ShapeDtypeStruct(
             aval.shape[1:] if time else aval.shape, aval.dtype, weak_type=aval.weak_type
         )
@@ -124,7 +129,16 @@ def _joined(
         return _of_examples(value, mask), aux
 
     example = (outputs, targets, mask if per_example else None)
-    traced = trace_loss(run, example)
+    check_takes(loss_fn, outputs, targets)
+    try:
+        traced = trace_loss(run, example)
+    except EtcompileError:
+        raise
+    except Exception as error:
+        explained = explained_loss(error, loss_fn, outputs, targets)
+        if explained is None:
+            raise
+        raise explained from error
     params = {id(s): p for p, s in access.param_states.items()}
     states = {id(s): p for p, s in access.state_objects.items()}
     sources: list[tuple[str, str]] = []
@@ -180,6 +194,7 @@ def _joined(
             for k in _numbered(model.param_tree, access.by_param_state, read_params)
             if model.params[k].aval.differentiable
         ),
+        traced.asks_host,
     )
     of_kind = {
         kind: tuple(k for k, (s, _) in enumerate(sources) if s == kind) for kind in ("fixed", "carried")
@@ -247,10 +262,16 @@ def _with_aux(found: Any) -> tuple[Any, Any]:
     if not (isinstance(found, tuple) and len(found) == 2):
         raise InputError(
             "with has_aux=True the loss function must return two values.",
-            got=type(found).__name__,
+            got=_described(found),
             expected="(loss, aux)",
         )
     return found
+
+
+def _described(found: Any) -> str:
+    if isinstance(found, tuple):
+        return f"a tuple of {len(found)}"
+    return f"an array of shape {jnp.shape(found)}" if hasattr(found, "shape") else type(found).__name__
 
 
 def _of_examples(value: Any, mask: Any) -> Any:
@@ -269,7 +290,7 @@ def check_mask(mask: Any, steps: int | None) -> Any:
     """A mask as an array; time on axis 0 where there are ``steps``."""
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
+    mask = as_array(mask, "the mask")
     real = (
         mask.dtype == bool
         or jnp.issubdtype(mask.dtype, jnp.floating)

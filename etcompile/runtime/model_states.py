@@ -242,7 +242,7 @@ class FunctionAccess:
         except EtcompileError:
             raise
         except Exception as error:
-            known = known_cause(error, self.model.name)
+            known = known_cause(error, f"one step of {self.model.name}")
             if known is not None:
                 raise known from error
             shapes = jax.tree.map(lambda v: f"{jnp.result_type(v)}{list(jnp.shape(v))}", inputs)

@@ -149,15 +149,17 @@ def gradients_in_pieces(
     after its last whole one.
     """
     run = step._jit(
-        (*key, "pieces"), lambda p, s, t, g, n, i, y, c: fn(p, Carry(s, t), n, i, y, c, g), donate=(2, 3)
+        (*key, "pieces"),
+        lambda p, s, t, g, n, i, y, c: fn(p, Carry(s, t), n, i, y, c, g),
+        donate=(3,) if step.asks_host(loss) else (2, 3),
     )
     sums, now = step._functions.zero_sums(loss), loss
 
     def piece(inputs: Any, items: Any, call: Any) -> tuple[Array, Any]:
         nonlocal sums, now
         carry = step._carry(give_away=True)
-        found, sums, carry = run(
-            step._access.params(), carry.states, carry.traces, sums, now, inputs, items, call
+        found, sums, carry = step._ran(
+            run, step._access.params(), carry.states, carry.traces, sums, now, inputs, items, call, loss=now
         )
         step._set_carry(carry)
         wrote(found.carried)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -79,6 +79,7 @@ class Step:
         self._writes = ForeignWrites(self._clear_for_others)
         self._variants = Variants()
         self._required: dict[str, Any] = {}
+        self._lost = ""
         self._now: Variant
         self._use(shapes_of(inputs))
         access.remember()
@@ -320,7 +321,7 @@ class Step:
         new._compile = self._compile
         new._writes = ForeignWrites(new._clear_for_others)
         new._variants = Variants()
-        new._required = dict(self._required)
+        new._required, new._lost = dict(self._required), ""
         now, compiled = self._now, self._now.compiled
         traces = new._variants.traces(compiled.causal.init_traces_shapes())
         new._take(Variant(compiled, now.inputs, new._access.found, now.kinds, traces))
@@ -408,7 +409,7 @@ class Step:
         self._functions.model.flatten_given(inputs)
         given = self._with_environment(inputs)
         params, carry, data = self._placed(carry, (given, _call(self.program, target, modulator)))
-        carry, out = self._jit("apply", self._functions.apply)(params, carry, *data)
+        carry, out = self._ran(self._jit("apply", self._functions.apply), params, carry, *data)
         self._set_carry(carry)
         return out
 
@@ -441,7 +442,7 @@ class Step:
             args,
             is_leaf=lambda v: isinstance(v, MultiStepData),
         )
-        carry, out = self._jit("steps", run)(params, carry, args, around)
+        carry, out = self._ran(self._jit("steps", run), params, carry, args, around)
         self._set_carry(carry)
         return out
 
@@ -500,8 +501,9 @@ class Step:
         carry = self._carry(give_away=True)
         bound = self._bound(loss_fn, options, targets, mask, time=False)
         item = _item(targets, mask, 0)
+        donated = () if self.asks_host(bound.loss) else (DONATED,)
         fn = self._jit(
-            ("value_and_grad", bound.loss.program), apart(one_step(self._functions)), donate=(DONATED,)
+            ("value_and_grad", bound.loss.program), apart(one_step(self._functions)), donate=donated
         )
         found, grads, carry = self._guarded(
             fn, carry, bound.loss, inputs, item, _call(self.program, None, modulator), time=0
@@ -589,7 +591,8 @@ class Step:
                     self, key, whole, size, bound.loss, (inputs, items, call), progress, bound.write
                 )
             else:
-                fn = self._jit(key, apart(whole), donate=(DONATED,))
+                donated = () if self.asks_host(bound.loss) else (DONATED,)
+                fn = self._jit(key, apart(whole), donate=donated)
                 found, grads, carry = self._guarded(fn, carry, bound.loss, inputs, items, call)
                 self._set_carry(carry)
                 bound.write(found.carried)
@@ -631,7 +634,7 @@ class Step:
     def _forward(self, inputs: Any) -> Any:
         """Outputs of a sequence of inputs, joined with their environment."""
         params, carry, (inputs,) = self._placed(self._carry(), (inputs,), time=1)
-        outputs, carry = self._jit("forward", self._functions.scan)(params, carry, inputs)
+        outputs, carry = self._ran(self._jit("forward", self._functions.scan), params, carry, inputs)
         self._set_carry(carry)
         return outputs
 
@@ -656,7 +659,7 @@ class Step:
     def learn(
         self,
         loss_fn: Callable,
-        optimizer: Any,
+        optimizer: Any = None,
         update_every: int = 1,
         has_aux: bool = False,
         outputs: bool = False,
@@ -790,9 +793,15 @@ class Step:
             if isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted():
                 raise CarryError(
                     f"{what}{leaf_names(tree)[k]} of {self._functions.model.name} is an array that was deleted.",
-                    got="a buffer that was donated to a jitted function, or was lost in a call that failed while it ran",
+                    got="a buffer that was donated to a jitted function"
+                    + (
+                        f", or was lost in a call that failed while it ran ({self._lost})"
+                        if self._lost
+                        else ""
+                    ),
                     expected="arrays of the model's own",
-                    hint="donate copies (step.init_carry(), jnp.copy); step.reset() brings states and traces back.",
+                    hint="step.reset() brings states and traces back; what is donated elsewhere has to be a copy "
+                    "(step.init_carry(), jnp.copy).",
                 )
         return tree
 
@@ -832,7 +841,37 @@ class Step:
         self, fn: Callable, carry: Carry, loss: Loss, inputs: tuple, items: Item, call: Call, time: int = 1
     ) -> Any:
         params, carry, data = self._placed(carry, (inputs, items, call), time)
-        return fn(params, carry.states, carry.traces, loss, *data)
+        return self._ran(fn, params, carry.states, carry.traces, loss, *data, loss=loss)
+
+    def asks_host(self, loss: Loss | None = None) -> bool:
+        """Whether the step, or a loss, calls back to Python while it runs; it may fail there, so traces are not given away."""
+        return self._functions.asks_host or (loss is not None and loss.program.asks_host)
+
+    @contextmanager
+    def unchanged_on_error(self) -> Iterator[None]:
+        """An exception meanwhile leaves parameters, states and traces as they were; for calls of several compiled functions."""
+        held, traces = self._now.traces, self._now.traces.own()
+        params, states = self._access.params(), self._access.states()
+        try:
+            yield
+        except BaseException:
+            with self._writes.own():
+                self._access.set_params(params)
+                self._access.set_states(states)
+                held.set_own(traces)
+            self._writes.left(states)
+            raise
+
+    def _ran(self, fn: Callable, *args: Any, loss: Loss | None = None) -> Any:
+        """What a compiled function gives; where it asks the host, once it is there, since until then it may still fail."""
+        try:
+            found = fn(*args)
+            if self.asks_host(loss) and not in_transformation():
+                jax.block_until_ready(found)
+        except BaseException as error:
+            self._lost = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise
+        return found
 
     @property
     def _placement(self) -> Placement:
@@ -931,7 +970,9 @@ def _call(program: TraceProgram, target: Any, modulator: Any) -> Call:
         if value is not None and not any(e.op == name for e in program.equations):
             raise OptionError(
                 f"{program.name} reads no {name}.",
-                got=f"{name}= of type {type(value).__name__}",
+                got=f"{name}= of shape {jnp.shape(value)}"
+                if hasattr(value, "shape")
+                else f"{name}={value!r}",
                 hint=f"leave {name}= out, or compile with a rule that reads it, such as algo={_READERS[name]!r}.",
             )
     return {name: value for name, value in given.items() if value is not None}

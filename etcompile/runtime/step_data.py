@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from etcompile.errors import InputError
-from etcompile.frontend.given import refuse_iterators
+from etcompile.frontend.given import as_array, refuse_iterators
 
 __all__ = [
     "MultiStepData",
@@ -268,7 +268,10 @@ def _wrapped(args: Any) -> list[tuple[str, Any]]:
 
 def _multi_step_leaves(args: Any) -> list[tuple[str, Any]]:
     return [
-        (f"{path}{_keystr(below)}", leaf)
+        (
+            f"{path}{_keystr(below)}",
+            leaf if hasattr(leaf, "shape") else as_array(leaf, f"multi-step data at {path}"),
+        )
         for path, outer in _wrapped(args)
         if _is_multi(outer)
         for below, leaf in jax.tree_util.tree_leaves_with_path(outer.value)
