@@ -151,9 +151,14 @@ class Environment:
     switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     kinds: tuple[EnvironmentInput, ...] = ()
 
+    @property
+    def reads(self) -> bool:
+        """Whether anything was read."""
+        return bool(self.inputs or self.switches or self.kinds)
+
     def differs(self) -> str | None:
         """The name of an entry that is now another than the one that was compiled for; None if there is none."""
-        if not (self.inputs or self.switches or self.kinds):
+        if not self.reads:
             return None
         now = entries()
         for entry in self.inputs:

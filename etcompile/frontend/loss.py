@@ -1,4 +1,4 @@
-"""A loss function as a jaxpr, with the brainstate states that it reads and writes beside its arguments."""
+"""A loss function as a jaxpr, with the brainstate states and the environment that it reads beside its arguments."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 import brainstate
 import jax
 
+from etcompile.frontend.environment import Environment, recorded, traced_with
 from etcompile.frontend.host_calls import asks_host
-from etcompile.frontend.jaxpr import run_jaxpr
+from etcompile.frontend.jaxpr import inputs_used, run_jaxpr
 
 __all__ = ["TracedLoss", "trace_loss"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TracedLoss:
-    """A function of arrays: ``(constants, values of states, arguments) -> (results, new values)``.
+    """A function of arrays: ``(constants, values of states, environment, arguments) -> (results, new values)``.
 
     Attributes
     ----------
@@ -27,29 +28,47 @@ class TracedLoss:
         What it reads or writes, in the order of ``values``.
     written : tuple of bool
         Which of the states it writes.
+    environment : Environment
+        What it reads in ``brainstate.environ``.
     asks_host : bool
         It calls back to Python while it runs.
     """
 
-    call: Callable[[list[Any], Sequence[Any], Any], tuple[Any, list[Any]]]
+    call: Callable[[list[Any], Sequence[Any], tuple[Any, ...], Any], tuple[Any, list[Any]]]
     constants: list[Any]
     states: tuple[Any, ...]
     written: tuple[bool, ...]
+    environment: Environment
     asks_host: bool
 
 
 def trace_loss(fn: Callable, args: tuple[Any, ...]) -> TracedLoss:
     """Trace ``fn(*args)``; ``args`` are trees of shapes. What ``fn`` raises comes through as it is."""
-    traced = brainstate.transform.StatefulFunction(fn, return_only_write=False, name="loss")
-    traced.make_jaxpr(*args)
-    closed = traced.get_jaxpr(*args)
-    states = tuple(traced.get_states(*args))
-    results = jax.tree.structure(traced.get_out_shapes(*args)[0])
-    trees = [jax.tree.structure(s.value) for s in states]
 
-    def call(constants: list[Any], values: Sequence[Any], given: Any) -> tuple[Any, list[Any]]:
+    def with_entries(given: dict[str, Any]) -> Any:
+        def run(around: dict[str, Any], *args: Any) -> Any:
+            with brainstate.environ.context(**around):
+                return fn(*args)
+
+        stateful = brainstate.transform.StatefulFunction(run, return_only_write=False, name="loss")
+        stateful.make_jaxpr(given, *args)
+        return stateful
+
+    traced, given, asked = traced_with(with_entries)
+    all_args = (given, *args)
+    closed = traced.get_jaxpr(*all_args)
+    states = tuple(traced.get_states(*all_args))
+    results = jax.tree.structure(traced.get_out_shapes(*all_args)[0])
+    trees = [jax.tree.structure(s.value) for s in states]
+    reads = inputs_used(closed)
+    environment = recorded(asked, given, lambda k: k in reads)
+
+    def call(
+        constants: list[Any], values: Sequence[Any], moving: tuple[Any, ...], args: Any
+    ) -> tuple[Any, list[Any]]:
         opened = closed.replace(consts=constants) if constants else closed
-        flat = run_jaxpr(opened, *jax.tree.leaves((given, list(values))))
+        around = environment.completed(moving, given)
+        flat = run_jaxpr(opened, *jax.tree.leaves((around, args, list(values))))
         at = results.num_leaves
         found = jax.tree.unflatten(results, flat[:at])
         new = []
@@ -58,6 +77,5 @@ def trace_loss(fn: Callable, args: tuple[Any, ...]) -> TracedLoss:
             at += tree.num_leaves
         return found, new
 
-    return TracedLoss(
-        call, list(closed.consts), states, tuple(traced.get_state_trace(*args).been_writen), asks_host(closed)
-    )
+    written = tuple(traced.get_state_trace(*all_args).been_writen)
+    return TracedLoss(call, list(closed.consts), states, written, environment, asks_host(closed))

@@ -24,8 +24,8 @@ __all__ = ["Carry", "Item", "StepFunctions", "Sums"]
 
 Array = Any
 
-#: What belongs to one step's loss: the targets with a mask of the examples, and the mask of the step; None: no mask.
-Item = tuple[tuple[tuple[Any, ...], Any], Any]
+#: What belongs to one step's loss: its arguments, the targets first, and the mask of the step; None: no mask.
+Item = tuple[tuple[Any, ...], Any]
 
 #: What a call may give beside inputs and targets: ``target`` and ``modulator``.
 Call = dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from etcompile.errors import OptionError
 from etcompile.frontend.captured import Same
 from etcompile.frontend.jaxpr import in_transformation, is_traced
 from etcompile.integers import positive_integer
-from etcompile.runtime.losses import LossOptions, check_mask, loss_key
+from etcompile.runtime.losses import JoinedLoss, LossOptions, check_mask, loss_key
 from etcompile.runtime.progress import in_pieces, piece_lengths, segment_lengths
 from etcompile.runtime.step_data import over_time
 
@@ -135,10 +136,11 @@ class Learner:
         mask = check_mask(mask, steps)
         every = jax.tree.map(lambda m: m if jnp.ndim(m) else jnp.full(steps, m), modulator)
         self._step.place_states()
-        around = self._step.environment(steps)
+        joined = self._step.joined_loss(self._loss_fn, self._options, targets, mask, time=True)
+        around = self._step.environment(joined, steps)
         data = self._step.place_data((xs, targets, every, mask, around), time=1)
         if progress is False and checkpoints is None and callback is None:
-            return self._as_asked(self._run(*data))
+            return self._as_asked(self._run(joined, *data))
         if checkpoints is None:
             head = self._until_update(steps)
             lengths = piece_lengths(steps - head, self._every) if steps > head else [0]
@@ -150,7 +152,7 @@ class Learner:
 
         def run(*piece: Any) -> Any:
             nonlocal done
-            found = self._run(*piece)
+            found = self._run(joined, *piece)
             done += len(found[0])
             if callback is not None:
                 callback(done, found[0])
@@ -176,24 +178,24 @@ class Learner:
 
     # -- loops --------------------------------------------------------------------------------------------------
 
-    def _run(self, *data: Any) -> tuple[Any, Any]:
+    def _run(self, joined: JoinedLoss, *data: Any) -> tuple[Any, Any]:
         """Losses and what else the loss gave, of all steps.
 
         A program that asks the host may fail there, when some of its parts have run: everything is then put back.
         """
-        if not self._step.asks_host() or in_transformation():
-            return self._run_parts(*data)
+        if not self._step.asks_host(joined.program) or in_transformation():
+            return self._run_parts(joined, *data)
         own = list(self.saved_states().values())
         before = [s.value for s in own]
         try:
             with self._step.unchanged_on_error():
-                return jax.block_until_ready(self._run_parts(*data))
+                return jax.block_until_ready(self._run_parts(joined, *data))
         except BaseException:
             for state, value in zip(own, before, strict=True):
                 state.value = value
             raise
 
-    def _run_parts(self, *data: Any) -> tuple[Any, Any]:
+    def _run_parts(self, joined: JoinedLoss, *data: Any) -> tuple[Any, Any]:
         """As :meth:`_run`, one compiled loop after another.
 
         Between two updates the weights are fixed, so the steps there are one chunk, where the program has chunks and it is known
@@ -201,7 +203,7 @@ class Learner:
         """
         steps = len(jax.tree.leaves(data)[0])
         if self._every == 1 or is_traced(self._count.value) or self._step.program.window is not None:
-            return self._loop("one", self._one)(*data)
+            return self._loop(self._one, joined)(*data)
         head = self._until_update(steps)
         blocks = (steps - head) // self._every
         end = head + blocks * self._every
@@ -214,12 +216,12 @@ class Learner:
 
         parts = []
         if head:
-            parts.append(self._loop("one", self._one)(*part(0, head)))
+            parts.append(self._loop(self._one, joined)(*part(0, head)))
         if blocks:
-            found = self._loop("block", self._block)(*jax.tree.map(block, part(head, end)))
+            found = self._loop(self._block, joined)(*jax.tree.map(block, part(head, end)))
             parts.append(jax.tree.map(lambda v: v.reshape(blocks * self._every, *v.shape[2:]), found))
         if end < steps:
-            parts.append(self._loop("one", self._one)(*part(end, steps)))
+            parts.append(self._loop(self._one, joined)(*part(end, steps)))
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *v: jnp.concatenate(v), *parts)
 
     def _until_update(self, steps: int) -> int:
@@ -227,13 +229,16 @@ class Learner:
         waiting = self._count.value
         return 0 if is_traced(waiting) else min(-int(waiting) % self._every, steps)
 
-    def _loop(self, kind: str, one: Callable) -> Callable:
-        """A compiled loop over ``one``; another one where the compilation, or what the loss closes over, is another."""
-        key = (kind, Same(self._step.compilation), *loss_key(self._loss_fn))
+    def _loop(self, one: Callable, joined: JoinedLoss) -> Callable:
+        """A compiled loop over ``one``; another one where the compilation, or what the loss closes over or reads, is another."""
+        read = Same(joined.environment) if joined.environment.reads else None
+        key = (one.__name__, Same(self._step.compilation), read, *loss_key(self._loss_fn))
         if key not in self._loops:
             while len(self._loops) >= _KEPT:
                 self._loops.pop(next(iter(self._loops)))
-            self._loops[key] = brainstate.transform.jit(lambda *v: brainstate.transform.for_loop(one, *v))
+            self._loops[key] = brainstate.transform.jit(
+                lambda *v: brainstate.transform.for_loop(functools.partial(one, joined), *v)
+            )
         return self._loops[key]
 
     def saved_states(self) -> dict[str, Any]:
@@ -252,9 +257,15 @@ class Learner:
         return self._every
 
     def _one(
-        self, x: Any, targets: tuple[Any, ...], modulator: Any, mask: Any, around: tuple[Any, ...]
+        self,
+        joined: JoinedLoss,
+        x: Any,
+        targets: tuple[Any, ...],
+        modulator: Any,
+        mask: Any,
+        around: tuple[Any, ...],
     ) -> Any:
-        with self._step.environment_of(around):
+        with self._step.environment_of(joined, around):
             found, grads = self._step.step_gradients(
                 self._loss_fn, self._options, x, targets, modulator, mask
             )
@@ -273,11 +284,17 @@ class Learner:
         return found.value, found.aux
 
     def _block(
-        self, xs: Any, targets: tuple[Any, ...], modulator: Any, mask: Any, around: tuple[Any, ...]
+        self,
+        joined: JoinedLoss,
+        xs: Any,
+        targets: tuple[Any, ...],
+        modulator: Any,
+        mask: Any,
+        around: tuple[Any, ...],
     ) -> Any:
         """All steps from one update to the next; none waits."""
         gradients = self._step.sequence_gradients(self._loss_fn, self._options)
-        with self._step.environment_of(around):
+        with self._step.environment_of(joined, around):
             found, grads = gradients(xs, *targets, modulator=modulator, mask=mask)
         self._update(_uphill(self._step.by_param_state(grads)))
         return found.value, found.aux

@@ -13,20 +13,25 @@ import jax.numpy as jnp
 
 from etcompile.errors import EtcompileError, EtcompileWarning, InputError
 from etcompile.frontend.captured import Same, captured
+from etcompile.frontend.environment import Environment
 from etcompile.frontend.given import as_array
 from etcompile.frontend.jaxpr import is_traced
 from etcompile.frontend.loss import TracedLoss, trace_loss
 from etcompile.frontend.loss_errors import check_takes, explained_loss
 from etcompile.ir.program import Ref, TraceProgram
+from etcompile.lowering.functions import Item
 from etcompile.lowering.losses import Loss, LossProgram, checked_loss
 from etcompile.runtime.model_states import ModelAccess
 from etcompile.runtime.trace_state import TraceState
 from etcompile.runtime.variants import Variant, kinds_of
 
-__all__ = ["BoundLoss", "LossOptions", "bind_loss", "check_mask", "loss_key", "one_step_shapes"]
+__all__ = ["BoundLoss", "JoinedLoss", "LossOptions", "check_mask", "join_loss", "loss_key", "one_step_shapes"]
 
 #: Folded into the model's own random key, where the loss draws from it: the model's numbers stay those of a step alone.
 _LOSS_STREAM = 0x1055
+
+#: Environments for which a loss function is kept, as it was traced.
+_ENVIRONMENTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +52,19 @@ class LossOptions:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BoundLoss:
-    """A loss of a call, and the states outside of the model that it writes."""
+    """A loss of a call, the states outside of the model that it writes, and what it takes from the environment.
+
+    ``around`` are arrays of one step, or of the steps of a sequence with time on axis 0.
+    """
 
     loss: Loss
     written: tuple[Any, ...]
+    around: tuple[Any, ...]
+
+    def item(self, targets: tuple[Any, ...], mask: Any, axes: int) -> Item:
+        """What belongs to the loss at each step; a mask that has ``axes`` axes is one of steps, not of examples."""
+        of_steps = mask is not None and mask.ndim == axes
+        return (targets, None if of_steps else mask, self.around), mask if of_steps else None
 
     def write(self, carried: Any) -> None:
         """Put what the loss left into the states that it writes."""
@@ -82,21 +96,22 @@ def one_step_shapes(tree: Any, time: bool) -> Any:
     return jax.tree.map(shape, tree)
 
 
-def bind_loss(
+def join_loss(
     access: ModelAccess, variant: Variant, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any
-) -> BoundLoss:
-    """The loss of a call, with what it reads as it is now; ``targets`` and ``mask`` are shapes of one step."""
+) -> JoinedLoss:
+    """The loss of a call, for the environment as it is now; ``targets`` and ``mask`` are shapes of one step."""
     key = (*loss_key(loss_fn), options, kinds_of((targets, mask)), *map(id, access.state_objects.values()))
-    bound = variant.losses.get(key)
-    if bound is None:
-        bound = _joined(access, variant, loss_fn, options, targets, mask)
-        if not any(is_traced(v) for v in bound.traced.constants):
-            variant.keep_loss(key, bound)
-    return bound.now()
+    kept: tuple[JoinedLoss, ...] = variant.losses.get(key, ())
+    joined = next((one for one in kept if one.environment.differs() is None), None)
+    if joined is None:
+        joined = _joined(access, variant, loss_fn, options, targets, mask)
+        if not any(is_traced(v) for v in joined.traced.constants):
+            variant.keep_loss(key, (*kept[1 - _ENVIRONMENTS :], joined))
+    return joined
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Joined:
+class JoinedLoss:
     """A traced loss, and where each of the states that it reads comes from."""
 
     traced: TracedLoss
@@ -104,16 +119,26 @@ class _Joined:
     fixed: tuple[int, ...]
     carried: tuple[int, ...]
 
-    def now(self) -> BoundLoss:
+    @property
+    def environment(self) -> Environment:
+        """What it reads in ``brainstate.environ``."""
+        return self.traced.environment
+
+    def loss(self) -> Loss:
+        """With the states that it reads as they are now."""
         states = self.traced.states
-        written = tuple(states[k] for k in self.carried)
         fixed = (self.traced.constants, [states[k].value for k in self.fixed])
-        return BoundLoss(Loss(self.program, fixed, [s.value for s in written]), written)
+        return Loss(self.program, fixed, [states[k].value for k in self.carried])
+
+    def now(self, steps: int | None) -> BoundLoss:
+        """With states and environment as they are now; with ``steps``, for each of so many steps."""
+        written = tuple(self.traced.states[k] for k in self.carried)
+        return BoundLoss(self.loss(), written, self.environment.values(steps))
 
 
 def _joined(
     access: ModelAccess, variant: Variant, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any
-) -> _Joined:
+) -> JoinedLoss:
     model = variant.functions.model
     outputs = jax.tree.unflatten(
         model.output_tree, [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in model.outputs]
@@ -180,7 +205,8 @@ def _joined(
                 given.append(jax.random.fold_in(by_state[path], _LOSS_STREAM))
             else:
                 given.append(next(kept if kind == "carried" else rest))
-        found, new = traced.call(constants, given, (outputs, *args))
+        *args, around = args
+        found, new = traced.call(constants, given, around, (outputs, *args))
         return found, [v for v, (kind, _) in zip(new, sources, strict=True) if kind == "carried"]
 
     read_states = [p for kind, p in sources if kind == "state"]
@@ -199,7 +225,7 @@ def _joined(
     of_kind = {
         kind: tuple(k for k, (s, _) in enumerate(sources) if s == kind) for kind in ("fixed", "carried")
     }
-    return _Joined(traced, program, of_kind["fixed"], of_kind["carried"])
+    return JoinedLoss(traced, program, of_kind["fixed"], of_kind["carried"])
 
 
 #: Operations by which a rule reads what the loss says of states, and those that bring a learning signal of another kind.

@@ -151,7 +151,7 @@ def gradients_in_pieces(
     run = step._jit(
         (*key, "pieces"),
         lambda p, s, t, g, n, i, y, c: fn(p, Carry(s, t), n, i, y, c, g),
-        donate=(3,) if step.asks_host(loss) else (2, 3),
+        donate=(3,) if step.asks_host(loss.program) else (2, 3),
     )
     sums, now = step._functions.zero_sums(loss), loss
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,14 +19,21 @@ from etcompile.frontend.step_model import leaf_names
 from etcompile.integers import positive_integer
 from etcompile.keywords import named_arguments
 from etcompile.lowering.functions import Call, Carry, Item, StepFunctions
-from etcompile.lowering.losses import Loss, LossValue
+from etcompile.lowering.losses import Loss, LossProgram, LossValue
 from etcompile.lowering.placement import Placement
 from etcompile.lowering.windows import check_end
 from etcompile.report import Report, make_report
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
 from etcompile.runtime.environment import alike, completed, give_up_traces, warn_of_many
 from etcompile.runtime.foreign_writes import ForeignWrites
-from etcompile.runtime.losses import BoundLoss, LossOptions, bind_loss, check_mask, one_step_shapes
+from etcompile.runtime.losses import (
+    BoundLoss,
+    JoinedLoss,
+    LossOptions,
+    check_mask,
+    join_loss,
+    one_step_shapes,
+)
 from etcompile.runtime.model_states import ModelAccess, shapes_alone
 from etcompile.runtime.progress import gradients_in_pieces, in_pieces, piece_lengths
 from etcompile.runtime.resizing import batch_leaves
@@ -46,6 +53,9 @@ if TYPE_CHECKING:
     from etcompile.runtime.learn import Learner
 
 __all__ = ["Step"]
+
+#: What a model takes from the environment, and what a loss does.
+Environments = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
 class Step:
@@ -457,6 +467,7 @@ class Step:
             a penalty on rates, potentials or weights is part of the gradient as it is for ``jax.grad``. Other brainstate states
             that it reads or writes (a count of steps, a random key) go on from step to step, without a derivative through them.
             Numbers and arrays that it closes over are read at every call; where one has changed the function is compiled again.
+            What it reads in ``brainstate.environ`` is taken from the environment around each call, as for the model.
         has_aux : bool
             ``loss_fn`` returns ``(loss, aux)``, and the result is ``((loss, aux), grads)``.
 
@@ -499,9 +510,9 @@ class Step:
         self._functions.model.flatten_given(inputs)
         inputs = self._with_environment(inputs)
         carry = self._carry(give_away=True)
-        bound = self._bound(loss_fn, options, targets, mask, time=False)
-        item = _item(targets, mask, 0)
-        donated = () if self.asks_host(bound.loss) else (DONATED,)
+        bound = self._bound(loss_fn, options, targets, mask, None)
+        item = bound.item(targets, mask, 0)
+        donated = () if self.asks_host(bound.loss.program) else (DONATED,)
         fn = self._jit(
             ("value_and_grad", bound.loss.program), apart(one_step(self._functions)), donate=donated
         )
@@ -582,16 +593,16 @@ class Step:
             inputs = self._sequence(xs, targets)
             mask = check_mask(mask, _steps(inputs))
             carry = self._carry(give_away=True)
-            bound = self._bound(loss_fn, options, targets, mask, time=True)
+            bound = self._bound(loss_fn, options, targets, mask, _steps(inputs))
             whole, size, kind = self._whole(chunk, _steps(inputs))
             key, call = (kind, bound.loss.program, size), _call(self.program, None, modulator)
-            items = _item(targets, mask, 1)
+            items = bound.item(targets, mask, 1)
             if progress is not False:
                 found, grads = gradients_in_pieces(
                     self, key, whole, size, bound.loss, (inputs, items, call), progress, bound.write
                 )
             else:
-                donated = () if self.asks_host(bound.loss) else (DONATED,)
+                donated = () if self.asks_host(bound.loss.program) else (DONATED,)
                 fn = self._jit(key, apart(whole), donate=donated)
                 found, grads, carry = self._guarded(fn, carry, bound.loss, inputs, items, call)
                 self._set_carry(carry)
@@ -613,11 +624,20 @@ class Step:
         size = self._functions.chunk_size(wanted, steps, self._compiled.schedule.memory)
         return sequence(self._functions, size), size, "scan"
 
-    def _bound(
+    def joined_loss(
         self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, time: bool
-    ) -> BoundLoss:
+    ) -> JoinedLoss:
+        """A loss function as it is traced for this step and for the environment as it is; ``time``: on axis 0 of its targets."""
         shapes = one_step_shapes((targets, mask), time)
-        return bind_loss(self._access, self._now, loss_fn, options, *shapes)
+        with completed(self._required):
+            return join_loss(self._access, self._now, loss_fn, options, *shapes)
+
+    def _bound(
+        self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, steps: int | None
+    ) -> BoundLoss:
+        joined = self.joined_loss(loss_fn, options, targets, mask, steps is not None)
+        with completed(self._required):
+            return joined.now(steps)
 
     @named_arguments("step.scan")
     def scan(self, xs: Any, progress: bool | Progress = False) -> Any:
@@ -645,15 +665,17 @@ class Step:
         self._check_sequence(inputs, targets)
         return self._with_environment(inputs, _steps(inputs))
 
-    def environment(self, steps: int) -> tuple[Any, ...]:
-        """What a sequence of ``steps`` steps takes from ``brainstate.environ``, time on axis 0."""
-        self._follow_environment()
+    def environment(self, joined: JoinedLoss, steps: int) -> Environments:
+        """What the model and a loss take from ``brainstate.environ`` at each of ``steps`` steps, time on axis 0."""
         with completed(self._required):
-            return self._functions.model.environment.values(steps)
+            return self._functions.model.environment.values(steps), joined.environment.values(steps)
 
-    def environment_of(self, arrays: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    @contextmanager
+    def environment_of(self, joined: JoinedLoss, arrays: Environments) -> Iterator[None]:
         """The environment of some steps of a sequence, from their share of :meth:`environment`."""
-        return self._functions.model.environment.around(arrays)
+        of_model, of_loss = arrays
+        with self._functions.model.environment.around(of_model), joined.environment.around(of_loss):
+            yield
 
     @named_arguments("step.learn")
     def learn(
@@ -676,6 +698,7 @@ class Step:
     def check_sequence(self, xs: Any, targets: tuple[Any, ...]) -> None:
         """Raise :class:`InputError` unless inputs and targets fit this step and each other; time is axis 0."""
         self._refuse_unrecorded((xs, targets))
+        self._follow_environment()
         self._check_sequence(self._as_inputs(xs), targets)
 
     def by_param_state(self, grads: Any) -> dict[str, Any]:
@@ -843,9 +866,9 @@ class Step:
         params, carry, data = self._placed(carry, (inputs, items, call), time)
         return self._ran(fn, params, carry.states, carry.traces, loss, *data, loss=loss)
 
-    def asks_host(self, loss: Loss | None = None) -> bool:
+    def asks_host(self, loss: LossProgram | None = None) -> bool:
         """Whether the step, or a loss, calls back to Python while it runs; it may fail there, so traces are not given away."""
-        return self._functions.asks_host or (loss is not None and loss.program.asks_host)
+        return self._functions.asks_host or (loss is not None and loss.asks_host)
 
     @contextmanager
     def unchanged_on_error(self) -> Iterator[None]:
@@ -866,7 +889,7 @@ class Step:
         """What a compiled function gives; where it asks the host, once it is there, since until then it may still fail."""
         try:
             found = fn(*args)
-            if self.asks_host(loss) and not in_transformation():
+            if self.asks_host(None if loss is None else loss.program) and not in_transformation():
                 jax.block_until_ready(found)
         except BaseException as error:
             self._lost = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -976,12 +999,6 @@ def _call(program: TraceProgram, target: Any, modulator: Any) -> Call:
                 hint=f"leave {name}= out, or compile with a rule that reads it, such as algo={_READERS[name]!r}.",
             )
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _item(targets: tuple[Any, ...], mask: Any, axes: int) -> Item:
-    """What belongs to the loss: targets with a mask of examples, and a mask of steps, which has ``axes`` axes."""
-    of_steps = mask is not None and mask.ndim == axes
-    return (targets, None if of_steps else mask), mask if of_steps else None
 
 
 def _as_asked(found: LossValue, options: LossOptions) -> Any:

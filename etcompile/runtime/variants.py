@@ -54,7 +54,7 @@ class Variant:
     traces : TraceState
         Shared by compilations whose traces have the same shapes.
     losses : dict
-        Loss functions as they were traced, by what they are and close over.
+        Loss functions as they were traced, by what they are and close over; several for several environments.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class Variant:
         self.kinds = kinds
         self.traces = traces
         self._jitted: dict[Any, Callable] = {}
-        self.losses: dict[Any, Any] = {}
+        self.losses: dict[Any, tuple[Any, ...]] = {}
 
-    def keep_loss(self, key: Any, loss: Any) -> None:
-        """Keep a loss function that was traced for this compilation."""
+    def keep_loss(self, key: Any, traced: tuple[Any, ...]) -> None:
+        """Keep what a loss function was traced to for this compilation."""
         while len(self.losses) >= _JITTED:
             self.losses.pop(next(iter(self.losses)))
-        self.losses[key] = loss
+        self.losses[key] = traced
 
     def jit(self, key: Any, fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
         """``fn`` jitted, or what was jitted before under the same key."""
