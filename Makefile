@@ -31,7 +31,7 @@ bench: $(VENV)/.installed-bench  ## time and memory beside others, and write doc
 	$(BIN)/python tools/bench $(BENCH_ARGS)
 
 test: $(VENV)/.installed-dev  ## all tests; PYTEST_ARGS="-k lstm" for some
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## style and formatting
 	$(BIN)/ruff check .

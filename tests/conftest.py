@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from importlib import metadata
@@ -16,17 +17,22 @@ if metadata.version("jaxlib").startswith("0.10."):
     # Later ones know no such flag, and stop at an unknown one.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
-# They run tiny programs once, so LLVM need not make them fast. What XLA does with them, fusion and copies included, stays.
+# They run tiny programs once, so LLVM need not make them fast, and one module for each is enough. What XLA does with
+# them, fusion and copies included, stays.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    + os.environ.get("XLA_FLAGS", "")
+    "--xla_cpu_parallel_codegen_split_count=1 " + os.environ.get("XLA_FLAGS", "")
 )
+# Nobody reads tracebacks in the compiled programs of tests.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import brainstate
 import jax
 
 jax.config.update("jax_enable_x64", True)
 brainstate.environ.set(precision=64)
+# Tracing makes millions of small objects and hardly a circle of them.
+gc.set_threshold(100_000, 20, 50)
 
 
 def pytest_addoption(parser):
@@ -60,12 +66,3 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def _fresh_random_key():
     brainstate.random.seed(0)
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Tiny programs that run once: compiling them well would take most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)

@@ -124,15 +124,6 @@ def bptt(step, params, state, xs, targets, loss_fn) -> tuple[jax.Array, Tree]:
     return losses, grads
 
 
-def one_step_grad(step, params, state, x, target, loss_fn) -> tuple[jax.Array, Tree]:
-    """Loss and its gradient by ordinary autodiff of one step, the state before it held constant."""
-
-    def loss(params):
-        return loss_fn(step(params, state, x, cut=identity, put=keep)[1], *target)
-
-    return jax.jit(jax.value_and_grad(loss))(params)
-
-
 # --- D-RTRL, dense -----------------------------------------------------------------------------------------------------
 
 
@@ -298,22 +289,13 @@ def local_groups(step, params, state, x, hidden: Sequence[str]) -> tuple[tuple[s
     return tuple(tuple(c) for c in components.values())
 
 
-def finite_difference(step, params, state, xs, targets, loss_fn, direction, epsilon=1e-6) -> float:
-    """Derivative of the summed loss along `direction` (a tree like `params`), by central differences."""
-
-    @jax.jit
-    def total(params):
-        def body(state, inputs):
-            x, target = inputs
-            state, out = step(params, state, x, cut=identity, put=keep)
-            return state, loss_fn(out, *target)
-
-        return jax.lax.scan(body, state, (xs, tuple(targets)))[1].sum()
+def finite_difference(losses_of, params: Tree, direction: Tree, epsilon: float = 1e-6) -> float:
+    """Derivative of the summed losses along `direction` (a tree like `params`), by central differences."""
 
     def moved(sign):
-        return jax.tree.map(lambda p, d: p + sign * epsilon * d, params, direction)
+        return losses_of(jax.tree.map(lambda p, d: p + sign * epsilon * d, params, direction)).sum()
 
-    return float((total(moved(1.0)) - total(moved(-1.0))) / (2 * epsilon))
+    return float((moved(1.0) - moved(-1.0)) / (2 * epsilon))
 
 
 def directional(grads: Tree, direction: Tree) -> float:

@@ -21,8 +21,6 @@ from long_run import EVERY, STEPS, Noisy, data, everything, learner
 
 import etcompile
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CHILD = Path(__file__).with_name("long_run.py")
 
 

@@ -12,8 +12,6 @@ import etcompile
 from etcompile import MultiStepData, SingleStepData
 from etcompile.registry import find_rule
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RNG = np.random.default_rng(5)
 
 

@@ -14,8 +14,6 @@ import etcompile
 from etcompile.nn import LeakyRateReadout
 from etcompile.passes import CollapseConstantDecay
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 T, B, I, O = 7, 2, 6, 4
 
 

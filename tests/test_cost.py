@@ -17,8 +17,6 @@ from etcompile.lowering.losses import Loss
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence
 from etcompile.runtime.cost import step_cost
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 Shape = jax.ShapeDtypeStruct
 OUT = 10
 

@@ -17,8 +17,6 @@ from oracles import relative_error
 
 import etcompile
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOLERANCE = 1e-10
 T, B, C = 8, 2, 3  # windows of 3, 3 and 2 steps
 STARTS = (0, 3, 6)

@@ -11,8 +11,6 @@ from jax import lax
 import etcompile
 from etcompile import AlgorithmError, PassError, PassManager, algorithm
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LENGTH, INPUTS, UNITS = 7, 3, 4
 _rng = np.random.default_rng(0)
 W, V = jnp.asarray(_rng.normal(size=(INPUTS, UNITS))), jnp.asarray(_rng.normal(size=(INPUTS, UNITS)))

@@ -6,8 +6,8 @@ import brainstate
 import jax.numpy as jnp
 import networkx as nx
 import pytest
-from oracles import time_slice
-from zoo import CASES, Function
+from references import step_of, zoo_cases
+from zoo import CASES
 
 import etcompile
 from etcompile.viz.cli import main
@@ -171,13 +171,9 @@ def test_command_line_draws_a_real_model(tmp_path, capsys):
         assert word in text
 
 
-@pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
+@pytest.mark.parametrize("case", zoo_cases(CASES))
 def test_every_model_has_a_sound_graph(case):
-    built = case()
-    model = built.model
-    if isinstance(model, Function):
-        model = etcompile.from_function(model.fn, model.params, model.state)
-    step = etcompile.compile(model, time_slice(built.xs, 0))
+    step = step_of(case)
     graph = step.graph
     assert {n for g in graph.graph["groups"].values() for n in g["states"]} == set(nodes(graph, hidden=True))
     assert {d["cut"] for *_, d in graph.edges(data=True) if d["kind"] == "cut"} == {

@@ -20,8 +20,6 @@ from oracles import dense_d_rtrl, relative_error
 
 import etcompile
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DT = 1.0 * u.ms
 STEPS, BATCH, INPUTS, UNITS = 7, 2, 3, 4
 

@@ -8,8 +8,10 @@ import brainstate
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import relative_error, time_slice
-from zoo import CASES, Function, by_name
+from oracles import relative_error
+from references import compiled as compiled_case
+from references import fresh, step_of, zoo_cases
+from zoo import CASES, by_name
 
 import etcompile
 from etcompile import PassManager, parse_program
@@ -21,17 +23,9 @@ from etcompile.passes import DeadTraces, HoistParameters, ShareTraces
 TOLERANCE = 1e-10
 
 
-def model_of(built):
-    model = built.model
-    if isinstance(model, Function):
-        model = etcompile.from_function(model.fn, model.params, model.state)
-    return model
-
-
 def compiled(name, **options):
-    brainstate.random.seed(0)  # stock layers draw their weights: the same ones at every call
-    built = by_name(name)()
-    return etcompile.compile(model_of(built), time_slice(built.xs, 0), **options), built
+    built = fresh(by_name(name))
+    return compiled_case(built, **options), built
 
 
 def gradients(name, **options):
@@ -47,10 +41,9 @@ def lstm() -> TraceProgram:
 # --- text -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
+@pytest.mark.parametrize("case", zoo_cases(CASES))
 def test_programs_parse_back_from_their_print(case):
-    built = case()
-    program = etcompile.compile(model_of(built), time_slice(built.xs, 0)).program
+    program = step_of(case).program
     verify(program)
     again = parse_program(str(program))
     assert again == program

@@ -7,38 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import bptt, one_step_grad, relative_error, time_slice
+from oracles import relative_error, time_slice
+from references import autodiff, compiled, fresh, zoo_cases
 from zoo import CASES, by_name
-from zoo.base import Function
 
 import etcompile
 from etcompile.lowering.snap import snap_pattern
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-
-def model_of(built):
-    model = built.model
-    return (
-        etcompile.from_function(model.fn, model.params, model.state) if isinstance(model, Function) else model
-    )
-
-
-def compiled(built, algo, **options):
-    return etcompile.compile(model_of(built), time_slice(built.xs, 0), algo=algo, **options)
-
-
-@pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
+@pytest.mark.parametrize("case", zoo_cases(CASES))
 def test_rtrl_equals_bptt(case):
-    built = case()
+    built, wanted = fresh(case), autodiff(case)
     step = compiled(built, "rtrl")
     assert step.exact
     losses, grads = step.scan_value_and_grad(built.loss_fn)(built.xs, *built.targets)
-    wanted_losses, wanted = bptt(
-        built.plain_step, built.params, built.state, built.xs, built.targets, built.loss_fn
-    )
-    assert relative_error(losses, wanted_losses) < built.tolerance
-    assert relative_error(grads, wanted) < built.tolerance
+    assert relative_error(losses, wanted.losses) < built.tolerance
+    assert relative_error(grads, wanted.total) < built.tolerance
 
 
 SPREAD = [
@@ -51,13 +35,11 @@ SPREAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SPREAD)
-def test_a_large_pattern_is_rtrl(name):
-    built = by_name(name)()
-    step = compiled(built, "snap", n=12)
-    _, grads = step.scan_value_and_grad(built.loss_fn)(built.xs, *built.targets)
-    _, wanted = bptt(built.plain_step, built.params, built.state, built.xs, built.targets, built.loss_fn)
-    assert relative_error(grads, wanted) < built.tolerance
+@pytest.mark.parametrize("case", zoo_cases(map(by_name, SPREAD)))
+def test_a_large_pattern_is_rtrl(case):
+    built = fresh(case)
+    _, grads = compiled(built, "snap", n=12).scan_value_and_grad(built.loss_fn)(built.xs, *built.targets)
+    assert relative_error(grads, autodiff(case).total) < built.tolerance
 
 
 SYMMETRIC = [
@@ -66,17 +48,13 @@ SYMMETRIC = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SPREAD[1::3])
-def test_symmetric_unfiltered_rules_equal_autodiff_at_the_first_step(name):
-    brainstate.random.seed(0)
-    built = by_name(name)()
-    x, target = time_slice(built.xs, 0), time_slice(built.targets, 0)
-    _, wanted = one_step_grad(built.plain_step, built.params, built.state, x, target, built.loss_fn)
+@pytest.mark.parametrize("case", zoo_cases(map(by_name, SPREAD[1::3])))
+def test_symmetric_unfiltered_rules_equal_autodiff_at_the_first_step(case):
     for algo, options in SYMMETRIC:
-        brainstate.random.seed(0)  # stock modules draw their weights
-        step = compiled(by_name(name)(), algo, **options)
-        _, grads = step.value_and_grad(built.loss_fn)(x, *target)
-        assert relative_error(grads, wanted) < built.tolerance, algo
+        built = fresh(case)
+        x, target = time_slice(built.xs, 0), time_slice(built.targets, 0)
+        _, grads = compiled(built, algo, **options).value_and_grad(built.loss_fn)(x, *target)
+        assert relative_error(grads, autodiff(case).first) < built.tolerance, algo
 
 
 def masked(params, state, x):

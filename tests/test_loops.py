@@ -10,7 +10,6 @@ import etcompile
 from etcompile.errors import ModelError
 from etcompile.frontend import jaxpr
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 BATCH, INPUTS, UNITS, STEPS = 2, 3, 4, 5
 
 

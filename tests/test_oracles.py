@@ -17,38 +17,15 @@ from oracles import (
     keep,
     length,
     local_groups,
-    one_step_grad,
     relative_error,
     time_slice,
 )
 from random_models import build, loss_fn, recipes
+from references import INSTRUMENTED, autodiff, dense, fresh, zoo_cases
 from zoo import CASES
 from zoo.brainpy_parts import spikes_of
 
-INSTRUMENTED = [c for c in CASES if "no_step" not in c.tags]
 SMOOTH = [c for c in INSTRUMENTED if not c.tags & {"spiking", "low_precision", "not_smooth"}]
-
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-def ids(cases):
-    return [c.name for c in cases]
-
-
-def run(step, built, cut=identity):
-    """Outputs and states of every step."""
-
-    @jax.jit
-    def one(state, x):
-        return step(built.params, state, x, cut=cut, put=keep)
-
-    state, outs, states = built.state, [], []
-    for t in range(length(built.xs)):
-        state, out = one(state, time_slice(built.xs, t))
-        outs.append(out)
-        states.append(state)
-    return outs, states
 
 
 def numbers(tree):
@@ -56,23 +33,32 @@ def numbers(tree):
     return [a for a in jax.tree.leaves(tree) if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key)]
 
 
-@pytest.mark.parametrize("case", INSTRUMENTED, ids=ids(INSTRUMENTED))
+@pytest.mark.parametrize("case", zoo_cases(INSTRUMENTED))
 def test_step_equals_the_model(case):
-    built = case()
-    wanted, got, cut = (
-        run(built.plain_step, built),
-        run(built.step, built),
-        run(built.step, built, cut=cut_tree),
-    )
-    assert relative_error(numbers(got), numbers(wanted)) < 1e-12
-    assert relative_error(numbers(cut), numbers(wanted)) < 1e-12
-    assert set(got[1][0]) == set(built.state)
+    built, wanted = fresh(case), autodiff(case)
+
+    @jax.jit
+    def run(state):
+        def body(states, x):
+            found = [
+                built.step(built.params, state, x, cut=cut, put=keep)
+                for state, cut in zip(states, (identity, cut_tree), strict=True)
+            ]
+            return [state for state, _ in found], found
+
+        return jax.lax.scan(body, [state, state], built.xs)[1]
+
+    whole, cut = run(built.state)
+    assert set(whole[0]) == set(built.state)
+    for states, outs in (whole, cut):
+        assert relative_error(numbers((outs, states)), numbers((wanted.outs, wanted.states))) < 1e-12
 
 
-@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.parametrize("case", zoo_cases(CASES))
 def test_model_is_alive(case):
-    built = case()
-    _, states = run(built.plain_step, built)
+    built, found = fresh(case), autodiff(case)
+    steps = range(length(built.xs))
+    states = [time_slice(found.states, t) for t in steps]
     for name in [n for g in built.groups or () for n in g]:
         for leaf in jax.tree.leaves([s[name] for s in states]):
             assert np.all(np.isfinite(leaf)), name
@@ -86,51 +72,36 @@ def test_model_is_alive(case):
     if "brainpy" in case.tags:
         rate = np.mean([spikes_of(built.model, s) for s in states])
         assert 0.02 < rate < 0.6, f"the population spikes {rate:.0%} of the time"
-    losses, grads = bptt(built.plain_step, built.params, built.state, built.xs, built.targets, built.loss_fn)
-    assert np.all(np.isfinite(losses))
-    for name, grad in grads.items():
+    assert np.all(np.isfinite(found.losses))
+    for name, grad in found.total.items():
         for leaf in jax.tree.leaves(grad):
             assert np.all(np.isfinite(leaf)), name
             assert np.any(leaf), f"the gradient of {name} is zero"
 
 
-@pytest.mark.parametrize("case", INSTRUMENTED, ids=ids(INSTRUMENTED))
+@pytest.mark.parametrize("case", zoo_cases(INSTRUMENTED))
 def test_groups_are_the_local_components(case):
-    built = case()
+    built = fresh(case)
     hidden = [n for g in built.groups for n in g]
     found = local_groups(built.step, built.params, built.state, time_slice(built.xs, 0), hidden)
     assert {frozenset(g) for g in found} == {frozenset(g) for g in built.groups}
 
 
-@pytest.mark.parametrize("case", INSTRUMENTED, ids=ids(INSTRUMENTED))
+@pytest.mark.parametrize("case", zoo_cases(INSTRUMENTED))
 def test_dense_equals_autodiff_at_one_step_and_bptt_exactly_when_nothing_is_cut(case):
-    built = case()
-    online = dense_d_rtrl(
-        built.step, built.params, built.state, built.xs, built.targets, built.loss_fn, built.groups
-    )
-    _, first = one_step_grad(
-        built.plain_step,
-        built.params,
-        built.state,
-        time_slice(built.xs, 0),
-        time_slice(built.targets, 0),
-        built.loss_fn,
-    )
-    assert relative_error(online.grads_per_step[0], first) < built.tolerance
-    losses, through_time = bptt(
-        built.plain_step, built.params, built.state, built.xs, built.targets, built.loss_fn
-    )
-    assert relative_error(online.losses, losses) < built.tolerance
-    error = relative_error(online.grads, through_time)
+    built, online, wanted = fresh(case), dense(case), autodiff(case)
+    assert relative_error(online.grads_per_step[0], wanted.first) < built.tolerance
+    assert relative_error(online.losses, wanted.losses) < built.tolerance
+    error = relative_error(online.grads, wanted.total)
     if built.exact:
         assert error < built.tolerance
     else:
         assert error > 1e-6
 
 
-@pytest.mark.parametrize("case", SMOOTH, ids=ids(SMOOTH))
+@pytest.mark.parametrize("case", zoo_cases(SMOOTH))
 def test_bptt_equals_finite_differences(case):
-    built = case()
+    built, found = fresh(case), autodiff(case)
     rng = np.random.default_rng(1)
 
     def draw(leaf):
@@ -138,12 +109,10 @@ def test_bptt_equals_finite_differences(case):
         return noise + 1j * rng.normal(size=leaf.shape) if jnp.iscomplexobj(leaf) else noise
 
     direction = jax.tree.map(draw, built.params)
-    _, grads = bptt(built.step, built.params, built.state, built.xs, built.targets, built.loss_fn)
-    wanted = directional(grads, direction)
-    got = finite_difference(
-        built.step, built.params, built.state, built.xs, built.targets, built.loss_fn, direction
-    )
-    size = np.sqrt(sum(float(np.sum(np.abs(g) ** 2)) for g in jax.tree.leaves(grads)))
+
+    wanted = directional(found.total, direction)
+    got = finite_difference(found.losses_of, built.params, direction)
+    size = np.sqrt(sum(float(np.sum(np.abs(g) ** 2)) for g in jax.tree.leaves(found.total)))
     assert abs(got - wanted) < 1e-6 * max(abs(wanted), size)
 
 

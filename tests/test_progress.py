@@ -18,8 +18,6 @@ from rich.progress import Progress
 import etcompile
 from etcompile.runtime import progress as pieces
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 T = 11
 RNG = np.random.default_rng(0)
 XS, YS = RNG.normal(size=(T, 2, 3)), RNG.normal(size=(T, 2, 4))

@@ -6,7 +6,6 @@ import os
 
 import jax
 import jax.numpy as jnp
-import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from jax.extend.core import Literal
 from oracles import dense_d_rtrl, relative_error
@@ -18,9 +17,6 @@ from etcompile.frontend.jaxpr import scan_signature
 
 EXAMPLES = int(os.environ.get("ETCOMPILE_RANDOM_MODELS", "200"))
 TOLERANCE = 1e-10
-
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def compiled(model, **options):

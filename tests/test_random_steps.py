@@ -28,8 +28,6 @@ RULES = (
     "pp_prop", "e_prop", "rtrl", "snap", "uoro", "kf_rtrl", "ostl", "ottt", "otpe", "rflo", "three_factor", "bptt",
 )  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def compiled(model, **options):
     function = etcompile.from_function(model.step, model.params, model.state)

@@ -40,8 +40,6 @@ from oracles import relative_error
 import etcompile
 from etcompile.lowering.layers import random_signs
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ALL = {**MODELS, **EXTRA}
 TOLERANCE = 1e-10
 #: Steps without a loss, in runs that have some: traces and filters must go on.

@@ -12,8 +12,6 @@ from test_small_models import loss
 import etcompile
 from etcompile.lowering import layers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def compiled(parts, algo, **options):
     fn, params, state, xs = parts

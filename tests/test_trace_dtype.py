@@ -10,8 +10,6 @@ from oracles import relative_error
 
 import etcompile
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 T, B, I, O = 8, 2, 5, 4
 #: Half the distance of neighbouring bfloat16 numbers, relative.
 ROUNDING = 2.0**-8

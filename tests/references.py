@@ -1,0 +1,134 @@
+"""What the oracles and the compiler say of each model of the zoo, computed once in a process for all tests that ask.
+
+Tests of one model carry one mark (`zoo_cases`), so that `pytest -n 2 --dist loadgroup` gives them to one process.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import brainstate
+import jax
+import jax.numpy as jnp
+import pytest
+from oracles import Online, Tree, dense_d_rtrl, identity, keep, time_slice
+from zoo import CASES, Case, Function
+from zoo.base import Built
+
+import etcompile
+
+#: Models with an instrumented step, written by hand.
+INSTRUMENTED = [c for c in CASES if "no_step" not in c.tags]
+
+
+def zoo_cases(cases: Iterable[Case]) -> list[Any]:
+    """Parameters of a test: the cases, by name, those of one model for one process."""
+    return [pytest.param(c, id=c.name, marks=pytest.mark.xdist_group(c.name)) for c in cases]
+
+
+def fresh(case: Case) -> Built:
+    """The model with its states at their random values; the same at every call."""
+    brainstate.random.seed(0)  # stock modules draw their weights
+    return case()
+
+
+def model_of(built: Built):
+    """What `etcompile.compile` takes."""
+    model = built.model
+    if isinstance(model, Function):
+        return etcompile.from_function(model.fn, model.params, model.state)
+    return model
+
+
+def compiled(built: Built, algo: Any = "d_rtrl", **options):
+    """The compiled step of a built case, at its random states."""
+    return etcompile.compile(model_of(built), time_slice(built.xs, 0), algo=algo, **options)
+
+
+@dataclass(frozen=True)
+class Autodiff:
+    """What jax says of the model itself, over the sequence.
+
+    Attributes
+    ----------
+    losses : jax.Array
+        (T,)
+    outs, states : pytree
+        Of every step, stacked.
+    first, total : pytree
+        The gradients of the first step's loss and of the sum of all.
+    losses_of : callable
+        The losses at other parameters.
+    """
+
+    losses: jax.Array
+    outs: Tree
+    states: Tree
+    first: Tree
+    total: Tree
+    losses_of: Callable[[Tree], jax.Array]
+
+
+@functools.cache
+def autodiff(case: Case) -> Autodiff:
+    """Full backpropagation through time, and that of the first step, in one compiled function."""
+    built = fresh(case)
+    step = built.plain_step
+
+    @jax.jit
+    def run(params):
+        def losses_of(params):
+            def body(state, inputs):
+                x, target = inputs
+                state, out = step(params, state, x, cut=identity, put=keep)
+                return state, (built.loss_fn(out, *target), out, state)
+
+            _, (losses, outs, states) = jax.lax.scan(body, built.state, (built.xs, tuple(built.targets)))
+            return losses, (outs, states)
+
+        losses, pull, found = jax.vjp(losses_of, params, has_aux=True)
+        (first,) = pull(jnp.zeros_like(losses).at[0].set(1))
+        (total,) = pull(jnp.ones_like(losses))
+        return losses, found, first, total
+
+    losses, (outs, states), first, total = run(built.params)
+    return Autodiff(losses, outs, states, first, total, lambda params: run(params)[0])
+
+
+@functools.cache
+def dense(case: Case) -> Online:
+    """The dense reference of D-RTRL, from the instrumented step."""
+    b = fresh(case)
+    return dense_d_rtrl(b.step, b.params, b.state, b.xs, b.targets, b.loss_fn, b.groups)
+
+
+@functools.cache
+def step_of(case: Case):
+    """A compiled step to look at: its program, graph and report. `learned` runs it."""
+    return compiled(fresh(case))
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What `step_of` gave, step by step: losses (T,), gradients of each step and their sum."""
+
+    losses: jax.Array
+    grads_per_step: list[Tree]
+    grads: Tree
+
+
+@functools.cache
+def learned(case: Case) -> Learned:
+    """D-RTRL by one call for each step."""
+    built = fresh(case)
+    run = step_of(case).value_and_grad(built.loss_fn)
+    losses, grads = [], []
+    for t in range(len(jax.tree.leaves(built.xs)[0])):
+        loss, grad = run(time_slice(built.xs, t), *time_slice(tuple(built.targets), t))
+        losses.append(loss)
+        grads.append(grad)
+    total = jax.tree.map(lambda *g: sum(g[1:], start=g[0]), *grads)
+    return Learned(jnp.stack(losses), grads, total)
