@@ -18,6 +18,7 @@ Reference: C. Tallec and Y. Ollivier, "Unbiased online recurrent optimization", 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from etcompile.pass_api import ProgramBuilder, algorithm
 
@@ -28,8 +29,12 @@ EPSILON = 1e-7
 
 
 def balance(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The scale that makes two factors of norms a and b equally large: sqrt(a / b), kept finite."""
-    return ((a + EPSILON) / (b + EPSILON)) ** 0.5
+    """The scale that makes two factors of norms a and b equally large: sqrt(a / b), kept finite.
+
+    Root by root, and with a constant that is a normal number of their type: a / EPSILON is too large for float16.
+    """
+    epsilon = max(EPSILON, float(jnp.finfo(jnp.result_type(a, b)).tiny))
+    return (a + epsilon) ** 0.5 / (b + epsilon) ** 0.5
 
 
 @algorithm(

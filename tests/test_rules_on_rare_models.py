@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, mlir
 from oracles import relative_error
-from small_models import SMALL, cell
+from small_models import SMALL, cell, draw
 from test_small_models import loss
 
 import etcompile
@@ -52,3 +56,103 @@ def test_more_columns_than_are_taken_at_once_leave_a_rest(rule, monkeypatch):
         parts[3]
     )
     assert relative_error(grads, backpropagated(parts)) < 1e-10
+
+
+# --- primitives without a batching rule ------------------------------------------------------------------------------------
+
+twice_p = Primitive("twice_by_hand")
+twice_p.def_impl(lambda x: 2 * np.asarray(x))  # nothing that jax could look into
+twice_p.def_abstract_eval(lambda x: x)
+mlir.register_lowering(twice_p, mlir.lower_fun(lambda x: 2 * x, multiple_results=False))
+ad.deflinear2(twice_p, lambda cotangent, x: [twice_p.bind(cotangent)])
+
+
+def ragged():
+    """A product whose batching rule takes some operands only, and a primitive that has none."""
+
+    def fn(p, s, x):
+        h = jnp.tanh(twice_p.bind(0.3 * s["h"]) + lax.ragged_dot(x, p["w"], jnp.array([1, 1], jnp.int32)))
+        return {"h": h}, h
+
+    return fn, {"w": draw(1, 2, 3, 4)}, {"h": draw(2, 2, 4)}, draw(3, 5, 2, 3)
+
+
+def test_the_hand_written_primitive_has_no_batching_rule():
+    with pytest.raises(NotImplementedError):
+        jax.vmap(twice_p.bind)(jnp.ones(3))
+
+
+@pytest.mark.parametrize(("rule", "chunks"), [("d_rtrl", (None, 2, 1)), ("rtrl", (None,)), ("e_prop", (2,))])
+def test_what_jax_cannot_batch_runs_in_turn(rule, chunks):
+    fn, params, state, xs = ragged()
+
+    def with_factor(p, s, x):
+        s, out = fn(p, s, x)
+        return s, 2 * out
+
+    def of_result(out):
+        return loss(twice_p.bind(out))
+
+    if rule == "e_prop":  # an approximation: its own steps are the reference
+        _, wanted = compiled(ragged(), rule).scan_value_and_grad(of_result, chunk=1)(xs)
+    else:
+        wanted = backpropagated((with_factor, params, state, xs))
+    for chunk in chunks:
+        _, grads = compiled(ragged(), rule).scan_value_and_grad(of_result, chunk=chunk)(xs)
+        assert relative_error(grads, wanted) < 1e-10
+
+
+# --- factors that are zero exactly -----------------------------------------------------------------------------------------
+
+
+def zeros_in(what, dtype):
+    """A recurrent cell with something that is zero at every step; and the parameters whose influence then is no estimate."""
+    p = {"w": draw(1, 3, 4, dtype=dtype), "u": draw(2, 4, 4, dtype=dtype), "b": draw(3, 4, dtype=dtype)}
+    h, xs = draw(4, 2, 4, dtype=dtype), draw(5, 4, 2, 3, dtype=dtype)
+    gain = jnp.asarray(0 if what == "the response" else 1, dtype)
+    if what in ("the weights", "all"):
+        p = {k: 0 * v for k, v in p.items()}
+    if what in ("the state", "all"):
+        h = 0 * h
+    if what in ("the input", "all"):
+        xs = 0 * xs
+
+    def fn(p, s, x):
+        h = jnp.tanh(gain * (x @ p["w"]) + s["h"] @ p["u"])
+        return {"h": h}, h + p["b"]
+
+    right = {"the input": "wb", "the response": "wb", "the state": "b", "the weights": "wub", "all": "wub"}
+    return (fn, p, {"h": h}, xs), right[what]
+
+
+@pytest.mark.parametrize("what", ["the input", "the response", "the state", "the weights", "all"])
+def test_random_estimates_stay_finite_beside_exact_zeros(what):
+    for dtype, tolerance in ((jnp.float64, 1e-10), (jnp.float16, 1e-2)):
+        parts, right = zeros_in(what, dtype)
+        wanted = backpropagated(parts)
+        for rule in ("kf_rtrl", "uoro"):
+            _, grads = compiled(parts, rule).scan_value_and_grad(loss)(parts[3])
+            assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads)), (rule, dtype)
+            for name in right:
+                assert relative_error(grads[name], wanted[name]) < tolerance, (rule, name, dtype)
+
+
+# --- strict promotion ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["d_rtrl", "snap", "kf_rtrl", "otpe", "three_factor"])
+def test_ranks_need_not_be_promoted(rule):
+    def fn(p, s, x):
+        spread = lambda v: jnp.broadcast_to(v, s["v"].shape)  # noqa: E731
+        v = spread(jax.nn.sigmoid(p["tau"])) * s["v"] + x @ p["w"] + s["v"] @ p["u"] + spread(p["b"])
+        a = 0.8 * s["a"] + 0.2 * jnp.tanh(v)
+        return {"v": v, "a": a}, (v - a) @ p["o"]
+
+    shapes = {"w": (3, 4), "u": (4, 4), "tau": (4,), "b": (4,), "o": (4, 2)}
+    params = {name: draw(k, *shape) for k, (name, shape) in enumerate(shapes.items())}
+    parts = (fn, params, {"v": draw(7, 2, 4), "a": draw(8, 2, 4)}, draw(9, 5, 2, 3))
+    call = {"modulator": 0.7} if rule == "three_factor" else {}
+    with jax.numpy_rank_promotion("raise"):
+        compiled(parts, rule).scan_value_and_grad(loss, chunk=1)(parts[3], **call)
+        if rule in ("d_rtrl", "three_factor"):
+            compiled(parts, rule).scan_value_and_grad(loss, chunk=2)(parts[3], **call)

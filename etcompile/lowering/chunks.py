@@ -31,6 +31,7 @@ from etcompile.ir.program import Argument, Equation, Ref
 from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.losses import LossProgram, LossValue, StepLoss, loss_and_cotangents, replaced
+from etcompile.lowering.mapped import mapped
 from etcompile.lowering.recurrence import Recurrence, TraceClass, trace_classes, value_key, weighted
 
 __all__ = ["ChunkProgram"]
@@ -164,7 +165,7 @@ class ChunkProgram:
                 step = self.model.step(weights, old, x, dear, quiet=True)
                 return step.outputs, step.new_states
 
-            made = jax.vmap(results)(olds, dear, inputs)
+            made = mapped(results, olds, dear, inputs)
         before = carried
         if writes:  # what the loss writes goes from step to step: found first, one by one
 
@@ -186,7 +187,7 @@ class ChunkProgram:
             context = Context(self.program, self.model, step, after, self.causal.functions)
             return (found.value, found.aux), evaluate(context, self.alone, {}, {})
 
-        (losses, aux), values = jax.vmap(at_step)(olds, dear, inputs, items, before)
+        (losses, aux), values = mapped(at_step, olds, dear, inputs, items, before)
         own = self._by_params(loss, reads, params, made, items, before) if reads.params else {}
         quiet = Context(self.program, self.model, None, None, self.causal.functions)
         values, filters_end = self._filtered(quiet, values, traces)
@@ -223,7 +224,7 @@ class ChunkProgram:
                 outputs, new = of_step
                 return loss(outputs, new, full, now, item).value
 
-            return jnp.sum(jax.vmap(at_step)(made, items, before))
+            return jnp.sum(mapped(at_step, made, items, before))
 
         return dict(zip(reads.params, jax.grad(total)([params[k] for k in reads.params]), strict=True))
 
@@ -294,7 +295,7 @@ class ChunkProgram:
                 done = evaluate(context, self.late_plain, now, previous)
                 return {e.name: done[e.name] for e in self.late_plain}
 
-            values = {**values, **jax.vmap(after)(values)}
+            values = {**values, **mapped(after, values)}
         return values, end
 
     # -- gradients ----------------------------------------------------------------------------------------------

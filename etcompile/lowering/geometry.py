@@ -154,7 +154,7 @@ class SiteGeometry:
 
         try:
             return jax.jacrev(fn)(weight)
-        except NotImplementedError:  # jax has primitives that it cannot batch
+        except NotImplementedError:  # as in `mapped`
             y, pull = jax.vjp(fn, weight)
             rows = jax.lax.map(pull, jnp.eye(y.size, dtype=y.dtype).reshape(y.size, *y.shape))[0]
             return rows.reshape(*y.shape, *weight.shape)
@@ -206,6 +206,14 @@ class SiteGeometry:
         if self._by_patches:
             values = x[0] if isinstance(x, tuple) else self._operand(x)
             return self._pull_patches(values, credit)
+        try:
+            return self._pulled_at_once(x, credit)
+        except NotImplementedError:  # as in `mapped`
+            zeros = jnp.zeros(self.weight_shape, accumulator(self.weight_dtype))
+            add = lambda total, now: (total + self.pullback(*now).astype(total.dtype), None)  # noqa: E731
+            return lax.scan(add, zeros, (x, credit))[0].astype(self.weight_dtype)
+
+    def _pulled_at_once(self, x: tuple[Array, ...] | Array, credit: Array) -> Array:
         if isinstance(x, tuple) and not self.linear:
             *others, weights = x
             forward = jax.vmap(lambda w, now: self.apply(w, now), in_axes=(None, 0))

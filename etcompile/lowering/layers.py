@@ -20,6 +20,8 @@ from etcompile.analysis.layers import Effect, Layer
 from etcompile.analysis.relations import Relation
 from etcompile.ir.program import Equation, Ref
 from etcompile.lowering.geometry import TraceGeometry, trace_geometry
+from etcompile.lowering.in_place import accumulator
+from etcompile.lowering.mapped import mapped
 
 if TYPE_CHECKING:
     from etcompile.lowering.derivatives import LoweredModel, StepDerivatives
@@ -100,14 +102,21 @@ def _states(context: Context, equation: Equation) -> list[Array]:
 
 def at_once(step: StepDerivatives, fn: Callable[[Any], Any], columns: Any, count: int) -> Any:
     """``fn`` over the leading axis, a limited number of entries at a time; ``fn`` takes them through the step."""
-    if count <= _AT_ONCE:
-        return jax.vmap(fn)(columns)
 
-    def apart(some: Any) -> Any:  # traced once for the loop and once for the rest
+    def apart(some: Any) -> Any:  # traced more than once: nothing made in one trace is for the next
         with step.tape.inner():
             return fn(some)
 
-    return lax.map(apart, columns, batch_size=_AT_ONCE)
+    if count <= _AT_ONCE:
+        return mapped(apart, columns)
+    whole = count // _AT_ONCE * _AT_ONCE
+    parts = jax.tree.map(lambda v: v[:whole].reshape(-1, _AT_ONCE, *v.shape[1:]), columns)
+    found = lax.map(lambda part: mapped(apart, part), parts)
+    found = jax.tree.map(lambda v: v.reshape(whole, *v.shape[2:]), found)
+    if whole == count:
+        return found
+    rest = mapped(apart, jax.tree.map(lambda v: v[whole:], columns))
+    return jax.tree.map(lambda *v: jnp.concatenate(v), found, rest)
 
 
 # -- derivatives of a step --------------------------------------------------------------------------------------------
@@ -313,14 +322,15 @@ def _row_norm(context: Context, equation: Equation, args: Sequence[Value]) -> Va
     shape = rows_shape(context.model, name)
     if not isinstance(value, tuple):  # a row factor
         contracted = tuple(range(len(shape), value.ndim))
-        return jnp.sqrt(jnp.sum(_square(value), axis=contracted))
+        return jnp.sqrt(jnp.sum(_square(value), axis=contracted)).astype(jnp.real(value).dtype)
     along, tail = _along(context.model, effect), _tail(context.model, effect)
     total: Array = 0.0
     for v in value:
         states = v.ndim - len(tail)
         total = total + jnp.sum(_square(v), axis=tuple(range(1 if along else 0, states)))
     narrow = tuple(k for k, n in enumerate(shape) if n == 1)
-    return jnp.sqrt(jnp.sum(total, axis=narrow, keepdims=True))
+    norm = jnp.sqrt(jnp.sum(total, axis=narrow, keepdims=True))
+    return norm.astype(jnp.result_type(*[jnp.real(v).dtype for v in value]))
 
 
 def args_by_rows(context: Context, equation: Equation, args: Sequence[Value]) -> list[Value]:
@@ -353,7 +363,9 @@ def _norm(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
 
 
 def _square(v: Array) -> Array:
-    return jnp.real(v * jnp.conj(v))
+    """|v|², wide enough to be summed."""
+    wide = v.astype(accumulator(v.dtype))
+    return jnp.real(wide * jnp.conj(wide))
 
 
 def _dot(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
