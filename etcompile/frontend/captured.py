@@ -109,7 +109,7 @@ class _Walk:
         self.found.append(Same(function.__code__))
         if _of_library(function.__code__.co_filename):
             return
-        names = frozenset(_names(function.__code__))
+        names = _names(function.__code__)
         for cell in function.__closure__ or ():
             try:
                 self.visit(cell.cell_contents, names)
@@ -125,7 +125,7 @@ class _Walk:
         if isinstance(function, types.FunctionType):
             self.visit(function, frozenset())
             if not _of_library(function.__code__.co_filename):
-                self._attributes(owner, frozenset(_names(function.__code__)))
+                self._attributes(owner, _names(function.__code__))
 
     def _attributes(self, value: Any, names: frozenset[str]) -> None:
         own = getattr(value, "__dict__", {})
@@ -144,12 +144,13 @@ class _Walk:
                 self.visit(getattr(value, name, None), names)
 
 
-def _names(code: types.CodeType) -> Iterable[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> frozenset[str]:
+    """Names in a function's code, that of functions in it included."""
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return frozenset(code.co_names).union(*inner)
 
 
+@functools.lru_cache(maxsize=1024)
 def _of_library(path: str) -> bool:
     return "site-packages" in path or f"{os.sep}lib{os.sep}python" in path

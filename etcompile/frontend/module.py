@@ -47,7 +47,11 @@ class ModuleStates:
 
     def refreshed(self, model: Any) -> ModuleStates:
         """The same paths with the ``State`` objects that the model holds now."""
-        if all(_lies_at(model, parts) is state for parts, state in self._places):
+        for owner, held in self._places:
+            found = _lies_at(model, owner)
+            if found is None or not all(_part(found, name) is state for name, state in held):
+                break
+        else:
             return self
         now = {".".join(map(str, path)): state for path, state in model.states().items()}
         return ModuleStates(
@@ -57,21 +61,32 @@ class ModuleStates:
         )
 
     @cached_property
-    def _places(self) -> list[tuple[list[str], Any]]:
-        """Where each ``State`` object of the model lies."""
-        held = {**self.params, **self.states}
-        return [(path.split("."), state) for path, state in held.items() if path in self.inside]
+    def _places(self) -> list[tuple[list[str], list[tuple[str, Any]]]]:
+        """Where the ``State`` objects of the model lie: what holds some, and their names there."""
+        places: dict[str, list[tuple[str, Any]]] = {}
+        for path, state in {**self.params, **self.states}.items():
+            if path in self.inside:
+                owner, _, name = path.rpartition(".")
+                places.setdefault(owner, []).append((name, state))
+        return [(owner.split(".") if owner else [], held) for owner, held in places.items()]
 
 
 def _lies_at(model: Any, parts: list[str]) -> Any:
     """What lies at a path of the model, or None."""
     owner = model
     for part in parts:
-        try:
-            owner = owner[_index(owner, part)] if _is_container(owner) else getattr(owner, part)
-        except (AttributeError, LookupError, ValueError):
+        owner = _part(owner, part)
+        if owner is None:
             return None
     return owner
+
+
+def _part(owner: Any, name: str) -> Any:
+    """An attribute, or what a container holds under a name; None where there is none."""
+    try:
+        return owner[_index(owner, name)] if _is_container(owner) else getattr(owner, name)
+    except (AttributeError, LookupError, ValueError):
+        return None
 
 
 def initialise(model: Any, batch_size: int, keep: bool = False) -> None:
@@ -140,9 +155,14 @@ def restore(model: Any, before: dict[str, tuple[Any, Any]]) -> None:
         state.value = value
 
 
+def recording() -> bool:
+    """Whether brainstate follows which states are read and written."""
+    return bool(TRACE_CONTEXT.state_stack)
+
+
 def not_recorded(values: Any) -> bool:
     """Whether states cannot be written, since a transformation of which brainstate knows nothing makes what is written."""
-    if not in_transformation() or TRACE_CONTEXT.state_stack:
+    if not in_transformation() or recording():
         return False
     return is_staged() or any(is_traced(v) for v in jax.tree.leaves(values))
 

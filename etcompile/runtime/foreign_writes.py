@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -52,7 +52,7 @@ class ForeignWrites:
         self._reset: set[str] = set()
         self._other_step = False
         self._quiet = 0
-        self._left: tuple[Any, ...] | None = None
+        self._left: tuple[list[Any], Any] | None = None
         self._fresh: weakref.ref | None = current_trace()
 
     @property
@@ -97,10 +97,14 @@ class ForeignWrites:
     def left(self, states: Any) -> None:
         """The step leaves these states."""
         self._fresh = None
-        leaves = tuple(jax.tree.leaves(states))
-        self._left = None if any(is_traced(v) for v in leaves) else leaves
+        leaves, tree = jax.tree.flatten(states)
+        self._left = None if any(map(is_traced, leaves)) else (leaves, tree)
 
-    def check(self, states: Any, through: bool) -> None:
+    def as_left(self, leaves: Sequence[Any], tree: Any) -> bool:
+        """Whether these are the very arrays that the step left."""
+        return self._left is not None and tree == self._left[1] and not _differ(leaves, self._left[0])
+
+    def check(self, leaves: Sequence[Any], through: bool) -> None:
         """Raise :class:`CarryError` where the traces do not belong to the states.
 
         ``through``: they went through a transformation since the step left them, so that other arrays mean nothing.
@@ -113,7 +117,7 @@ class ForeignWrites:
                 expected="a reset of all states, or of none",
                 hint="step.reset() starts all of them anew, brainstate.nn.reset_all_states(model) does so as well.",
             )
-        moved = self._left is not None and not through and self._shares() and self._differs(states)
+        moved = self._left is not None and not through and self._moved(leaves) and self._shares()
         if (self._other_step or moved) and not self.fresh:
             raise CarryError(
                 f"another step compiled from the same {self._name} has moved its states since the last call of this one.",
@@ -122,11 +126,9 @@ class ForeignWrites:
                 hint="call step.reset() before changing over, or compile a copy: copy.deepcopy(model).",
             )
 
-    def _differs(self, states: Any) -> bool:
-        now, then = jax.tree.leaves(states), self._left or ()
-        if any(is_traced(v) for v in now):
-            return False
-        return len(now) == len(then) and any(a is not b for a, b in zip(now, then, strict=True))
+    def _moved(self, leaves: Sequence[Any]) -> bool:
+        then = self._left[0] if self._left else ()
+        return len(leaves) == len(then) and _differ(leaves, then) and not any(map(is_traced, leaves))
 
     def _shares(self) -> bool:
         """Whether another step lives on one of the states."""
@@ -167,9 +169,16 @@ class _Notice:
         self.writes = weakref.ref(writes)
 
     def __call__(self, context: Any) -> None:
-        writes, state = self.writes(), context.state
-        if writes is not None and state is not None:
+        writes = self.writes()
+        if writes is None or writes._quiet:
+            return
+        state = context.state
+        if state is not None:
             writes._noticed(state, any(is_traced(v) for v in jax.tree.leaves(context.value)))
+
+
+def _differ(now: Sequence[Any], then: Sequence[Any]) -> bool:
+    return len(now) != len(then) or any(a is not b for a, b in zip(now, then, strict=True))
 
 
 def _watching(state: Any) -> list[ForeignWrites]:

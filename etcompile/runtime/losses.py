@@ -97,14 +97,22 @@ def one_step_shapes(tree: Any, time: bool) -> Any:
 
 
 def join_loss(
-    access: ModelAccess, variant: Variant, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any
+    access: ModelAccess,
+    variant: Variant,
+    loss_fn: Callable,
+    options: LossOptions,
+    targets: Any,
+    mask: Any,
+    time: bool,
 ) -> JoinedLoss:
-    """The loss of a call, for the environment as it is now; ``targets`` and ``mask`` are shapes of one step."""
-    key = (*loss_key(loss_fn), options, kinds_of((targets, mask)), *map(id, access.state_objects.values()))
+    """The loss of a call, for the environment as it is now; ``time``: axis 0 of ``targets`` and ``mask`` is time."""
+    given = (targets, mask)
+    shapes = one_step_shapes(given, time) if time else given
+    key = (*loss_key(loss_fn), options, kinds_of(shapes), Same(access.holders))
     kept: tuple[JoinedLoss, ...] = variant.losses.get(key, ())
     joined = next((one for one in kept if one.environment.differs() is None), None)
     if joined is None:
-        joined = _joined(access, variant, loss_fn, options, targets, mask)
+        joined = _joined(access, variant, loss_fn, options, *one_step_shapes(given, time))
         if not any(is_traced(v) for v in joined.traced.constants):
             variant.keep_loss(key, (*kept[1 - _ENVIRONMENTS :], joined))
     return joined

@@ -38,11 +38,17 @@ class ModelAccess(Protocol):
     """Reads and writes parameters and states of a live model.
 
     ``initial`` is what a reset goes back to; it is kept in a brainstate state, so that a function that a transformation compiled
-    finds what it is now. ``found`` is what :meth:`trace` found; it belongs to a compilation.
+    finds what it is now. ``found`` is what :meth:`trace` found; it belongs to a compilation. The objects of a module are looked
+    up at every use, but by ``params`` of a call that has ``looked_up`` the states before.
     """
 
     initial: Any
     found: Any
+
+    @property
+    def holders(self) -> Any:
+        """What stays the same object as long as the ``State`` objects are the same, as they were last looked up."""
+        ...
 
     def trace(self, inputs: tuple[Any, ...]) -> TracedStep: ...
 
@@ -56,7 +62,7 @@ class ModelAccess(Protocol):
 
     def by_state(self, values: Any) -> dict[str, Any]: ...
 
-    def params(self) -> Any: ...
+    def params(self, looked_up: bool = False) -> Any: ...
 
     def set_params(self, values: Any) -> None: ...
 
@@ -130,6 +136,10 @@ class ModuleAccess:
         return self.found
 
     @property
+    def holders(self) -> Any:
+        return self.found
+
+    @property
     def param_states(self) -> dict[str, Any]:
         return dict(self._states.params)
 
@@ -143,8 +153,9 @@ class ModuleAccess:
     def by_state(self, values: Any) -> dict[str, Any]:
         return values
 
-    def params(self) -> Any:
-        return {p: s.value for p, s in self._states.params.items()}
+    def params(self, looked_up: bool = False) -> Any:
+        found = self.found if looked_up and self.found is not None else self._states
+        return {p: s.value for p, s in found.params.items()}
 
     def set_params(self, values: Any) -> None:
         for path, state in self._states.params.items():
@@ -255,6 +266,10 @@ class FunctionAccess:
             ) from error
 
     @property
+    def holders(self) -> Any:
+        return self.model
+
+    @property
     def param_states(self) -> dict[str, Any]:
         return {"params": self.model.param_state}
 
@@ -268,7 +283,7 @@ class FunctionAccess:
     def by_state(self, values: Any) -> dict[str, Any]:
         return {"state": values}
 
-    def params(self) -> Any:
+    def params(self, looked_up: bool = False) -> Any:
         return self.model.params
 
     def set_params(self, values: Any) -> None:

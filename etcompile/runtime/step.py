@@ -26,14 +26,7 @@ from etcompile.report import Report, make_report
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
 from etcompile.runtime.environment import alike, completed, give_up_traces, warn_of_many
 from etcompile.runtime.foreign_writes import ForeignWrites
-from etcompile.runtime.losses import (
-    BoundLoss,
-    JoinedLoss,
-    LossOptions,
-    check_mask,
-    join_loss,
-    one_step_shapes,
-)
+from etcompile.runtime.losses import BoundLoss, JoinedLoss, LossOptions, check_mask, join_loss
 from etcompile.runtime.model_states import ModelAccess, shapes_alone
 from etcompile.runtime.progress import gradients_in_pieces, in_pieces, piece_lengths
 from etcompile.runtime.resizing import batch_leaves
@@ -91,13 +84,19 @@ class Step:
         self._required: dict[str, Any] = {}
         self._lost = ""
         self._now: Variant
+        self._watched: tuple[Any, Any] | None = None
+        self._left_by: Variant | None = None
         self._use(shapes_of(inputs))
         access.remember()
         self._watch()
         self.place_states()
 
     def _watch(self) -> None:
-        """Follow who else writes the states that traces belong to."""
+        """Follow who else writes the states that traces belong to, in the objects that were last looked up."""
+        now = (self._access.holders, self._now)
+        if self._watched is not None and all(a is b for a, b in zip(now, self._watched, strict=True)):
+            return
+        self._watched = now
         model = self._functions.model
         carried = [model.states[k].path for g in self._compiled.analysis.groups for k in g.states]
         states = {
@@ -139,6 +138,8 @@ class Step:
         """
         before = self._now
         environment = self._functions.model.environment
+        if not environment.reads:
+            return
         with completed(self._required):
             name = environment.differs()
             if name is None:
@@ -158,6 +159,8 @@ class Step:
 
     def _with_environment(self, inputs: Any, steps: int | None = None) -> Any:
         """Inputs with what the step takes from ``brainstate.environ``; with ``steps``, for each of so many steps."""
+        if not self._functions.model.environment.reads:
+            return inputs
         with completed(self._required):
             return self._functions.model.with_environment(inputs, steps)
 
@@ -332,6 +335,7 @@ class Step:
         new._writes = ForeignWrites(new._clear_for_others)
         new._variants = Variants()
         new._required, new._lost = dict(self._required), ""
+        new._watched = new._left_by = None
         now, compiled = self._now, self._now.compiled
         traces = new._variants.traces(compiled.causal.init_traces_shapes())
         new._take(Variant(compiled, now.inputs, new._access.found, now.kinds, traces))
@@ -628,9 +632,8 @@ class Step:
         self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, time: bool
     ) -> JoinedLoss:
         """A loss function as it is traced for this step and for the environment as it is; ``time``: on axis 0 of its targets."""
-        shapes = one_step_shapes((targets, mask), time)
         with completed(self._required):
-            return join_loss(self._access, self._now, loss_fn, options, *shapes)
+            return join_loss(self._access, self._now, loss_fn, options, targets, mask, time)
 
     def _bound(
         self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, steps: int | None
@@ -802,18 +805,22 @@ class Step:
         """States and traces as they stand; to ``give_away`` are buffers of traces that nobody else holds."""
         self._require_arrays()
         states = self._access.states()
-        kinds = kinds_of(states)
-        if kinds != self._now.kinds:
-            raise self._other_states(states, kinds)
+        leaves, tree = jax.tree.flatten(states)
+        if self._left_by is not self._now or not self._writes.as_left(leaves, tree):
+            kinds = kinds_of(states)
+            if kinds != self._now.kinds:
+                raise self._other_states(states, kinds)
         self._watch()
-        self._alive(self._now.traces.own(), "trace ")
-        self._writes.check(states, through=self._now.traces.shared)
-        return Carry(self._alive(states, "state "), self._now.traces.own(give_away))
+        held = self._now.traces
+        self._writes.check(leaves, through=held.shared)
+        traces = self._alive(held.own(), "trace ")
+        return Carry(self._alive(states, "state "), held.own(give_away=True) if give_away else traces)
 
     def _alive(self, tree: Any, what: str) -> Any:
         """The tree; :class:`CarryError` where an array of it was given away."""
         for k, leaf in enumerate(jax.tree.leaves(tree)):
-            if isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted():
+            gone = getattr(leaf, "is_deleted", None)
+            if gone is not None and not is_traced(leaf) and gone():
                 raise CarryError(
                     f"{what}{leaf_names(tree)[k]} of {self._functions.model.name} is an array that was deleted.",
                     got="a buffer that was donated to a jitted function"
@@ -849,6 +856,7 @@ class Step:
             self._access.set_states(carry.states)
             self._now.traces.set_own(carry.traces)
         self._writes.left(carry.states)
+        self._left_by = self._now
 
     def _refuse_unrecorded(self, values: Any) -> None:
         """Raise :class:`UnsupportedError` in a transformation of JAX's own, in which writes of states would be lost."""
@@ -921,7 +929,7 @@ class Step:
         place, model = self._placement, self._functions.model
         states = place.put_states(carry.states, model.complex_states)
         moved = Carry(states, dict(place.put_traces(carry.traces)))
-        params = self._alive(self._access.params(), "parameter ")
+        params = self._alive(self._access.params(looked_up=True), "parameter ")
         return place.put_params(params), moved, place.put_batch(data, time)
 
     def _jit(self, key: Any, fn: Callable, donate: tuple[int, ...] = ()) -> Callable:

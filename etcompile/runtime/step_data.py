@@ -77,6 +77,8 @@ class MultiStepData:
 
 def has_multi_step(args: Any) -> bool:
     """Whether there is a :class:`MultiStepData` anywhere in `args`."""
+    if _arrays_alone(args):
+        return False
     refuse_iterators(args)
     return any(isinstance(v, MultiStepData) for v in jax.tree.leaves(args, is_leaf=_is_multi))
 
@@ -194,6 +196,8 @@ def unwrap(args: Any) -> Any:
     InputError
         If there are multi-step data, or wrappers inside wrappers.
     """
+    if _arrays_alone(args):
+        return args
     wrapped = _wrapped(args)
     for path, value in wrapped:
         if _is_multi(value):
@@ -233,6 +237,13 @@ def _every_step(args: Any, wrapped: list[tuple[str, Any]], steps: int, same: Cal
 
     values = [repeat(v) if same(v) else _bare(v) for _, v in wrapped]
     return jax.tree.unflatten(jax.tree.structure(args, is_leaf=_is_wrapper), values)
+
+
+def _arrays_alone(args: Any) -> bool:
+    """Whether there is nothing but arrays, in tuples: the common case, at little cost."""
+    if isinstance(args, tuple):
+        return all(map(_arrays_alone, args))
+    return args is None or isinstance(args, (np.ndarray, jax.Array))
 
 
 def _is_multi(value: Any) -> bool:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from etcompile.frontend.jaxpr import in_transformation, is_traced
+from etcompile.frontend.module import recording
 
 __all__ = ["TraceState", "zeros_of"]
 
@@ -52,7 +53,10 @@ class TraceState(brainstate.ShortTermState):
     def own(self, give_away: bool = False) -> Any:
         """The traces, for who lets nobody else have them; to ``give_away`` are buffers that nobody else holds."""
         self._allocate()
-        traces = brainstate.State.value.fget(self)  # type: ignore[attr-defined]
+        if self._plainly():
+            traces = self._read_value()
+        else:
+            traces = brainstate.State.value.fget(self)  # type: ignore[attr-defined]
         if not give_away or not (self.shared or in_transformation()):
             return traces
         return jax.tree.map(lambda v: v if is_traced(v) else jnp.copy(v), traces)
@@ -60,8 +64,15 @@ class TraceState(brainstate.ShortTermState):
     def set_own(self, traces: Any) -> None:
         """Put in traces that nobody else has."""
         self._allocate()
-        brainstate.State.value.fset(self, traces)  # type: ignore[attr-defined]
+        if self._plainly():
+            self._write_value(traces)
+        else:
+            brainstate.State.value.fset(self, traces)  # type: ignore[attr-defined]
         vars(self)["shared"] = False
+
+    def _plainly(self) -> bool:
+        """Whether nobody follows reads and writes of states: then there is no need to tell brainstate of them."""
+        return not (recording() or in_transformation())
 
     def _allocate(self) -> None:
         if not self.allocated:

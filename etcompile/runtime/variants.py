@@ -123,7 +123,7 @@ def shapes_of(tree: Any) -> Any:
 def kinds_of(tree: Any) -> tuple[Any, tuple[tuple[tuple[int, ...], Any], ...]]:
     """Structure, and shape and dtype of every leaf."""
     leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((jnp.shape(v), _dtype(v)) for v in leaves)
+    return structure, tuple((v.shape if hasattr(v, "shape") else jnp.shape(v), _dtype(v)) for v in leaves)
 
 
 def _dtype(value: Any) -> Any:
