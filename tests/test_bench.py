@@ -42,6 +42,12 @@ TIMES = {
     "sequence": {"etcompile": 1.0, "step by step": 4.0, "bptt": 1.25, "forward": 0.5, "braintrace": 30.0},
     "update": {"etcompile": 2.0, "braintrace": 8.0},
     "first": {"etcompile": 1.5, "bptt": 1.0, "braintrace": 2.0},
+    "call": {
+        "step(x)": 0.1,
+        "step(x), bare": 0.04,
+        "value_and_grad(loss)(x, y)": 0.2,
+        "value_and_grad(loss)(x, y), bare": 0.08,
+    },
 }
 
 
@@ -143,6 +149,8 @@ def test_every_case_is_on_the_page(bench):
             line.startswith((f"| {found.title} | {found.batch} |", f"| {found.label} |")) for line in rows
         )
     assert "- braintrace, gru, d_rtrl: `readout.weight`" in text
+    assert "| GRU 8 | 4 | `step(x)` | 100 | 40 | 60 |" in text
+    assert "| GRU 8 | 4 | `value_and_grad(loss)(x, y)` | 200 | 80 | 120 |" in text
     assert ElementTree.fromstring(picture).tag.endswith("svg")
     assert bench["page"].render(copy.deepcopy(results), "make bench") == (text, picture)
 
@@ -170,14 +178,15 @@ def test_the_benchmark_runs_alone_and_writes_its_page(tmp_path):
     target = tmp_path / "benchmarks.md"
     command = [sys.executable, str(BENCH), "--quick", "--alone", "--page", str(target)]
     quick = {**os.environ, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
-    cases = ["sequence-gru128-b1-d_rtrl", "update-gru128-b8-d_rtrl"]
+    cases = ["sequence-gru128-b1-d_rtrl", "update-gru128-b8-d_rtrl", "call-gru8-b4-d_rtrl"]
     done = subprocess.run(
         [*command, "--cases", *cases], capture_output=True, text=True, check=False, env=quick
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(target.with_suffix(".json").read_text())
     assert list(results["cases"]) == cases and not any("error" in c for c in results["cases"].values())
-    sequence, update = (results["cases"][name] for name in cases)
+    sequence, update, call = (results["cases"][name] for name in cases)
+    assert len(call["runs"]) == 4 and all(r["seconds"] for r in call["runs"])
     losses = {r["who"]: r["loss"] for r in sequence["runs"]}
     assert set(losses) == {"etcompile", "step by step", "bptt", "forward"}
     assert losses["etcompile"] == pytest.approx(losses["bptt"], rel=1e-5)

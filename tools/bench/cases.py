@@ -44,4 +44,5 @@ CASES = (
     *(Case("update", "gru", units, batch) for units, batch in _GRUS if batch > 1),
     *(Case("update", *other) for other in _OTHERS),
     Case("first", "gru", 256, 8),
+    *(Case("call", "gru", units, 4) for units in (8, 64)),
 )

@@ -29,7 +29,7 @@ def measure(case: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The numbers of a case, as JSON takes them; ``{"runs": [...], ...}``."""
     one, how = Case(**case), Settings(**settings)
     data = Data(MODELS[one.model], how.units(one.units), one.batch)
-    kinds = {"sequence": _sequence, "memory": _memory, "update": _update, "first": _first}
+    kinds = {"sequence": _sequence, "memory": _memory, "update": _update, "first": _first, "call": _call}
     return {"case": case, "units": data.units, **kinds[one.kind](one, data, how)}
 
 
@@ -222,6 +222,30 @@ def first_gradient(who: str, case: dict[str, Any], units: int, steps: int) -> di
     jax.block_until_ready(run(xs, ys))
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "again": timed(lambda: run(xs, ys))[0]}
+
+
+# -- one call from Python ---------------------------------------------------------------------------------------------
+
+
+def _call(case: Case, data: Data, settings: Settings) -> dict[str, Any]:
+    xs, ys = data.sequence(1)
+    step = ours.compiled(data, case.rule, data.model())
+    found = ours.calls(step, xs[0], ys[0])
+    runs = {}
+    for who, call in found.items():
+
+        def run(call: Callable[[], Any] = call) -> Any:
+            return [call() for _ in range(settings.slow_steps)][-1]
+
+        runs[who] = run
+        _warm_up(run, settings)
+        timed(run)
+    times = interleaved(runs, settings)
+    return {
+        "runs": [
+            {"who": who, "steps": settings.slow_steps, "seconds": seconds} for who, seconds in times.items()
+        ]
+    }
 
 
 def _reason(error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from bars import BARS, Verdict, growth, share
 from chart import chart
-from results import AUTO, BPTT, BRAINTRACE, CAUSAL, FORWARD, Found, found_cases, median_bandwidth
+from results import AUTO, BPTT, BRAINTRACE, CALLS, CAUSAL, FORWARD, Found, found_cases, median_bandwidth
 
 __all__ = ["reasons", "render", "text_of"]
 
@@ -41,6 +41,7 @@ def render(results: Results, command: str) -> tuple[str, str]:
         memory=_memory(results),
         update=_updates(results),
         first=_first(results),
+        call=_calls(results),
         zero=_zero(results),
         failed=_failed(results),
     )
@@ -164,6 +165,18 @@ def _first_time(found: Found, who: str, steps: int) -> str:
     r = found.run(who, steps)
     seconds = found.seconds(who, steps)
     return f"{seconds:.2f} ({min(r['again']):.3f})" if r and seconds is not None else ""
+
+
+def _calls(results: Results) -> str:
+    head = ["model", "batch", "call", "etcompile", "bare jitted function", "more"]
+    rows = []
+    for f in found_cases(results, "call"):
+        for who, bare in CALLS.items():
+            ours, theirs = f.milliseconds(who), f.milliseconds(bare)
+            more = None if ours is None or theirs is None else 1e3 * (ours - theirs)
+            each = [None if ms is None else 1e3 * ms for ms in (ours, theirs)]
+            rows.append((f.title, str(f.batch), f"`{who}`", *map(_ms, (*each, more))))
+    return _table(head, rows)
 
 
 def _zero(results: Results) -> str:

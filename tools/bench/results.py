@@ -9,10 +9,23 @@ from typing import Any
 
 from models import MODELS
 
-__all__ = ["AUTO", "BPTT", "BRAINTRACE", "CAUSAL", "FORWARD", "Found", "found_cases", "median_bandwidth"]
+__all__ = [
+    "AUTO",
+    "BPTT",
+    "BRAINTRACE",
+    "CALLS",
+    "CAUSAL",
+    "FORWARD",
+    "Found",
+    "found_cases",
+    "median_bandwidth",
+]
 
 #: The contenders, as they are called in results.
 AUTO, CAUSAL, BPTT, BRAINTRACE, FORWARD = "etcompile", "step by step", "bptt", "braintrace", "forward"
+
+#: Calls from Python, and the bare jitted function of each.
+CALLS = {"step(x)": "step(x), bare", "value_and_grad(loss)(x, y)": "value_and_grad(loss)(x, y), bare"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class Found:
     @property
     def steps(self) -> list[int]:
         """Lengths of sequences of etcompile's runs, shortest first."""
-        return sorted({r["steps"] for r in self.data["runs"] if r["who"] == AUTO})
+        return sorted({r["steps"] for r in self.data["runs"] if r["who"] in (AUTO, *CALLS)})
 
     def run(self, who: str, steps: int | None = None) -> Mapping[str, Any] | None:
         """The run of a contender, of that length if one is given; None if it was not measured or failed."""
