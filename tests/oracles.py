@@ -124,6 +124,15 @@ def bptt(step, params, state, xs, targets, loss_fn) -> tuple[jax.Array, Tree]:
     return losses, grads
 
 
+def one_step_grad(step, params, state, x, target, loss_fn) -> tuple[jax.Array, Tree]:
+    """Loss and its gradient by ordinary autodiff of one step, the state before it held constant."""
+
+    def loss(params):
+        return loss_fn(step(params, state, x, cut=identity, put=keep)[1], *target)
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
 # --- D-RTRL, dense -----------------------------------------------------------------------------------------------------
 
 

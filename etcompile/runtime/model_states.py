@@ -50,6 +50,8 @@ class ModelAccess(Protocol):
         """What stays the same object as long as the ``State`` objects are the same, as they were last looked up."""
         ...
 
+    def look_up(self) -> None: ...
+
     def trace(self, inputs: tuple[Any, ...]) -> TracedStep: ...
 
     @property
@@ -138,6 +140,10 @@ class ModuleAccess:
     @property
     def holders(self) -> Any:
         return self.found
+
+    def look_up(self) -> None:
+        """Find the ``State`` objects that the module has now."""
+        self.found = self._states
 
     @property
     def param_states(self) -> dict[str, Any]:
@@ -268,6 +274,9 @@ class FunctionAccess:
     @property
     def holders(self) -> Any:
         return self.model
+
+    def look_up(self) -> None:
+        """Nothing: they stay the same."""
 
     @property
     def param_states(self) -> dict[str, Any]:

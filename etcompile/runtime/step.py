@@ -632,13 +632,19 @@ class Step:
         self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, time: bool
     ) -> JoinedLoss:
         """A loss function as it is traced for this step and for the environment as it is; ``time``: on axis 0 of its targets."""
+        self._access.look_up()
+        return self._joined(loss_fn, options, targets, mask, time)
+
+    def _joined(
+        self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, time: bool
+    ) -> JoinedLoss:
         with completed(self._required):
             return join_loss(self._access, self._now, loss_fn, options, targets, mask, time)
 
     def _bound(
         self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, steps: int | None
     ) -> BoundLoss:
-        joined = self.joined_loss(loss_fn, options, targets, mask, steps is not None)
+        joined = self._joined(loss_fn, options, targets, mask, steps is not None)
         with completed(self._required):
             return joined.now(steps)
 
