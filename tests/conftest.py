@@ -63,6 +63,16 @@ def pytest_configure(config):
         os.environ["ETCOMPILE_EVERY_RULE"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With `--dist loadgroup`, tests of one model run in one process: they share what `functools.cache` keeps of it."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        name = getattr(params.get("case"), "name", None) or params.get("name")
+        if isinstance(name, str):
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(autouse=True)
 def _fresh_random_key():
     brainstate.random.seed(0)

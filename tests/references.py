@@ -1,7 +1,4 @@
-"""What the oracles and the compiler say of each model of the zoo, computed once in a process for all tests that ask.
-
-Tests of one model carry one mark (`zoo_cases`), so that `pytest -n 2 --dist loadgroup` gives them to one process.
-"""
+"""What the oracles and the compiler say of each model of the zoo, computed once in a process for all tests that ask."""
 
 from __future__ import annotations
 
@@ -25,8 +22,8 @@ INSTRUMENTED = [c for c in CASES if "no_step" not in c.tags]
 
 
 def zoo_cases(cases: Iterable[Case]) -> list[Any]:
-    """Parameters of a test: the cases, by name, those of one model for one process."""
-    return [pytest.param(c, id=c.name, marks=pytest.mark.xdist_group(c.name)) for c in cases]
+    """Parameters of a test: cases with their names."""
+    return [pytest.param(c, id=c.name) for c in cases]
 
 
 def fresh(case: Case) -> Built:

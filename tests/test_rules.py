@@ -352,10 +352,17 @@ BY_NAME = {str(c): c for c in (*CASES, *COMPOSED)}
 
 
 @functools.cache
+def step_of(name: str, case: str):
+    """A rule compiled for a model. Whoever runs it resets it first."""
+    rule = BY_NAME[case]
+    return compiled(ALL[name](), rule.algo, **rule.options)
+
+
+@functools.cache
 def both(name: str, case: str, quiet: tuple[int, ...] = ()):
     """Compiled and reference run of a rule on a model; many tests look at the same."""
-    model, case = ALL[name](), BY_NAME[case]
-    step = compiled(model, case.algo, **case.options)
+    model, step, case = ALL[name](), step_of(name, case), BY_NAME[case]
+    step.reset()
     got = run_compiled(step, model, SQUARED, model.targets, quiet=quiet)
     rule = case.reference(feedback(step, model, case.seed))
     return got, run(rule, model, SQUARED, model.targets, quiet=quiet)
