@@ -60,7 +60,8 @@ class PassManager:
         Print the program after every pass, or only after those that changed it.
     check : bool
         Also run the program before and after each pass that declares ``preserves = "gradients"`` and compare; and
-        compare a program that claims to be exact, after the rule, with backpropagation through time.
+        compare a program that claims to be exact, after the rule and after it was put into windows, with backpropagation
+        through time.
     tolerance : float
         Largest relative difference of gradients that ``check`` accepts.
     emit : callable
@@ -111,14 +112,8 @@ class PassManager:
                 old = ran[1] if ran is not None and ran[0] == program else gradients(program)
                 ran = new, gradients(new)
                 self._compare(item, records, old, ran[1])
-            if (
-                self.check
-                and not number
-                and new.exact
-                and new.window is None
-                and gradients
-                and backpropagation
-            ):
+            claims = new.exact and (not number or getattr(item, "keeps_exact", False))
+            if self.check and claims and gradients and backpropagation:
                 ran = new, gradients(new)
                 self._compare(
                     item,

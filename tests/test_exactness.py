@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jax import lax
 
 import etcompile
 from etcompile import AlgorithmError, PassError, PassManager, algorithm
+from etcompile.passes.exact_within import ExactWithin
 
 LENGTH, INPUTS, UNITS = 7, 3, 4
 _rng = np.random.default_rng(0)
@@ -299,6 +302,41 @@ def test_a_false_claim_to_be_exact_is_caught_by_running_backpropagation():
     assert not compiled(
         tanh_cell, algo="test_remembers", manager=manager
     ).exact  # the cut counts, whatever is claimed
+
+
+@dataclasses.dataclass(frozen=True)
+class WrongWindows:
+    """A pass that says that it keeps a rule exact in windows, and takes away in its traces what it should add."""
+
+    name: str = "wrong_windows"
+    preserves: str = "approximates"
+    keeps_exact: bool = True
+
+    def __call__(self, program):
+        program = ExactWithin()(program)
+        turned = [
+            dataclasses.replace(e, op="sub") if e.op == "add" and e.name in program.carried else e
+            for e in program.equations
+        ]
+        return dataclasses.replace(program, equations=tuple(turned))
+
+
+def test_claims_of_programs_for_windows_are_compared_with_backpropagation_too():
+    @algorithm("test_short_windows", exact="always")
+    def short(p):
+        p.window(2)
+
+    manager = PassManager(check=True, tolerance=1e-9)
+    with pytest.raises(PassError, match=r"test_short_windows.* claims to be exact, but differs .* w by"):
+        compiled(leaky, algo="test_short_windows", manager=manager)
+    with pytest.raises(
+        PassError, match=r"wrong_windows \(after rtrl\): it claims to be exact, but differs .* w by"
+    ):
+        compiled(leaky, algo=["rtrl", WrongWindows()], manager=manager)
+    assert compiled(leaky, algo="bptt", manager=manager).exact
+    assert not compiled(leaky, algo="bptt", window=2, manager=manager).exact
+    assert compiled(leaky, within="exact", manager=manager).exact
+    assert compiled(tanh_cell, algo="rtrl", within="exact", manager=manager).exact
 
 
 def test_a_rule_that_claims_nothing_and_says_nothing_is_named():

@@ -14,6 +14,8 @@ from etcompile.analysis.analysis import Analysis
 from etcompile.frontend.jaxpr import Aval
 from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram
+from etcompile.lowering.losses import Loss, LossValue
+from etcompile.lowering.windows import runs_in_windows, window_gradients
 
 __all__ = ["trial_backpropagation", "trial_gradients"]
 
@@ -24,9 +26,12 @@ def trial_gradients(
     program: TraceProgram, analysis: Analysis, functions: Mapping[str, Callable], seed: int = 0
 ) -> dict[str, Any]:
     """Gradients by parameter path, summed over a few steps of a loss with random coefficients."""
-    model = analysis.model
     causal = CausalProgram(program, analysis, functions)
-    params, states, inputs, cotangents = _drawn(analysis, seed)
+    drawn = _drawn(analysis, seed)
+    if program.window is not None and runs_in_windows(causal):
+        return _in_windows(causal, drawn)
+    model = analysis.model
+    params, states, inputs, cotangents = drawn
 
     def run(params: list, states: list, inputs: list, cotangents: list) -> list:
         weights = causal.model.hoist(params)
@@ -49,6 +54,41 @@ def trial_gradients(
     return {leaf.path: g for leaf, g in zip(model.params, gradients, strict=True)}
 
 
+def _in_windows(causal: CausalProgram, drawn: tuple[list, list, list, list]) -> dict[str, Any]:
+    """:func:`trial_gradients` of a program for windows: in two of them, so that its traces count; in one where it keeps none."""
+    model = causal.model.analysis.model
+    params, states, inputs, cotangents = drawn
+    size = _STEPS // 2 if causal.program.window or causal.program.carried else _STEPS
+    plain = Loss.plain(lambda out: out).program
+
+    def loss(outputs: list, states: list, _params: list, _carried: Any, coefficients: list) -> LossValue:
+        return LossValue(_weighed([*outputs, *states], coefficients), None, ())
+
+    def run(params: list, states: list, inputs: list, cotangents: list) -> list:
+        weights = causal.model.hoist(params)
+        total = {name: jnp.zeros(g.weight_shape, g.weight_dtype) for name, g in causal.model.sites.items()}
+        traces = causal.init_traces()
+        for steps in (slice(first, first + size) for first in range(0, _STEPS, size)):
+            x, item = [v[steps] for v in inputs], [v[steps] for v in cotangents]
+            found = window_gradients(causal, loss, plain, weights, params, states, traces, x, item)
+            states, traces = found.states, found.traces
+            total = {name: v + found.sites[name] if name in found.sites else v for name, v in total.items()}
+        return causal.model.unhoist(params, total)
+
+    gradients = jax.jit(run)(params, states, inputs, cotangents)
+    return {leaf.path: g for leaf, g in zip(model.params, gradients, strict=True)}
+
+
+def _weighed(results: list, coefficients: list) -> Any:
+    """The loss of a step."""
+    products = [
+        jnp.sum(r * c).real
+        for r, c in zip(results, coefficients, strict=True)
+        if jnp.issubdtype(r.dtype, jnp.inexact)
+    ]
+    return sum(products)
+
+
 def trial_backpropagation(analysis: Analysis, seed: int = 0) -> dict[str, Any]:
     """The gradients of the same loss by backpropagation through the same steps: what an exact program gives."""
     model = analysis.model
@@ -62,12 +102,7 @@ def trial_backpropagation(analysis: Analysis, seed: int = 0) -> dict[str, Any]:
 
         def body(now: list, item: tuple[list, list]) -> tuple[list, Any]:
             results = model.graph.evaluate(*full, *now, *item[0])
-            products = [
-                jnp.sum(r * c).real
-                for r, c in zip(results, item[1], strict=True)
-                if jnp.issubdtype(r.dtype, jnp.inexact)
-            ]
-            return results[len(model.outputs) :], sum(products)
+            return results[len(model.outputs) :], _weighed(results, item[1])
 
         return lax.scan(body, states, (inputs, cotangents))[1].sum()
 

@@ -18,7 +18,15 @@ from etcompile.lowering.derivatives import Row
 from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.losses import LossProgram, LossValue, StepLoss, replaced
 
-__all__ = ["End", "WindowLoss", "WindowResult", "check_end", "check_windows", "window_gradients"]
+__all__ = [
+    "End",
+    "WindowLoss",
+    "WindowResult",
+    "check_end",
+    "check_windows",
+    "runs_in_windows",
+    "window_gradients",
+]
 
 Array = Any
 
@@ -66,6 +74,15 @@ def check_windows(causal: CausalProgram) -> None:
                     f"{causal.program.name} cannot run in windows: {name} reads {ref}, which changes inside a window.",
                     hint="write the rule with p.contract(signal, trace), or run it step by step.",
                 )
+
+
+def runs_in_windows(causal: CausalProgram) -> bool:
+    """Whether :func:`check_windows` lets a program pass."""
+    try:
+        check_windows(causal)
+    except UnsupportedError:
+        return False
+    return True
 
 
 def check_end(program: TraceProgram) -> None:
