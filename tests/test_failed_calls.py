@@ -22,9 +22,6 @@ SGD = optax.sgd(0.1)
 HostError = (RuntimeError, ValueError)  # jax's own classes differ between the first call and later ones
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def refuses(value):
     if np.max(value) > 100:
         raise RuntimeError("the host refuses this value")

@@ -19,8 +19,6 @@ XS, YS = jnp.asarray(rng.normal(size=(STEPS, BATCH, 3))), jnp.asarray(rng.normal
 W = jnp.asarray(rng.normal(size=(3, 4)))
 environ = brainstate.environ
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class Net(brainstate.nn.Module):
     """A leaky tanh state that may read the time."""

@@ -255,7 +255,7 @@ class StepFunctions:
             done = window_gradients(
                 self.causal, of_step, loss.program, weights, leaves, states, traces, xs, items, carried
             )
-            total = _added(total, {**done.sites, **{_own(k): v for k, v in done.params.items()}})
+            total = self.added(total, done.sites, done.params)
             return (done.states, done.traces, total, done.loss.carried), (done.loss.value, done.loss.aux)
 
         given = (jax.vmap(model.flatten_inputs)(xs), items)
@@ -297,7 +297,7 @@ class StepFunctions:
                 of_item, loss.program, weights, leaves, states, traces, x, extra, carried, brought
             )
             traces = self.causal.stored(traces)
-            total = _added(total, {**sites, **{_own(k): v for k, v in own.items()}})
+            total = self.added(total, sites, own)
             return (states, traces, total, found.carried), (found.value, found.aux)
 
         given = (jax.vmap(model.flatten_inputs)(xs), (items, moving))
@@ -356,6 +356,10 @@ class StepFunctions:
             **self.placement.hold_weights(zeros),
             **{k: jnp.zeros(a.shape, a.dtype) for k, a in own.items()},
         }
+
+    def added(self, total: Sums, sites: Mapping[str, Array], own: Mapping[int, Array]) -> Sums:
+        """Sums with the gradients of more steps: of the sites, and of parameters that the loss reads."""
+        return _added(total, {**sites, **{_own(k): v for k, v in own.items()}})
 
     def scan(self, params: Any, carry: Carry, xs: tuple) -> tuple[Any, Carry]:
         """Outputs of every step; the traces advance."""

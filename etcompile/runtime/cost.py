@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,16 @@ import jax.numpy as jnp
 from etcompile.cost.cost import Cost, Measured, measured, priced
 from etcompile.cost.scaling import scaled
 from etcompile.errors import InputError, OptionError
+from etcompile.frontend.given import as_array
 from etcompile.integers import positive_integer
 from etcompile.lowering.functions import StepFunctions
 from etcompile.lowering.in_place import undivided_sums
 from etcompile.lowering.losses import Loss
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
+from etcompile.runtime.losses import LossOptions, check_callable, join_loss
 from etcompile.runtime.resizing import batch_leaves
+from etcompile.runtime.trace_state import TraceState
+from etcompile.runtime.variants import Variant
 from etcompile.schedule import check_chunk
 
 if TYPE_CHECKING:
@@ -35,6 +40,7 @@ def step_cost(
     loss_fn: Callable | None,
     targets: tuple[Any, ...],
     every_trip: bool = True,
+    has_aux: bool = False,
 ) -> Cost:
     """See :meth:`etcompile.Step.cost`; ``every_trip`` as in :func:`etcompile.cost.cost.priced`."""
     batch = None if batch is None else positive_integer("batch", batch)
@@ -48,11 +54,13 @@ def step_cost(
                 got=f"chunk={chunk!r}, steps=None",
                 expected="steps=1000, or another length of the sequence",
             )
+    targets = tuple(jax.tree.map(lambda v: v if hasattr(v, "shape") else as_array(v, "a target"), targets))
+    loss = _Wanted(loss_fn, targets, LossOptions(has_aux))
     now = step._functions.causal.model.examples
-    here = _Compiled(step._functions, _shapes((step._access.params(), step._access.states())), step._inputs)
+    here = _compiled(step, step.compilation, loss)
     if batch is None or batch == now:
         size = _chunk(step, here.functions, steps, chunk, 1, 1)
-        found = here.measured(steps, size, loss_fn, targets)
+        found = here.measured(steps, size)
         return priced(found, steps, size, now, every_trip)
     if now is None:
         raise InputError(
@@ -70,48 +78,54 @@ def step_cost(
     pair = (now, now + 1) if now > 1 else (2, 3)
     graphs = []
     for size in pair:
-        there = here if size == now else _at_batch(step, size)
+        there = here if size == now else _at_batch(step, size, loss)
         handled = _chunk(step, there.functions, steps, chunk, size, batch)
-        graphs.append((there.measured(steps, handled, loss_fn, targets), handled))
+        graphs.append((there.measured(steps, handled), handled))
     (first, handled), (second, other) = graphs
     found = scaled(first, second, pair, batch) if handled == other else None
     if found is None:  # not the same program at every batch size: look at this one itself
-        there = _at_batch(step, batch)
+        there = _at_batch(step, batch, loss)
         handled = _chunk(step, there.functions, steps, chunk, 1, 1)
-        found = there.measured(steps, handled, loss_fn, targets)
+        found = there.measured(steps, handled)
     return priced(found, steps, handled, batch, every_trip)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Wanted:
+    """A loss as the caller gives it; None: the mean squared difference from a target like the outputs."""
+
+    loss_fn: Callable | None
+    targets: tuple[Any, ...]
+    options: LossOptions
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Compiled:
     """Pure functions, and the shapes of what they take."""
 
-    def __init__(self, functions: StepFunctions, held: Shapes, inputs: Shapes) -> None:
-        self.functions = functions
-        self.params, self.states = held
-        self.inputs = inputs
+    functions: StepFunctions
+    params: Shapes
+    states: Shapes
+    inputs: Shapes
+    loss: Loss
+    args: tuple[Any, ...]
 
-    def measured(
-        self, steps: int | None, size: int, loss_fn: Callable | None, targets: tuple[Any, ...]
-    ) -> Measured:
+    def measured(self, steps: int | None, size: int) -> Measured:
         functions = self.functions
-        if loss_fn is None:
-            loss_fn = _squared_error
-            outputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in functions.model.outputs]
-            targets = (jax.tree.unflatten(functions.model.output_tree, outputs),)
         call = {}
         if any(e.op == "modulator" for e in functions.causal.program.equations):
             call["modulator"] = jax.ShapeDtypeStruct((), jnp.result_type(float))
         traces = functions.causal.init_traces_shapes()
-        inputs, targets = functions.model.with_environment_shapes(self.inputs), _shapes(targets)
+        inputs, given = functions.model.with_environment_shapes(self.inputs), self.args
         if steps is None:
             fn = apart(one_step(functions))
         else:
-            inputs, targets = jax.tree.map(
-                lambda v: jax.ShapeDtypeStruct((steps, *v.shape), v.dtype), (inputs, targets)
+            inputs, given = jax.tree.map(
+                lambda v: jax.ShapeDtypeStruct((steps, *v.shape), v.dtype), (inputs, given)
             )
             kind = sequence if functions.causal.program.window is None else windows
             fn = apart(kind(functions, size))
-        args = (self.params, self.states, traces, Loss.plain(loss_fn), inputs, ((targets, None), None), call)
+        args = (self.params, self.states, traces, self.loss, inputs, (given, None), call)
         counts = [len(jax.tree.leaves(a)) for a in args]
         start = sum(counts[:DONATED])
         with undivided_sums():
@@ -133,14 +147,32 @@ def _chunk(
     return functions.chunk_size(wanted, steps, max(1, schedule.memory * size // batch))
 
 
-def _at_batch(step: Step, batch: int) -> _Compiled:
+def _compiled(step: Step, variant: Variant, wanted: _Wanted) -> _Compiled:
+    """What runs in a compilation, with the loss as it is traced for it and for the states as they are."""
+    model = variant.functions.model
+    loss_fn, targets = wanted.loss_fn, wanted.targets
+    if loss_fn is None:
+        loss_fn = _squared_error
+        outputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in model.outputs]
+        targets = (jax.tree.unflatten(model.output_tree, outputs),)
+    check_callable(loss_fn)
+    targets = _shapes(targets)
+    step._access.look_up()
+    with model.environment.supplied():
+        joined = join_loss(step._access, variant, loss_fn, wanted.options, targets, None, time=False)
+    params, states = _shapes((step._access.params(), step._access.states()))
+    args = (targets, None, joined.environment.shapes())
+    return _Compiled(variant.functions, params, states, variant.inputs, _shapes(joined.loss()), args)
+
+
+def _at_batch(step: Step, batch: int, wanted: _Wanted) -> _Compiled:
     """The step for another batch size, from shapes; the model stays as it is."""
     inputs = step._resized_inputs(batch)
     with step._access.resized(batch, batch_leaves(step._compiled.analysis)[0]):
         with step._functions.model.environment.supplied():
             compiled = step._build(step._access, inputs)
-        held = _shapes((step._access.params(), step._access.states()))
-    return _Compiled(StepFunctions(compiled.causal), held, inputs)
+        traces = TraceState(compiled.causal.init_traces_shapes())
+        return _compiled(step, Variant(compiled, inputs, None, None, traces), wanted)
 
 
 def _shapes(tree: Any) -> Shapes:

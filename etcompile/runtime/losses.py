@@ -20,7 +20,7 @@ from etcompile.frontend.loss import TracedLoss, trace_loss
 from etcompile.frontend.loss_errors import check_takes, explained_loss
 from etcompile.ir.program import Ref, TraceProgram
 from etcompile.lowering.functions import Item
-from etcompile.lowering.losses import Loss, LossProgram, checked_loss
+from etcompile.lowering.losses import Loss, LossProgram, LossValue, checked_loss
 from etcompile.runtime.model_states import ModelAccess
 from etcompile.runtime.trace_state import TraceState
 from etcompile.runtime.variants import Variant, kinds_of
@@ -72,6 +72,19 @@ class BoundLoss:
             state.value = value
 
 
+def as_asked(found: LossValue, options: LossOptions) -> Any:
+    """What the caller asked for: losses, or these with aux values."""
+    return (found.value, found.aux["aux"]) if options.has_aux else found.value
+
+
+def check_callable(loss_fn: Any) -> None:
+    """Raise :class:`InputError` for a loss that is no function."""
+    if not callable(loss_fn):
+        raise InputError(
+            "the loss must be a function.", got=repr(loss_fn), expected="loss_fn(out, *targets) -> scalar"
+        )
+
+
 def loss_key(loss_fn: Callable) -> tuple[Any, ...]:
     """A key of a loss function: differs where the function, or what it closes over, does."""
     try:
@@ -85,6 +98,8 @@ def one_step_shapes(tree: Any, time: bool) -> Any:
     """Shapes of what belongs to one step; ``time``: axis 0 of the arrays is time."""
 
     def shape(value: Any) -> Any:
+        if isinstance(value, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(value.shape[1:] if time else value.shape, value.dtype)
         try:
             aval = jax.typeof(value)
         except TypeError:
@@ -107,8 +122,11 @@ def join_loss(
 ) -> JoinedLoss:
     """The loss of a call, for the environment as it is now; ``time``: axis 0 of ``targets`` and ``mask`` is time."""
     given = (targets, mask)
-    shapes = one_step_shapes(given, time) if time else given
-    key = (*loss_key(loss_fn), options, kinds_of(shapes), Same(access.holders))
+    try:
+        kinds = kinds_of(one_step_shapes(given, time) if time else given)
+    except TypeError:  # something that is no array
+        kinds = kinds_of(one_step_shapes(given, time))
+    key = (*loss_key(loss_fn), options, kinds, Same(access.holders))
     kept: tuple[JoinedLoss, ...] = variant.losses.get(key, ())
     joined = next((one for one in kept if one.environment.differs() is None), None)
     if joined is None:

@@ -158,7 +158,7 @@ def gradients_in_pieces(
     def piece(inputs: Any, items: Any, call: Any) -> tuple[Array, Any]:
         nonlocal sums, now
         carry = step._carry(give_away=True)
-        found, sums, carry = step._ran(
+        found, sums, carry = step.ran(
             run, step._access.params(), carry.states, carry.traces, sums, now, inputs, items, call, loss=now
         )
         step._set_carry(carry)

@@ -26,7 +26,15 @@ from etcompile.report import Report, make_report
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
 from etcompile.runtime.environment import alike, completed, give_up_traces, warn_of_many
 from etcompile.runtime.foreign_writes import ForeignWrites
-from etcompile.runtime.losses import BoundLoss, JoinedLoss, LossOptions, check_mask, join_loss
+from etcompile.runtime.losses import (
+    BoundLoss,
+    JoinedLoss,
+    LossOptions,
+    as_asked,
+    check_callable,
+    check_mask,
+    join_loss,
+)
 from etcompile.runtime.model_states import ModelAccess, shapes_alone
 from etcompile.runtime.progress import gradients_in_pieces, in_pieces, piece_lengths
 from etcompile.runtime.resizing import batch_leaves
@@ -264,6 +272,7 @@ class Step:
         chunk: int | str | None = None,
         loss_fn: Callable | None = None,
         targets: tuple[Any, ...] = (),
+        has_aux: bool = False,
     ) -> Cost:
         """What runs of this step take: memory, operations and memory traffic, found without running or allocating.
 
@@ -277,9 +286,12 @@ class Step:
         chunk : int or "auto", optional
             Steps handled together, by default what the schedule says; alone, the cost of one chunk.
         loss_fn : callable, optional
-            The loss, ``loss_fn(out, *targets)``; by default the mean squared difference from a target like the outputs.
+            The loss, ``loss_fn(out, *targets)``, which may read what it may in :meth:`value_and_grad`; by default the mean
+            squared difference from a target like the outputs.
         targets : tuple of arrays or shapes
             Targets of one step, for ``loss_fn``.
+        has_aux : bool
+            ``loss_fn`` returns ``(loss, aux)``.
 
         Returns
         -------
@@ -316,7 +328,7 @@ class Step:
         """
         from etcompile.runtime.cost import step_cost
 
-        return step_cost(self, batch, steps, chunk, loss_fn, targets)
+        return step_cost(self, batch, steps, chunk, loss_fn, targets, has_aux=has_aux)
 
     def __repr__(self) -> str:
         header, mesh = self.program.header, self._placement.mesh
@@ -423,7 +435,7 @@ class Step:
         self._functions.model.flatten_given(inputs)
         given = self._with_environment(inputs)
         params, carry, data = self._placed(carry, (given, _call(self.program, target, modulator)))
-        carry, out = self._ran(self._jit("apply", self._functions.apply), params, carry, *data)
+        carry, out = self.ran(self._jit("apply", self._functions.apply), params, carry, *data)
         self._set_carry(carry)
         return out
 
@@ -456,7 +468,7 @@ class Step:
             args,
             is_leaf=lambda v: isinstance(v, MultiStepData),
         )
-        carry, out = self._ran(self._jit("steps", run), params, carry, args, around)
+        carry, out = self.ran(self._jit("steps", run), params, carry, args, around)
         self._set_carry(carry)
         return out
 
@@ -486,7 +498,7 @@ class Step:
             With arguments in :class:`etcompile.MultiStepData` it is a function of many steps: all else is the same at each, and
             the result that of :meth:`scan_value_and_grad`.
         """
-        _check_callable(loss_fn)
+        check_callable(loss_fn)
         check_end(self.program)
         self._functions.require_kept("value_and_grad of one step")
         options = LossOptions(has_aux)
@@ -498,10 +510,10 @@ class Step:
                 found, grads = self.sequence_gradients(loss_fn, options)(
                     x, *targets, modulator=modulator, mask=mask
                 )
-                return _as_asked(found, options), grads
+                return as_asked(found, options), grads
             x, targets, modulator, mask = unwrap(given)
             found, grads = self.step_gradients(loss_fn, options, x, targets, modulator, mask)
-            return _as_asked(found, options), grads
+            return as_asked(found, options), grads
 
         return run
 
@@ -514,7 +526,7 @@ class Step:
         self._functions.model.flatten_given(inputs)
         inputs = self._with_environment(inputs)
         carry = self._carry(give_away=True)
-        bound = self._bound(loss_fn, options, targets, mask, None)
+        bound = self.bound_loss(loss_fn, options, targets, mask, None)
         item = bound.item(targets, mask, 0)
         donated = () if self.asks_host(bound.loss.program) else (DONATED,)
         fn = self._jit(
@@ -560,7 +572,7 @@ class Step:
         200 pieces of whole chunks, with the numbers of one call: each goes on from the states, traces and summed gradients of
         the one before. A ``rich.progress.Progress`` gets a task of its own instead.
         """
-        _check_callable(loss_fn)
+        check_callable(loss_fn)
         check_end(self.program)
         if chunk is not None:
             chunk = check_chunk(chunk)
@@ -571,7 +583,7 @@ class Step:
 
         def run(xs: Any, *targets: Any, **how: Any) -> tuple[Any, Any]:
             found, grads = gradients(xs, *targets, **how)
-            return _as_asked(found, options), grads
+            return as_asked(found, options), grads
 
         return run
 
@@ -597,7 +609,7 @@ class Step:
             inputs = self._sequence(xs, targets)
             mask = check_mask(mask, _steps(inputs))
             carry = self._carry(give_away=True)
-            bound = self._bound(loss_fn, options, targets, mask, _steps(inputs))
+            bound = self.bound_loss(loss_fn, options, targets, mask, _steps(inputs))
             whole, size, kind = self._whole(chunk, _steps(inputs))
             key, call = (kind, bound.loss.program, size), _call(self.program, None, modulator)
             items = bound.item(targets, mask, 1)
@@ -641,9 +653,10 @@ class Step:
         with completed(self._required):
             return join_loss(self._access, self._now, loss_fn, options, targets, mask, time)
 
-    def _bound(
+    def bound_loss(
         self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, steps: int | None
     ) -> BoundLoss:
+        """A loss function for a call over ``steps`` steps, or of one, with what it reads as it is now."""
         joined = self._joined(loss_fn, options, targets, mask, steps is not None)
         with completed(self._required):
             return joined.now(steps)
@@ -663,7 +676,7 @@ class Step:
     def _forward(self, inputs: Any) -> Any:
         """Outputs of a sequence of inputs, joined with their environment."""
         params, carry, (inputs,) = self._placed(self._carry(), (inputs,), time=1)
-        outputs, carry = self._ran(self._jit("forward", self._functions.scan), params, carry, inputs)
+        outputs, carry = self.ran(self._jit("forward", self._functions.scan), params, carry, inputs)
         self._set_carry(carry)
         return outputs
 
@@ -698,7 +711,7 @@ class Step:
         """A driver that updates the weights while the sequence runs; see :class:`etcompile.runtime.learn.Learner`."""
         from etcompile.runtime.learn import Learner
 
-        _check_callable(loss_fn)
+        check_callable(loss_fn)
         check_end(self.program)
         self._functions.require_kept("learn")
         self._require_arrays()
@@ -878,7 +891,7 @@ class Step:
         self, fn: Callable, carry: Carry, loss: Loss, inputs: tuple, items: Item, call: Call, time: int = 1
     ) -> Any:
         params, carry, data = self._placed(carry, (inputs, items, call), time)
-        return self._ran(fn, params, carry.states, carry.traces, loss, *data, loss=loss)
+        return self.ran(fn, params, carry.states, carry.traces, loss, *data, loss=loss)
 
     def asks_host(self, loss: LossProgram | None = None) -> bool:
         """Whether the step, or a loss, calls back to Python while it runs; it may fail there, so traces are not given away."""
@@ -899,7 +912,7 @@ class Step:
             self._writes.left(states)
             raise
 
-    def _ran(self, fn: Callable, *args: Any, loss: Loss | None = None) -> Any:
+    def ran(self, fn: Callable, *args: Any, loss: Loss | None = None) -> Any:
         """What a compiled function gives; where it asks the host, once it is there, since until then it may still fail."""
         try:
             found = fn(*args)
@@ -1015,19 +1028,8 @@ def _call(program: TraceProgram, target: Any, modulator: Any) -> Call:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _as_asked(found: LossValue, options: LossOptions) -> Any:
-    return (found.value, found.aux["aux"]) if options.has_aux else found.value
-
-
 def _steps(inputs: tuple[Any, ...]) -> int:
     return jax.tree.leaves(inputs)[0].shape[0]
-
-
-def _check_callable(loss_fn: Any) -> None:
-    if not callable(loss_fn):
-        raise InputError(
-            "the loss must be a function.", got=repr(loss_fn), expected="loss_fn(out, *targets) -> scalar"
-        )
 
 
 def _check_batch(batch_size: Any) -> int:

@@ -16,9 +16,11 @@ from jax import lax
 from etcompile.analysis.headers import group_dtype
 from etcompile.errors import AlgorithmError, InputError, OptionError
 from etcompile.integers import positive_integer
-from etcompile.lowering.functions import Carry, StepFunctions
-from etcompile.lowering.losses import Loss
+from etcompile.lowering.functions import Carry, Item, StepFunctions
+from etcompile.lowering.losses import Loss, LossValue
 from etcompile.lowering.windows import check_windows, window_gradients
+from etcompile.runtime.losses import BoundLoss, LossOptions, as_asked, check_callable
+from etcompile.runtime.step_data import over_time
 
 if TYPE_CHECKING:
     from etcompile.lowering.derivatives import LoweredModel
@@ -45,7 +47,7 @@ class SyntheticGradient:
     step : Step
         Compiled with ``algo="dni"``.
     loss_fn : callable
-        ``loss_fn(out, *targets) -> scalar``, the loss of one step.
+        ``loss_fn(out, *targets) -> scalar``, the loss of one step. It may read what it may in :meth:`Step.value_and_grad`.
     hidden : int, optional
         Units of the predictor's hidden layer (tanh). None: a linear map.
     seed : int
@@ -54,6 +56,8 @@ class SyntheticGradient:
         False: every call is a whole sequence. After its last step there is no credit: zero is taken there, not a prediction.
         True: calls are parts of one stream. A prediction stands at the end of a call too, and the next call teaches it, from
         the states that it starts from; call ``step.reset()`` only where the stream begins.
+    has_aux : bool
+        ``loss_fn`` returns ``(loss, aux)``; results then have ``(losses, aux)`` in the place of losses.
 
     Raises
     ------
@@ -87,12 +91,15 @@ class SyntheticGradient:
     """
 
     def __init__(
-        self, step: Step, loss_fn: Callable, hidden: int | None = None, seed: int = 0, stream: bool = False
+        self,
+        step: Step,
+        loss_fn: Callable,
+        hidden: int | None = None,
+        seed: int = 0,
+        stream: bool = False,
+        has_aux: bool = False,
     ) -> None:
-        if not callable(loss_fn):
-            raise InputError(
-                "the loss must be a function.", got=repr(loss_fn), expected="loss_fn(out, *targets) -> scalar"
-            )
+        check_callable(loss_fn)
         if hidden is not None:
             hidden = positive_integer("hidden", hidden, otherwise=", or None")
         if step.program.end != "synthetic":
@@ -105,6 +112,7 @@ class SyntheticGradient:
         self.step = step
         self.loss_fn = loss_fn
         self.stream = stream
+        self._options = LossOptions(has_aux)
         self._hidden = hidden
         self._fitted = False
         self._optimizer: Any = None
@@ -153,12 +161,21 @@ class SyntheticGradient:
 
         def run(xs: Any, *targets: Any) -> tuple[Any, Any]:
             self._check_taught()
-            carry, inputs = self._start(xs, targets)
-            losses, grads, carry = self._jit("gradients", self._gradients)(
-                self._params.value, self.step._access.params(), carry, inputs, targets
+            carry, inputs, bound, items = self._start(xs, targets)
+            found, grads, carry = self._ran(
+                "gradients",
+                self._gradients,
+                bound,
+                self._params.value,
+                self.step._access.params(),
+                carry,
+                bound.loss,
+                inputs,
+                items,
             )
             self.step._set_carry(carry)
-            return losses, grads
+            bound.write(found.carried)
+            return as_asked(found, self._options), grads
 
         return run
 
@@ -194,15 +211,23 @@ class SyntheticGradient:
         """
         epochs = positive_integer("epochs", epochs)
         self._check_same_step()
-        carry, inputs = self._start(xs, targets)
+        carry, inputs, bound, items = self._start(xs, targets)
         self._check_several(inputs)
         self._use(optimizer)
         values = self.step._access.params()
-        learn = self._jit("fit", self._fit)
         losses = []
         for epoch in range(epochs):
-            self._params.value, self._optimizer_state.value, loss = learn(
-                self._params.value, self._optimizer_state.value, values, carry, inputs, targets
+            self._params.value, self._optimizer_state.value, loss = self._ran(
+                "fit",
+                self._fit,
+                bound,
+                self._params.value,
+                self._optimizer_state.value,
+                values,
+                carry,
+                bound.loss,
+                inputs,
+                items,
             )
             losses.append(loss)
             if progress and (epoch + 1) % max(1, epochs // 10) == 0:
@@ -229,52 +254,47 @@ class SyntheticGradient:
         grads : pytree
         """
         self._check_same_step()
-        carry, inputs = self._start(xs, targets)
+        carry, inputs, bound, items = self._start(xs, targets)
         self._check_several(inputs)
         self._use(optimizer)
-        losses, grads, carry, self._params.value, self._optimizer_state.value, self._loss.value = self._jit(
-            "update", self._update
-        )(
+        found, grads, carry, self._params.value, self._optimizer_state.value, self._loss.value = self._ran(
+            "update",
+            self._update,
+            bound,
             self._params.value,
             self._optimizer_state.value,
             self.step._access.params(),
             carry,
+            bound.loss,
             inputs,
-            targets,
+            items,
         )
         self.step._set_carry(carry)
+        bound.write(found.carried)
         self._fitted = True
-        return losses, grads
+        return as_asked(found, self._options), grads
 
     # -- pure functions -----------------------------------------------------------------------------------------
 
     def _run(
-        self, params: Params, values: Any, carry: Carry, xs: tuple, targets: tuple
-    ) -> tuple[Array, Any, Carry, Pairs]:
+        self, params: Params, values: Any, carry: Carry, loss: Loss, xs: tuple, items: Item
+    ) -> tuple[LossValue, Any, Carry, Pairs]:
         def predict(states: list[Array]) -> list[Array | None]:
             return self._predictors(params, states)
 
         return run_windows(
-            self._functions,
-            self.loss_fn,
-            self._predictors.states,
-            predict,
-            self.stream,
-            values,
-            carry,
-            xs,
-            targets,
+            self._functions, loss, self._predictors.states, predict, self.stream, values, carry, xs, items
         )
 
-    def _gradients(self, params: Params, *args: Any) -> tuple[Array, Any, Carry]:
+    def _gradients(self, params: Params, *args: Any) -> tuple[LossValue, Any, Carry]:
         return self._run(params, *args)[:3]
 
     def _fit(self, params: Params, state: Any, *args: Any) -> tuple[Params, Any, Array]:
         return self._taught(params, state, self._run(params, *args)[3])
 
     def _update(self, params: Params, state: Any, *args: Any) -> tuple[Any, ...]:
-        losses, grads, carry, pairs = self._run(params, *args)
-        return losses, grads, carry, *self._taught(params, state, pairs)
+        found, grads, carry, pairs = self._run(params, *args)
+        return found, grads, carry, *self._taught(params, state, pairs)
 
     def _taught(self, params: Params, state: Any, pairs: Pairs) -> tuple[Params, Any, Array]:
         """Predictors and optimiser after one step on what windows found at their starts."""
@@ -348,14 +368,18 @@ class SyntheticGradient:
             self._optimizer_state = brainstate.ShortTermState(optimizer.init(self._params.value["layers"]))
             self._jitted = {}
 
-    def _start(self, xs: Any, targets: tuple) -> tuple[Carry, tuple]:
+    def _start(self, xs: Any, targets: tuple) -> tuple[Carry, Any, BoundLoss, Item]:
+        """What a run over a sequence takes: states and traces, inputs, and the loss with its arguments at each step."""
+        xs, targets = over_time((xs, targets))
         inputs = self.step._sequence(xs, targets)
-        return self.step._carry(), inputs
+        steps = jax.tree.leaves(inputs)[0].shape[0]
+        bound = self.step.bound_loss(self.loss_fn, self._options, targets, None, steps)
+        return self.step._carry(), inputs, bound, bound.item(targets, None, 1)
 
-    def _jit(self, name: str, fn: Callable) -> Callable:
+    def _ran(self, name: str, fn: Callable, bound: BoundLoss, *args: Any) -> Any:
         if name not in self._jitted:
             self._jitted[name] = jax.jit(fn)
-        return self._jitted[name]
+        return self.step.ran(self._jitted[name], *args, loss=bound.loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -467,15 +491,15 @@ class Predictors:
 
 def run_windows(
     functions: StepFunctions,
-    loss_fn: Callable,
+    loss: Loss,
     kept: tuple[int, ...],
     predict: Callable[[list[Array]], list[Array | None]],
     stream: bool,
     params: Any,
     carry: Carry,
     xs: tuple,
-    targets: tuple,
-) -> tuple[Array, Any, Carry, Pairs]:
+    items: Item,
+) -> tuple[LossValue, Any, Carry, Pairs]:
     """Losses, summed gradients and the new carry of a sequence in windows that end in what ``predict`` says of the states there.
 
     The last window ends in zero, unless ``stream``. Beside these come the pairs that teach a predictor: the states ``kept`` at
@@ -485,35 +509,36 @@ def run_windows(
     leaves = model.flatten_params(params)
     weights = causal.model.hoist(leaves)
 
-    plain = Loss.plain(loss_fn)
-    loss = functions.step_loss(plain)
+    of_step = functions.step_loss(loss)
 
     def one(loop: tuple, item: tuple, end: Callable | None) -> tuple[tuple, tuple]:
-        states, traces, total = loop
-        done = window_gradients(causal, loss, plain.program, weights, leaves, states, traces, *item, end=end)
-        total = {k: v + done.sites[k] if k in done.sites else v for k, v in total.items()}
+        (states, traces, total, carried), (inputs, extra) = loop, item
+        done = window_gradients(
+            causal, of_step, loss.program, weights, leaves, states, traces, inputs, extra, carried, end
+        )
+        total = functions.added(total, done.sites, done.params)
         pair = {k: states[k] for k in kept}, {k: done.slopes[k] for k in kept}
-        return (done.states, done.traces, total), (done.loss.value, pair)
+        return (done.states, done.traces, total, done.loss.carried), ((done.loss.value, done.loss.aux), pair)
 
-    items = (jax.vmap(model.flatten_inputs)(xs), ((targets, None), None))
-    steps = jax.tree.leaves(items)[0].shape[0]
+    given = (jax.vmap(model.flatten_inputs)(xs), items)
+    steps = jax.tree.leaves(given)[0].shape[0]
     size = causal.program.window or steps
     before = (steps - 1) // size  # whole windows; the last one, of `size` steps or fewer, may end otherwise
-    state = (model.flatten_states(carry.states), carry.traces, functions.zero_sums())
+    state = (model.flatten_states(carry.states), carry.traces, functions.zero_sums(loss), loss.carried)
     parts = []
     if before:
-        grouped = jax.tree.map(lambda v: v[: before * size].reshape(before, size, *v.shape[1:]), items)
-        state, (losses, pairs) = lax.scan(lambda loop, item: one(loop, item, predict), state, grouped)
-        parts.append((losses.reshape(-1), pairs))
-    rest = jax.tree.map(lambda v: v[before * size :], items)
-    state, (losses, pair) = one(state, rest, predict if stream else None)
-    parts.append((losses, jax.tree.map(lambda v: v[None], pair)))
-    losses, pairs = jax.tree.map(lambda *v: jnp.concatenate(v), *parts)
+        grouped = jax.tree.map(lambda v: v[: before * size].reshape(before, size, *v.shape[1:]), given)
+        state, (found, pairs) = lax.scan(lambda loop, item: one(loop, item, predict), state, grouped)
+        parts.append((jax.tree.map(lambda v: v.reshape(before * size, *v.shape[2:]), found), pairs))
+    rest = jax.tree.map(lambda v: v[before * size :], given)
+    state, (found, pair) = one(state, rest, predict if stream else None)
+    parts.append((found, jax.tree.map(lambda v: v[None], pair)))
+    (losses, aux), pairs = jax.tree.map(lambda *v: jnp.concatenate(v), *parts)
     if not stream:  # nothing ends where a sequence starts
         pairs = jax.tree.map(lambda v: v[1:], pairs)
-    states, traces, total = state
+    states, traces, total, carried = state
     return (
-        losses,
+        LossValue(losses, aux, carried),
         functions._gradients(leaves, total),
         Carry(model.unflatten_states(states), traces),
         pairs,
