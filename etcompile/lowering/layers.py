@@ -103,12 +103,12 @@ def _states(context: Context, equation: Equation) -> list[Array]:
 def at_once(step: StepDerivatives, fn: Callable[[Any], Any], columns: Any, count: int) -> Any:
     """``fn`` over the leading axis, a limited number of entries at a time; ``fn`` takes them through the step."""
 
-    def apart(some: Any) -> Any:  # traced more than once: nothing made in one trace is for the next
+    def apart(some: Any) -> Any:  # nothing made in one loop is for another
         with step.tape.inner():
             return fn(some)
 
     if count <= _AT_ONCE:
-        return mapped(apart, columns)
+        return mapped(fn, columns, in_turn=apart)
     whole = count // _AT_ONCE * _AT_ONCE
     parts = jax.tree.map(lambda v: v[:whole].reshape(-1, _AT_ONCE, *v.shape[1:]), columns)
     found = lax.map(lambda part: mapped(apart, part), parts)

@@ -11,12 +11,12 @@ from jax import lax
 __all__ = ["mapped"]
 
 
-def mapped(fn: Callable[..., Any], *args: Any) -> Any:
-    """``fn`` over the leading axes of ``args``; ``fn`` may be traced more than once.
+def mapped(fn: Callable[..., Any], *args: Any, in_turn: Callable[..., Any] | None = None) -> Any:
+    """``fn`` over the leading axes of ``args``; ``in_turn``, if given, is what stands for ``fn`` in a loop.
 
     A primitive may have no batching rule, or one for some operands only; JAX says so when it meets it.
     """
     try:
         return jax.vmap(fn)(*args)
     except NotImplementedError:
-        return lax.map(lambda given: fn(*given), args)
+        return lax.map(lambda given: (in_turn or fn)(*given), args)
