@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 from jax.extend.core import Primitive
@@ -156,3 +157,13 @@ def test_ranks_need_not_be_promoted(rule):
         compiled(parts, rule).scan_value_and_grad(loss, chunk=1)(parts[3], **call)
         if rule in ("d_rtrl", "three_factor"):
             compiled(parts, rule).scan_value_and_grad(loss, chunk=2)(parts[3], **call)
+
+
+def test_synthetic_gradients_say_nothing_of_states_without_elements():
+    parts = SMALL["size_zero_axis"]()
+    step = compiled(parts, "dni", window=3)
+    helper = etcompile.SyntheticGradient(step, loss)
+    found = helper.fit(parts[3], optimizer=optax.sgd(0.1), epochs=2)
+    assert bool(jnp.isfinite(found).all()) and float(found[0]) > 0
+    _, grads = helper.scan_value_and_grad(loss)(parts[3])
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))

@@ -437,6 +437,7 @@ class Predictors:
                     jnp.promote_types(group_dtype(analysis, g), jnp.float32),
                 )
                 for g in analysis.groups
+                if g.size  # of states without elements there is nothing to say
             ),
             hidden,
         )
