@@ -91,7 +91,8 @@ def compile(
     ``dt`` and ``i`` by 1, see :meth:`Step.scan_value_and_grad`); where another entry that it read has changed (``fit``, ``dt``,
     a number), the step is compiled for the new value, and both are kept; one that the model cannot do without and that is no
     longer set stays what it was. A plain attribute (``net.decay = 0.1``) and a global
-    variable stay what they were: compile again, or keep the value in a ``brainstate`` state.
+    variable stay what they were: compile again, or keep the value in a ``brainstate`` state. An attribute that changed is said by
+    :class:`etcompile.errors.PlainAttributeWarning` at the next call; an array changed in place and a global variable are not.
 
     Raises
     ------

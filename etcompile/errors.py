@@ -19,6 +19,7 @@ __all__ = [
     "ModelError",
     "OptionError",
     "PassError",
+    "PlainAttributeWarning",
     "ProgramError",
     "UnsupportedError",
 ]
@@ -109,3 +110,7 @@ class EnvironmentWarning(EtcompileWarning):
 
 class ForeignWriteWarning(EtcompileWarning):
     """A state of a compiled model was assigned outside of its step, so its traces may not fit it."""
+
+
+class PlainAttributeWarning(EtcompileWarning):
+    """A plain attribute of a compiled model changed, and the compiled step does not see it."""

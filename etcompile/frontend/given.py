@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from etcompile.errors import InputError
 
-__all__ = ["as_array", "refuse_iterators", "refuse_lists", "shape_difference", "shape_hint"]
+__all__ = ["as_array", "refuse_iterators", "refuse_lists", "shape_difference", "shape_hint", "stacked"]
 
 
 def as_array(value: Any, name: str = "an input") -> Any:
@@ -48,6 +48,26 @@ def refuse_lists(given: Any, expected: Any, name: str, model: str) -> None:
         expected="one array",
         hint=f"stack it: jnp.stack({name}), or jnp.asarray({name}) for numbers.",
     )
+
+
+def stacked(given: Any, expected: Any, name: str) -> Any:
+    """A list with one entry of the structure ``expected`` for each step as one tree, time on axis 0; all else as it is."""
+    if not isinstance(given, list) or not given or jax.tree.structure(given) == expected:
+        return given
+    if any(jax.tree.structure(one) != expected for one in given):
+        return given
+    steps = [jax.tree.map(lambda v: as_array(v, name), one) for one in given]
+    shapes: dict[str, int] = {}
+    for k, one in enumerate(steps):
+        shapes.setdefault(", ".join(str(v.shape) for v in jax.tree.leaves(one)), k)
+    if len(shapes) > 1:
+        raise InputError(
+            f"the steps of {name} differ in shape.",
+            got=", ".join(f"{shape} at step {k}" for shape, k in list(shapes.items())[:4]),
+            expected="one shape at every step",
+            hint="pad sequences to one length, and give mask= for the steps that count.",
+        )
+    return jax.tree.map(lambda *v: jnp.stack(v), *steps)
 
 
 def shape_difference(given: tuple[int, ...], expected: tuple[int, ...]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dis
+import os
+import types
 from typing import Any
 
 import jax
@@ -28,16 +31,34 @@ def plain_attributes(model: Any) -> _Held:
 
 def refuse_assigned(name: str, held: _Held) -> None:
     """Put arrays back where a trace left tracers in their place, and raise :class:`ModelError` for them."""
-    found = []
+    found, lines = [], []
     for path, node, arrays in held:
         for attribute, old in arrays.items():
             if is_traced(vars(node).get(attribute)):
                 setattr(node, attribute, old)
                 found.append(f"{path}.{attribute}" if path else attribute)
+                lines.append(_assigned_at(type(node), attribute))
     if found:
         raise ModelError(
             f"{name} assigns {', '.join(found)} during a step, which is a plain attribute and no state.",
+            where=lines[0],
             got="an array that a step changes",
             expected="a brainstate state",
             hint=f"make it one, self.{found[0].split('.')[-1]} = brainstate.HiddenState(...), and read and assign its .value.",
         )
+
+
+def _assigned_at(cls: type, attribute: str) -> str | None:
+    """``file:line`` of the first assignment to an attribute in the methods of a class, outside of its making."""
+    for base in cls.__mro__:
+        for name, method in vars(base).items():
+            if isinstance(method, types.FunctionType) and name not in (
+                "__init__",
+                "init_state",
+                "reset_state",
+            ):
+                for instruction in dis.get_instructions(method):
+                    line = instruction.positions.lineno if instruction.positions else None
+                    if instruction.opname == "STORE_ATTR" and instruction.argval == attribute and line:
+                        return f"{os.path.basename(method.__code__.co_filename)}:{line}"
+    return None

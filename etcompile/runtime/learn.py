@@ -131,6 +131,7 @@ class Learner:
                 "the callback must be a function.", got=repr(callback), expected="callback(steps, losses)"
             )
         xs, targets, mask = over_time((xs, targets, mask))
+        xs, targets = self._step.stacked(xs, targets)
         self._step.check_sequence(xs, targets)
         steps = len(jax.tree.leaves(xs)[0])
         mask = check_mask(mask, steps)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from etcompile.errors import CarryError, EtcompileError, InputError, ModelError, OptionError, UnsupportedError
 from etcompile.frontend.function import own_copy
-from etcompile.frontend.given import as_array, refuse_iterators, refuse_lists, shape_difference
+from etcompile.frontend.given import as_array, refuse_iterators, refuse_lists, shape_difference, stacked
 from etcompile.frontend.jaxpr import in_transformation, is_traced
 from etcompile.frontend.module import not_recorded
 from etcompile.frontend.step_model import leaf_names
@@ -24,6 +24,7 @@ from etcompile.lowering.placement import Placement
 from etcompile.lowering.windows import check_end
 from etcompile.report import Report, make_report
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
+from etcompile.runtime.changed_attributes import PlainAttributes
 from etcompile.runtime.environment import alike, completed, give_up_traces, warn_of_many
 from etcompile.runtime.foreign_writes import ForeignWrites
 from etcompile.runtime.losses import (
@@ -91,6 +92,7 @@ class Step:
         self._variants = Variants()
         self._required: dict[str, Any] = {}
         self._lost = ""
+        self._attributes: PlainAttributes = PlainAttributes(None, "")
         self._now: Variant
         self._watched: tuple[Any, Any] | None = None
         self._left_by: Variant | None = None
@@ -115,8 +117,11 @@ class Step:
         self._writes.watch(model.name, states)
 
     def _build(self, access: ModelAccess, inputs: tuple[Any, ...]) -> Compiled:
+        self._attributes.say_what_changed()
         with self._writes.own():
-            return self._compile(access, inputs)
+            compiled = self._compile(access, inputs)
+        self._follow_attributes(compiled)
+        return compiled
 
     def _clear_for_others(self) -> None:
         self._clear_traces(self._counts())
@@ -139,11 +144,18 @@ class Step:
             self._variants.add(key, variant)
         self._take(variant)
 
+    def _follow_attributes(self, compiled: Compiled) -> None:
+        """Remember the plain attributes of the model, as it was traced now."""
+        self._attributes = PlainAttributes(
+            getattr(self._access, "module", None), compiled.analysis.model.name
+        )
+
     def _follow_environment(self) -> None:
         """Take another compilation where the model read something in ``brainstate.environ`` that is now another.
 
         A switch that is no longer set and that the model cannot do without stays what it was compiled for.
         """
+        self._attributes.say_what_changed()
         before = self._now
         environment = self._functions.model.environment
         if not environment.reads:
@@ -354,6 +366,7 @@ class Step:
         new._variants.add(Key(kinds_of(now.inputs), new._access.kinds()), new._now)
         if now.traces.allocated:
             traces.set_own(jax.tree.map(jnp.copy, now.traces.own()))
+        new._follow_attributes(compiled)
         new._watch()
         new._writes.copied(self._writes)
         return new
@@ -606,6 +619,7 @@ class Step:
                     expected="no modulator",
                 )
             xs, targets, mask = over_time((xs, targets, mask))
+            xs, targets = self.stacked(xs, targets)
             inputs = self._sequence(xs, targets)
             mask = check_mask(mask, _steps(inputs))
             carry = self._carry(give_away=True)
@@ -667,7 +681,7 @@ class Step:
 
         ``progress`` as in :meth:`scan_value_and_grad`, and so are ``t`` and ``i`` of ``brainstate.environ``.
         """
-        inputs = self._sequence(xs, ())
+        inputs = self._sequence(self.stacked(over_time(xs), ())[0], ())
         if progress is not False:
             lengths = piece_lengths(_steps(inputs))
             return in_pieces(self, self._forward, (inputs,), lengths, progress, "steps", shown=None)
@@ -679,6 +693,30 @@ class Step:
         outputs, carry = self.ran(self._jit("forward", self._functions.scan), params, carry, inputs)
         self._set_carry(carry)
         return outputs
+
+    def stacked(self, xs: Any, targets: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+        """Inputs and targets of a sequence; lists with one entry for each step become arrays with time on axis 0."""
+        tree = self._functions.model.input_tree
+        children = tree.children()
+        given = stacked(xs, children[0] if len(children) == 1 else tree, "xs")
+        if len(children) > 1 and isinstance(given, tuple) and len(given) == len(children):
+            given = tuple(
+                stacked(x, c, f"xs[{k}]") for k, (x, c) in enumerate(zip(given, children, strict=True))
+            )
+        if not any(isinstance(t, list) for t in targets):
+            return given, targets
+        steps = next((v.shape[0] for v in jax.tree.leaves(given) if getattr(v, "shape", ())), None)
+
+        def of_steps(target: Any) -> bool:
+            """A list of as many entries; where each entry could have the time on axis 0 as well, as the inputs are given."""
+            if not isinstance(target, list) or len(target) != steps:
+                return False
+            return given is not xs or any(jnp.shape(v)[:1] != (steps,) for v in jax.tree.leaves(target))
+
+        return given, tuple(
+            stacked(t, jax.tree.structure(t[0]), f"target {k}") if of_steps(t) else t
+            for k, t in enumerate(targets)
+        )
 
     def _sequence(self, xs: Any, targets: tuple[Any, ...]) -> Any:
         """The inputs of a sequence, checked, and joined with the environment of each step."""

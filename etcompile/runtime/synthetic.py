@@ -370,7 +370,7 @@ class SyntheticGradient:
 
     def _start(self, xs: Any, targets: tuple) -> tuple[Carry, Any, BoundLoss, Item]:
         """What a run over a sequence takes: states and traces, inputs, and the loss with its arguments at each step."""
-        xs, targets = over_time((xs, targets))
+        xs, targets = self.step.stacked(*over_time((xs, targets)))
         inputs = self.step._sequence(xs, targets)
         steps = jax.tree.leaves(inputs)[0].shape[0]
         bound = self.step.bound_loss(self.loss_fn, self._options, targets, None, steps)
