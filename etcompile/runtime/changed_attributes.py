@@ -34,6 +34,9 @@ _BASES = ("brainstate.nn._module", "brainstate.graph", "brainstate.mixin", "buil
 #: Containers looked into; a model with more is not followed further.
 _LIMIT = 2048
 
+#: Entries of a list or dict that is followed; longer ones hold data, and comparing them would take time at every call.
+_ENTRIES = 64
+
 _MISSING = object()
 
 
@@ -112,7 +115,7 @@ def _containers(module: Any) -> Iterator[tuple[str, Any, Any]]:
         yield path, container, owner
         for key, child in _items(container):
             below = f"{path}[{key!r}]" if owner is None else f"{path}.{key}" if path else str(key)
-            if isinstance(child, (dict, list)) or _is_object(child):
+            if len(child) <= _ENTRIES if isinstance(child, (dict, list)) else _is_object(child):
                 waiting.append((below, child))
 
 
