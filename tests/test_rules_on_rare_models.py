@@ -15,6 +15,7 @@ from small_models import SMALL, cell, draw
 from test_small_models import loss
 
 import etcompile
+from etcompile.errors import EtcompileError
 from etcompile.lowering import layers
 
 
@@ -167,3 +168,13 @@ def test_synthetic_gradients_say_nothing_of_states_without_elements():
     assert bool(jnp.isfinite(found).all()) and float(found[0]) > 0
     _, grads = helper.scan_value_and_grad(loss)(parts[3])
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_an_operand_that_jax_does_not_differentiate_by_is_named_where_it_is(chunk):
+    parts = cell(lambda p, h, d: jax.scipy.special.betainc(1.5 + jnp.tanh(h), 2.0, 0.4) + d + p["b"])
+    with pytest.raises(
+        EtcompileError,
+        match=r"test_rules_on_rare_models.py:\d+: .* regularized_incomplete_beta, which JAX does not",
+    ):
+        compiled(parts, "d_rtrl").scan_value_and_grad(loss, chunk=chunk)(parts[3])
