@@ -12,6 +12,7 @@ from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.silence import reaches_output
 from etcompile.frontend.jaxpr import full_dtype
 from etcompile.ir.header import Cut
+from etcompile.ir.ops import OPS
 from etcompile.ir.program import TraceProgram
 from etcompile.paths import natural_key, short_list
 
@@ -169,13 +170,11 @@ def parameter_lines(
     return tuple(lines)
 
 
-#: What makes a signal of its own, that is not the derivative of the loss.
-_OTHER_SIGNALS = frozenset({"error", "target", "modulator", "random_feedback", "random_projection", "map"})
-
-
 def _zero(analysis: Analysis, program: TraceProgram, path: str, groups: Sequence[str]) -> str:
     """Words where nothing that the rule keeps of a parameter reaches an output; else none."""
-    if program.window is not None or any(e.op in _OTHER_SIGNALS for e in program.equations):
+    if program.window is not None or any(
+        OPS[e.op].signal == "given" or e.op == "map" for e in program.equations
+    ):
         return ""
     states = [s for g in groups for s in analysis.group(g).states]
     if reaches_output(analysis.model, analysis.dependence, path, states):
@@ -186,7 +185,7 @@ def _zero(analysis: Analysis, program: TraceProgram, path: str, groups: Sequence
 
 def _verdict(program: TraceProgram, leaves_out: str, changes: bool) -> str:
     """What the gradient is, in words."""
-    if changes or any(e.op in ("through", "through_old") for e in program.equations):
+    if changes or any(OPS[e.op].signal == "drive" for e in program.equations):
         return f"not the gradient of the loss: {leaves_out or 'the rule says so'}"
     if program.window is None:
         how = "equals" if program.exact else "approximates"

@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from etcompile.pass_api import AlgorithmError, Equation, Ref, TraceProgram
+from etcompile.pass_api import OPS, AlgorithmError, Equation, Ref, TraceProgram
 
 __all__ = ["ExactWithin"]
-
-_SIGNALS = {"signal", "layer_signal"}
-_OLD = {"bypass": "start", "layer_bypass": "layer_start"}
-_OWN = {"through", "through_old"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +33,7 @@ class ExactWithin:
                 got=f"window={program.window or 'all'}",
                 hint="leave within='exact' out.",
             )
-        own = next((e for e in program.equations if e.op in _OWN), None)
+        own = next((e for e in program.equations if OPS[e.op].signal == "drive"), None)
         if own is not None:
             raise AlgorithmError(
                 f"{program.name} makes a learning signal of its own, so credit inside a window cannot be exact.",
@@ -51,14 +47,16 @@ class ExactWithin:
         for e in program.equations:
             e = dataclasses.replace(e, args=tuple(_follow(a, same) for a in e.args))
             empty = [isinstance(a, Ref) and a.name in zero for a in e.args]
-            if e.op in _SIGNALS or (any(empty) and (e.op not in ("add", "sub", "map") or all(empty))):
+            if OPS[e.op].signal == "new" or (
+                any(empty) and (e.op not in ("add", "sub", "map") or all(empty))
+            ):
                 zero.add(e.name)
             elif e.op == "add" and any(empty) and isinstance(other := e.args[empty.index(False)], Ref):
                 same[e.name] = other
             elif e.op == "sub" and empty[1] and isinstance(e.args[0], Ref):
                 same[e.name] = e.args[0]
             else:
-                kept.append(dataclasses.replace(e, op=_OLD.get(e.op, e.op)))
+                kept.append(dataclasses.replace(e, op=OPS[e.op].windowed or e.op))
         gradients = tuple(
             dataclasses.replace(g, value=_follow(g.value, same))
             for g in program.gradients

@@ -50,4 +50,4 @@ def _representatives(program: TraceProgram) -> dict[str, str]:
 
 def _key(e: Equation, classes: dict[str, int]) -> tuple:
     args = tuple((classes[a.name], a.delay) if isinstance(a, Ref) else (str(a),) for a in e.args)
-    return (classes[e.name], e.op, e.type, e.options, args)
+    return (classes[e.name], e.op, e.type, args)

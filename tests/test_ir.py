@@ -166,9 +166,12 @@ def test_unknown_op(lstm):
     assert f"-> {e.name}[t] = inner(" in fails(with_equation(lstm, e.name, op="inner"), "no op 'inner'")
 
 
-def test_anticausal_reference_outside_a_chunk(lstm):
+def test_reference_to_a_later_step(lstm):
     e = recurrence(lstm)
-    fails(with_equation(lstm, e.name, args=(Ref(e.args[0].name, 1), e.args[1])), "anticausal")
+    fails(
+        with_equation(lstm, e.name, args=(Ref(e.args[0].name, 1), e.args[1])),
+        "neither of this step nor of the one before",
+    )
 
 
 def test_carried_value_that_depends_on_the_loss(lstm):

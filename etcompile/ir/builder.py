@@ -11,9 +11,10 @@ from typing import Any
 from etcompile.errors import EtcompileWarning, OptionError, ProgramError
 from etcompile.integers import positive_integer
 from etcompile.ir.header import Effect, Group, Header, Layer, Relation, Site
-from etcompile.ir.ops import infer_type
+from etcompile.ir.kinds import KINDS, type_of
+from etcompile.ir.ops import OPS, infer_type
 from etcompile.ir.program import Argument, Equation, Gradient, Ref, Symbol, TraceProgram
-from etcompile.ir.types import Type, type_of
+from etcompile.ir.types import Type
 from etcompile.paths import short_list
 
 __all__ = ["ProgramBuilder", "Value"]
@@ -60,21 +61,6 @@ class Value:
 
     def __repr__(self) -> str:
         return f"{self.ref} : {self.type}"
-
-
-_PREFIX = {
-    "transition": "D", "immediate": "f", "presynaptic": "x", "signal": "L", "bypass": "K", "one_step": "q", "outer": "o",
-    "contract": "G", "pullback": "P", "factor": "x", "random_feedback": "B", "random_projection": "B",
-    "readout_weight": "W", "through": "L", "through_old": "K",
-    "layer_transition": "H", "layer_immediate": "F", "layer_response": "R", "layer_signal": "L", "layer_bypass": "K",
-    "row_factor": "x",
-}  # fmt: skip
-
-#: First letters of recurrences.
-_RECURRENT = {"trace": "e", "factor": "x", "influence": "J", "snap": "J", "response": "A", "feedback": "B"}
-
-#: Ops on values as vectors; a presynaptic value enters them as a factor.
-_ARITHMETIC = {"add", "sub", "mul", "div", "map"}
 
 
 class ProgramBuilder:
@@ -310,7 +296,7 @@ class ProgramBuilder:
         ``decay`` is a transition (a matrix per position), a number, or a value of the same type as ``inject``.
         """
         inject = self._arithmetic(inject)
-        name = name or self._fresh(_RECURRENT.get(inject.type.kind, "v"))
+        name = name or self._fresh(KINDS[inject.type.kind].carried)
         old = Value(self, Ref(name, -1), inject.type)
         self._types[name] = inject.type
         matrix = isinstance(decay, Value) and decay.type.kind in ("transition", "jacobian")
@@ -497,7 +483,7 @@ class ProgramBuilder:
 
     def op(self, op: str, *args: Any) -> Value:
         """Append an equation (or find the same one) and return its value."""
-        if op in _ARITHMETIC:
+        if op in OPS and OPS[op].vectors:
             args = tuple(self._arithmetic(a) if isinstance(a, Value) else a for a in args)
         plain: tuple[Argument, ...] = tuple(a.ref if isinstance(a, Value) else a for a in args)
         key = (op, plain)
@@ -505,7 +491,7 @@ class ProgramBuilder:
             name = self._memo[key]
             return Value(self, Ref(name), self._types[name])
         kind = infer_type(self.header, op, plain, self._types)
-        name = self._fresh(_PREFIX.get(op, "v"))
+        name = self._fresh(OPS[op].prefix)
         self._append(name, op, plain, kind)
         self._memo[key] = name
         return Value(self, Ref(name), kind)

@@ -1,20 +1,24 @@
-"""The table of ops: for each its type rule, the arguments it is linear in, and what it means.
+"""The table of ops: one row for each, with all that the compiler asks of an op but how it is computed.
 
-How an op is computed stands beside it in :mod:`etcompile.lowering.evaluate`, which knows arrays; the table here knows
-types only, so that programs can be built, checked and printed without a model.
+That stands in :mod:`etcompile.lowering.evaluate`, which knows arrays; the table here knows types only, so that programs can be
+built, checked and printed without a model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from etcompile.errors import ProgramError
+from etcompile.ir import zeros as zero
 from etcompile.ir.header import Header
+from etcompile.ir.kinds import type_of
 from etcompile.ir.program import Argument, Ref, Symbol
-from etcompile.ir.types import Type, type_of
+from etcompile.ir.types import Type
+from etcompile.ir.zeros import Reads, Zeros
 
-__all__ = ["OPS", "Op", "infer_type", "register_op"]
+__all__ = ["OPS", "Op", "infer_type", "ops_table", "register_op"]
 
 Arg = Type | Symbol | float | int
 Rule = Callable[[Header, tuple[Arg, ...]], Type]
@@ -29,39 +33,76 @@ class Op:
     name : str
     rule : callable
         Type of the result from the header and the arguments (types, symbols, numbers); raises ProgramError.
+    text : str
+        How it is written in a program, with arguments for an example.
+    doc : str
+        What it means.
     linear : tuple of int
         Arguments in which the op is linear, each with the others fixed.
+    together : bool
+        Whether it is linear in all its arguments taken together, as a sum is.
+    by_row : bool
+        Whether row k of the result reads nothing but row k of this step's arguments.
     needs_loss : bool
         Whether its value depends on the loss of this step, so that it exists only where a gradient is taken.
-    doc : str
     fixed : bool
         Whether its value is the same at every step.
+    signal : str
+        What it has to do with learning signals: it is one, of the loss by the new states ("new"), by the old ones ("old") or
+        by those at a window's start ("start"); it brings in what such a signal may be made of otherwise ("given": error,
+        target, modulator); or it makes one of that ("drive").
+    windowed : str
+        The op that takes its place in a window, where credit inside is exact.
+    vectors : bool
+        Whether its arguments are taken as vectors: a presynaptic value enters as a factor.
+    infix : str
+        The sign between its two arguments, where it is written so.
+    prefix : str
+        First letters of the names of its results.
+    zeros : callable
+        Which entries of the result can differ from zero (:mod:`etcompile.ir.zeross`).
+    reads : callable
+        Which entries of its arguments it reads.
     """
 
     name: str
     rule: Rule
-    linear: tuple[int, ...]
-    needs_loss: bool
+    text: str
     doc: str
+    linear: tuple[int, ...] = ()
+    together: bool = False
+    by_row: bool = False
+    needs_loss: bool = False
     fixed: bool = False
+    signal: str = ""
+    windowed: str = ""
+    vectors: bool = False
+    infix: str = ""
+    prefix: str = "v"
+    zeros: Zeros = zero.anywhere
+    reads: Reads = zero.wholly
 
 
 OPS: dict[str, Op] = {}
 
 
-def register_op(
-    name: str,
-    rule: Rule,
-    *,
-    linear: tuple[int, ...] = (),
-    needs_loss: bool = False,
-    doc: str,
-    fixed: bool = False,
-) -> None:
-    """Add a row to the table."""
+def register_op(name: str, rule: Rule, text: str, doc: str, **row: Any) -> None:
+    """Add a row to the table; the fields are those of :class:`Op`."""
     if name in OPS:
         raise ProgramError(f"op {name!r} is defined twice.")
-    OPS[name] = Op(name, rule, linear, needs_loss, doc, fixed)
+    OPS[name] = Op(name, rule, text, doc, **row)
+
+
+def ops_table() -> str:
+    """The table as the documentation shows it."""
+    words = {(): "", (0,): "first", (1,): "second", (0, 1): "each"}
+    lines = ["| op | text | linear in | meaning |", "| --- | --- | --- | --- |"]
+    for op in OPS.values():
+        linear = "both together" if op.together else words[op.linear]
+        lines.append(
+            f"| `{op.name}` | `{op.text}` | {linear} | {op.doc}{'; needs the loss' if op.needs_loss else ''} |"
+        )
+    return "\n".join(lines)
 
 
 def infer_type(header: Header, op: str, args: tuple[Argument, ...], types: dict[str, Type]) -> Type:
@@ -336,147 +377,222 @@ def _show(args: tuple[Arg, ...]) -> str:
     return ", ".join(map(str, args)) or "nothing"
 
 
-register_op("transition", _of_symbol("transition"), doc="D_t = dh_t/dh_{t-1} of a group, block by position")
-register_op("immediate", _of_symbol("immediate"), doc="f_t = dh_t/dy_t of a relation")
+#: What of the table belongs together.
+_MATRIX = dict(zeros=zero.of_matrix, reads=zero.by_columns)
+_LOSS = dict(needs_loss=True)
+
+# --- of one step, by paths within units -------------------------------------------------------------------------------
+
 register_op(
-    "gain",
-    _gain,
-    doc="a constant f divided by what its class injects, in one state's row and at the class's elements only",
-    fixed=True,
+    "transition", _of_symbol("transition"), "transition(g)", "D_t = dh_t/dh_{t-1} of a group, block by position",
+    prefix="D", zeros=zero.of_transition,
+)  # fmt: skip
+register_op(
+    "immediate", _of_symbol("immediate"), "immediate(r)", "f_t = dh_t/dy_t of a relation",
+    prefix="f", zeros=zero.of_immediate,
+)  # fmt: skip
+register_op(
+    "gain", _gain, "gain(r, 0, 1)", "a constant f in units of what response 0 injects, in the row of state 1 alone",
+    fixed=True, zeros=zero.of_state,
+)  # fmt: skip
+register_op(
+    "presynaptic", _of_symbol("presynaptic"), "presynaptic(s)", "x_t: what the operation at a site reads beside the weight",
+    prefix="x",
+)  # fmt: skip
+register_op(
+    "factor", _of_symbol("factor"), "factor(s)",
+    "x_t as an array in which y is linear, so that it can be filtered: one-hot rows for an embedding", prefix="x",
+)  # fmt: skip
+register_op(
+    "signal", _of_symbol("state", "signal"), "signal(g)", "L_t = dloss_t/dh_t, the group's new states taken as independent",
+    signal="new", prefix="L", **_LOSS,
+)  # fmt: skip
+register_op(
+    "bypass", _of_symbol("state", "bypass"), "bypass(g)", "K_t = dloss_t/dh_{t-1} along paths that avoid the group's new states",
+    signal="old", windowed="start", prefix="K", zeros=zero.of_bypass, **_LOSS,
+)  # fmt: skip
+register_op(
+    "start", _of_symbol("state", "start"), "start(g)",
+    "the losses of a window differentiated by the old states at its start, by all paths", signal="start", **_LOSS,
+)  # fmt: skip
+register_op(
+    "one_step", _of_symbol("credit", "one_step"), "one_step(s)", "dloss_t/dy_t by ordinary autodiff, h_{t-1} held constant",
+    prefix="q", **_LOSS,
+)  # fmt: skip
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+register_op(
+    "outer", _outer, "outer(f, x)", "f (x) x, the part of a trace that this step adds",
+    linear=(0, 1), by_row=True, prefix="o", zeros=zero.of_first,
+)  # fmt: skip
+register_op(
+    "matmul", _matmul, "a @ b", "product over the group's states, position by position; an operator applied",
+    linear=(0, 1), by_row=True, infix="@", **_MATRIX,
+)  # fmt: skip
+register_op(
+    "add", _add, "a + b", "sum", together=True, by_row=True, vectors=True, infix="+", zeros=zero.of_sum
 )
 register_op(
-    "presynaptic", _of_symbol("presynaptic"), doc="x_t: what the operation at a site reads beside the weight"
+    "sub",
+    _add,
+    "a - b",
+    "difference",
+    together=True,
+    by_row=True,
+    vectors=True,
+    infix="-",
+    zeros=zero.of_sum,
 )
 register_op(
-    "factor",
-    _of_symbol("factor"),
-    doc="x_t as an array in which y is linear, so that it can be filtered: one-hot rows for an embedding",
-)
+    "mul", _mul, "a * b", "product with a number, or element by element",
+    linear=(0, 1), by_row=True, vectors=True, infix="*", zeros=zero.of_product,
+)  # fmt: skip
 register_op(
-    "signal",
-    _of_symbol("state", "signal"),
-    needs_loss=True,
-    doc="L_t = dloss_t/dh_t, the group's new states taken as independent",
-)
+    "div", _div, "a / b", "quotient by a number, or by one number per row",
+    linear=(0,), by_row=True, vectors=True, infix="/", zeros=zero.of_first,
+)  # fmt: skip
+register_op("number", _number, "number(0.1)", "a constant", fixed=True)
 register_op(
-    "bypass",
-    _of_symbol("state", "bypass"),
-    needs_loss=True,
-    doc="dloss_t/dh_{t-1} along paths that avoid the group's new states",
+    "copy",
+    _copy,
+    "copy(a)",
+    "the same value under another name",
+    linear=(0,),
+    by_row=True,
+    zeros=zero.of_first,
 )
+register_op("changed", _changed, "changed(a)", "1 where any entry differs from zero, else 0")
 register_op(
-    "start",
-    _of_symbol("state", "start"),
-    needs_loss=True,
-    doc="the losses of a window differentiated by the old states at its start, by all paths",
-)
+    "map", _map, "map(fn, a, b)", "a jax function of the caller, entry by entry",
+    vectors=True, zeros=zero.of_arguments,
+)  # fmt: skip
+register_op("norm", _norm, "norm(a, b)", "Euclidean norm of all entries of all arguments")
+register_op("dot", _dot, "dot(a, b)", "scalar product", linear=(0, 1))
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
 register_op(
-    "one_step",
-    _of_symbol("credit", "one_step"),
-    needs_loss=True,
-    doc="dloss_t/dy_t by ordinary autodiff, h_{t-1} held constant",
-)
-register_op("outer", _outer, linear=(0, 1), doc="f (x) x, the part of a trace that this step adds")
+    "contract", _contract, "contract(L, e)", "sum over states and positions: a weight gradient, or a credit of y",
+    linear=(0, 1), prefix="G", reads=zero.by_signal,
+)  # fmt: skip
 register_op(
-    "matmul", _matmul, linear=(0, 1), doc="matrix product over the group's states, position by position"
-)
-register_op("add", _add, linear=(), doc="sum")
-register_op("sub", _add, linear=(), doc="difference")
-register_op("mul", _mul, linear=(0, 1), doc="product with a number, or element by element")
-register_op(
-    "contract",
-    _contract,
+    "back",
+    _back,
+    "back(L, f)",
+    "sum over states of signal times immediate Jacobian: a credit of y",
     linear=(0, 1),
-    doc="sum over states and positions of signal times trace: a weight gradient",
 )
 register_op(
-    "back", _back, linear=(0, 1), doc="sum over states of signal times immediate Jacobian: a credit of y"
-)
-register_op("outside", _outside, linear=(0,), doc="the credit of those elements of y that no trace covers")
-register_op(
-    "pullback", _pullback, linear=(0, 1), doc="the weight gradient of a credit: the operation transposed"
-)
-register_op("div", _div, linear=(0,), doc="quotient by a number")
-register_op("number", _number, doc="a constant", fixed=True)
-register_op("error", _vector, needs_loss=True, doc="dloss_t/dout_t, all outputs of an example in one row")
-register_op("target", _vector, needs_loss=True, doc="the target of this step, in one row per example")
-register_op(
-    "modulator", _of_symbol("drive", "modulator"), needs_loss=True, doc="the modulator given with this call"
+    "outside", _outside, "outside(q)", "the credit of those elements of y that no trace covers", linear=(0,)
 )
 register_op(
-    "random_feedback",
-    _random_feedback,
-    doc="a fixed random matrix from an error or target to what a group shows",
+    "pullback", _pullback, "pullback(x, q)", "the weight gradient of a credit: the operation transposed",
+    linear=(0, 1), prefix="P",
+)  # fmt: skip
+
+# --- learning signals of other kinds ----------------------------------------------------------------------------------
+
+register_op(
+    "error",
+    _vector,
+    "error()",
+    "dloss_t/dout_t, all outputs of an example in one row",
+    signal="given",
+    **_LOSS,
 )
 register_op(
-    "random_projection",
-    _random_feedback,
-    needs_loss=True,
-    doc="a fixed random matrix from a target to what a group shows",
+    "target", _vector, "target()", "the target of this step, in one row per example", signal="given", **_LOSS
 )
 register_op(
-    "readout_weight",
-    _of_symbol("feedback", "readout_weight"),
-    doc="the transposed weight of the readout that reads a group",
-)
-register_op("project", _project, linear=(0, 1), doc="an error or target times a feedback matrix")
+    "modulator", _of_symbol("drive", "modulator"), "modulator(g)", "what was given for a group with this call",
+    signal="given", **_LOSS,
+)  # fmt: skip
 register_op(
-    "through",
-    _through,
-    linear=(0,),
-    needs_loss=True,
-    doc="a drive of what a group shows, as a learning signal of its new states",
-)
+    "random_feedback", _random_feedback, "random_feedback(g, 0)",
+    "a fixed random matrix from an error or target to what a group shows", prefix="B",
+)  # fmt: skip
 register_op(
-    "through_old",
-    _through,
-    linear=(0,),
-    needs_loss=True,
-    doc="the same of its old states, along paths that avoid the new ones",
-)
-register_op("changed", _changed, doc="1 where any entry differs from zero, else 0")
-register_op("copy", _copy, doc="the same value under another name")
-register_op("tick", _tick, doc="a count, one higher")
+    "random_projection", _random_feedback, "random_projection(g, 0)",
+    "a fixed random matrix from a target to what a group shows", prefix="B", **_LOSS,
+)  # fmt: skip
 register_op(
-    "layer_transition",
-    _of_symbol("jacobian", "layer_transition"),
-    doc="H_t = dh_t/dh_{t-1} of a layer, by all paths",
+    "readout_weight", _of_symbol("feedback", "readout_weight"), "readout_weight(g)",
+    "the transposed weight of the readout that reads a group", prefix="W",
+)  # fmt: skip
+register_op(
+    "project",
+    _project,
+    "project(v, B)",
+    "an error or target times a matrix: a drive of a group's units",
+    linear=(0, 1),
 )
 register_op(
-    "layer_immediate",
-    _of_symbol("influence", "layer_immediate"),
-    doc="F_t = dh_t/dw of an effect, by all paths",
+    "through", _through, "through(d)", "a drive of what a group shows, as a learning signal of its new states",
+    linear=(0,), signal="drive", prefix="L", **_LOSS,
+)  # fmt: skip
+register_op(
+    "through_old", _through, "through_old(d)", "the same of its old states, along paths that avoid the new ones",
+    linear=(0,), signal="drive", prefix="K", **_LOSS,
+)  # fmt: skip
+
+# --- by all paths of a layer ------------------------------------------------------------------------------------------
+
+register_op(
+    "layer_transition", _of_symbol("jacobian", "layer_transition"), "layer_transition(l)",
+    "H_t = dh_t/dh_{t-1} of a layer, by all paths, an operator", prefix="H",
+)  # fmt: skip
+register_op(
+    "layer_immediate", _of_symbol("influence", "layer_immediate"), "layer_immediate(j)",
+    "dh_t/dw of an effect, by all paths", prefix="F",
+)  # fmt: skip
+register_op(
+    "layer_response", _of_symbol("response", "layer_response"), "layer_response(j)",
+    "dh_t/dy_t of an effect, by all paths", prefix="R",
+)  # fmt: skip
+register_op(
+    "layer_signal", _of_symbol("hidden", "layer_signal"), "layer_signal(l)",
+    "dloss_t/dh_t of a layer, its new states taken as independent", signal="new", prefix="L", **_LOSS,
+)  # fmt: skip
+register_op(
+    "layer_bypass", _of_symbol("hidden", "layer_bypass"), "layer_bypass(l)",
+    "dloss_t/dh_{t-1} of a layer along paths that avoid its new states", signal="old", windowed="layer_start", prefix="K",
+    **_LOSS,
+)  # fmt: skip
+register_op(
+    "layer_start", _of_symbol("hidden", "layer_start"), "layer_start(l)",
+    "the losses of a window differentiated by a layer's old states at its start, by all paths", signal="start", **_LOSS,
+)  # fmt: skip
+register_op("to_layer", _to_layer, "to_layer(l, L, L)", "signals of groups as one of their layer")
+register_op(
+    "reach", _reach, "reach(j, v)", "the credit of y for cotangents of a layer's new states", linear=(1,)
 )
 register_op(
-    "layer_response", _of_symbol("response", "layer_response"), doc="dh_t/dy_t of an effect, by all paths"
+    "snap_immediate",
+    _snap,
+    "snap_immediate(j, 1)",
+    "dh_t/dw on the pattern of what a weight reaches within so many steps",
 )
 register_op(
-    "layer_signal",
-    _of_symbol("hidden", "layer_signal"),
-    needs_loss=True,
-    doc="dloss_t/dh_t of a layer, its new states taken as independent",
+    "row_factor",
+    _of_symbol("row_factor"),
+    "row_factor(j)",
+    "x_t of an effect, one row for each example and place",
+    prefix="x",
 )
 register_op(
-    "layer_bypass",
-    _of_symbol("hidden", "layer_bypass"),
-    needs_loss=True,
-    doc="dloss_t/dh_{t-1} of a layer along paths that avoid its new states",
+    "row_norm", _row_norm, "row_norm(a)", "Euclidean norm of the entries that belong to each row of x"
 )
 register_op(
-    "layer_start",
-    _of_symbol("hidden", "layer_start"),
-    needs_loss=True,
-    doc="the losses of a window differentiated by a layer's old states at its start, by all paths",
+    "row_signs",
+    _random("rows"),
+    "row_signs(j, 0, n)",
+    "random signs for the rows of an effect: seed, count of steps",
 )
-register_op("snap_immediate", _snap, doc="F_t on the pattern of what a weight reaches within so many steps")
-register_op("to_layer", _to_layer, linear=(), doc="signals of groups as one of their layer")
-register_op("reach", _reach, linear=(1,), doc="the credit of y for cotangents of a layer's new states")
 register_op(
-    "row_factor", _of_symbol("row_factor"), doc="x_t of an effect, one row for each example and place"
+    "rademacher",
+    _random("hidden"),
+    "rademacher(l, 0, n)",
+    "random signs for a layer's states: seed, count of steps",
 )
-register_op("rademacher", _random("hidden"), doc="random signs for a layer's states: seed, count of steps")
-register_op("row_signs", _random("rows"), doc="random signs for the rows of an effect: seed, count of steps")
-register_op("norm", _norm, doc="Euclidean norm of all entries of all arguments")
-register_op("row_norm", _row_norm, doc="Euclidean norm of the entries that belong to each row of x")
-register_op("dot", _dot, linear=(0, 1), doc="scalar product")
-register_op("map", _map, doc="a jax function applied to each row")
+register_op("tick", _tick, "tick(n)", "a count, one higher")

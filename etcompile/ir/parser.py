@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 from etcompile.errors import ProgramError
 from etcompile.ir.header import Cut, Effect, Group, Header, Layer, Relation, Response, Site
-from etcompile.ir.ops import infer_type
+from etcompile.ir.ops import OPS, infer_type
 from etcompile.ir.program import Argument, Equation, Gradient, Ref, Symbol, TraceProgram
 from etcompile.ir.types import Type
 
@@ -182,7 +182,7 @@ def _cut(m: re.Match[str]) -> Cut:
     )
 
 
-_BINARY = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div", ast.MatMult: "matmul"}
+_SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.MatMult: "@"}
 
 
 def _equation(text: str) -> Equation:
@@ -192,11 +192,17 @@ def _equation(text: str) -> Equation:
     kind = Type(type_match["kind"], type_match["of"] or "", type_match["dtype"], _shape(type_match["shape"]))
     tree = ast.parse(expression.strip(), mode="eval").body
     if isinstance(tree, ast.BinOp):
-        return Equation(name, _BINARY[type(tree.op)], (_argument(tree.left), _argument(tree.right)), kind)
+        op = next(
+            (op.name for op in OPS.values() if op.infix and op.infix == _SIGNS.get(type(tree.op))), None
+        )
+        if op is None:
+            raise ProgramError("there is no op of that sign")
+        return Equation(name, op, (_argument(tree.left), _argument(tree.right)), kind)
     if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
         raise ProgramError("expected op(...) or a binary operator")
-    options = tuple((k.arg or "", ast.literal_eval(k.value)) for k in tree.keywords)
-    return Equation(name, tree.func.id, tuple(map(_argument, tree.args)), kind, options)
+    if tree.keywords:
+        raise ProgramError("an op takes no keywords")
+    return Equation(name, tree.func.id, tuple(map(_argument, tree.args)), kind)
 
 
 def _argument(node: ast.expr) -> Argument:
@@ -213,7 +219,7 @@ def _argument(node: ast.expr) -> Argument:
 def _reference(node: ast.expr) -> Ref:
     if not isinstance(node, ast.Subscript) or not isinstance(node.value, ast.Name):
         raise ProgramError("expected a reference such as e0[t-1]")
-    delay = {"t": 0, "t - 1": -1, "t + 1": 1}.get(ast.unparse(node.slice))
+    delay = {"t": 0, "t - 1": -1}.get(ast.unparse(node.slice))
     if delay is None:
-        raise ProgramError("a reference is to [t], [t-1] or [t+1]")
+        raise ProgramError("a reference is to [t] or [t-1]")
     return Ref(node.value.id, delay)

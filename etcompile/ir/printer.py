@@ -5,11 +5,10 @@ from __future__ import annotations
 from urllib.parse import quote
 
 from etcompile.ir.header import Cut, Group, Relation, Response, Site
+from etcompile.ir.ops import OPS
 from etcompile.ir.program import Argument, Equation, TraceProgram
 
 __all__ = ["format_equation", "format_program"]
-
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@"}
 
 
 def format_program(program: TraceProgram) -> str:
@@ -38,11 +37,11 @@ def format_program(program: TraceProgram) -> str:
 
 def format_equation(equation: Equation) -> str:
     """One equation without its type."""
-    options = [f"{key}={value!r}" for key, value in equation.options]
-    if equation.op in _INFIX and not options:
+    infix = OPS[equation.op].infix if equation.op in OPS else ""
+    if infix:
         left, right = map(_argument, equation.args)
-        return f"{equation.name}[t] = {left} {_INFIX[equation.op]} {right}"
-    return f"{equation.name}[t] = {equation.op}({', '.join([*map(_argument, equation.args), *options])})"
+        return f"{equation.name}[t] = {left} {infix} {right}"
+    return f"{equation.name}[t] = {equation.op}({', '.join(map(_argument, equation.args))})"
 
 
 def _argument(argument: Argument) -> str:

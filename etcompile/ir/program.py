@@ -1,7 +1,7 @@
 """The intermediate representation: recurrence equations over values that exist at every time step.
 
 A :class:`TraceProgram` is an immutable list of typed equations in the manner of a synchronous dataflow language. A
-reference is to ``v[t]``, to ``v[t-1]`` (carried, zero at the start) or to ``v[t+1]`` (anticausal, inside a chunk only).
+reference is to ``v[t]`` or to ``v[t-1]`` (carried, zero at the start).
 Programs hold no arrays, no states and no jax objects: they print, parse back, compare and hash.
 """
 
@@ -18,7 +18,7 @@ __all__ = ["Argument", "Equation", "Gradient", "Ref", "Symbol", "TraceProgram"]
 
 @dataclasses.dataclass(frozen=True)
 class Ref:
-    """A value at this step (``delay`` 0), the step before (-1) or the step after (+1)."""
+    """A value at this step (``delay`` 0) or the step before (-1)."""
 
     name: str
     delay: int = 0
@@ -42,20 +42,16 @@ Argument = Ref | Symbol | float | int
 
 @dataclasses.dataclass(frozen=True)
 class Equation:
-    """``name[t] = op(*args) : type``; ``options`` are keyword options of the op."""
+    """``name[t] = op(*args) : type``."""
 
     name: str
     op: str
     args: tuple[Argument, ...]
     type: Type
-    options: tuple[tuple[str, float | int | str], ...] = ()
 
     @property
     def refs(self) -> tuple[Ref, ...]:
         return tuple(a for a in self.args if isinstance(a, Ref))
-
-    def option(self, key: str, default: float | int | str | None = None) -> float | int | str | None:
-        return dict(self.options).get(key, default)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ def verify(program: TraceProgram) -> None:
     """Raise :class:`ProgramError` unless the program is well formed.
 
     Names are unique; every reference is defined; a value at ``[t]`` is defined before its use, so that no cycle lacks a
-    ``[t-1]``; types follow from the ops; no value is anticausal outside a chunk; nothing that is carried depends on the
+    ``[t-1]``; types follow from the ops; every value is of this step or of the one before; nothing that is carried depends on the
     loss, so that traces advance alike whether or not a gradient is taken; every site has a gradient.
     """
     types = {}
@@ -80,8 +80,8 @@ def _check(program: TraceProgram, name: str, ref: Ref, types: dict, defined: set
         _fail(program, name, f"{ref} is not defined")
     if ref.delay == 0 and ref.name not in defined:
         _fail(program, name, f"{ref} is used before it is defined: a cycle needs a [t-1]")
-    if ref.delay > 0:
-        _fail(program, name, f"{ref} is anticausal, but the program has no chunk")
+    if ref.delay not in (0, -1):
+        _fail(program, name, f"{ref} is neither of this step nor of the one before")
 
 
 def _fail(program: TraceProgram, name: str, message: str) -> None:

@@ -13,6 +13,7 @@ from etcompile.analysis.groups import HiddenGroup
 from etcompile.analysis.headers import group_dtype
 from etcompile.errors import OptionError
 from etcompile.frontend.jaxpr import full_dtype
+from etcompile.ir.kinds import KINDS
 from etcompile.ir.program import Equation, TraceProgram
 from etcompile.ir.support import carried_rows
 from etcompile.ir.verifier import depends_on_loss
@@ -40,10 +41,6 @@ def _made_of_traces(program: TraceProgram) -> set[str]:
         if e.type.kind == "trace" or any(r.delay == 0 and r.name in found for r in e.refs):
             found.add(e.name)
     return found
-
-
-#: Kinds of values that have an entry per weight and unit.
-_LARGE = {"trace", "influence", "response", "snap"}
 
 
 class CausalProgram:
@@ -223,7 +220,7 @@ class CausalProgram:
         own = {
             name: self._entry(self.program.equation(name))[1]
             for name in self._rows
-            if self.program.equation(name).type.kind in _LARGE
+            if KINDS[self.program.equation(name).type.kind].large
         }
         widest = max((jnp.dtype(d) for d in jax.tree.leaves(own)), key=lambda d: d.itemsize, default=dtype)
         if dtype.itemsize > widest.itemsize:

@@ -27,7 +27,10 @@ from jax import lax
 from etcompile.analysis.index_rules import CHEAP
 from etcompile.errors import UnsupportedError
 from etcompile.frontend.jaxpr import bind, read
+from etcompile.ir.kinds import KINDS
+from etcompile.ir.ops import OPS
 from etcompile.ir.program import Argument, Equation, Ref
+from etcompile.ir.types import Type
 from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.losses import LossProgram, LossValue, StepLoss, loss_and_cotangents, replaced
@@ -41,24 +44,8 @@ Value = Any
 #: A credit of y for all steps, by the presynaptic value that meets it and its site.
 Credits = dict[tuple[str, str], Array]
 
-_KINDS = {
-    "transition",
-    "state",
-    "immediate",
-    "trace",
-    "presynaptic",
-    "factor",
-    "credit",
-    "gradient",
-    "drive",
-    "feedback",
-    "vector",
-    "number",
-}
 #: Steps after which a longer chunk gains little: with traces to be made at its end, and without, where a cache should hold it.
 _ENOUGH, _ENOUGH_WITHOUT_TRACES = 128, 64
-
-_LINEAR = {"add", "sub", "mul", "div", "copy", "matmul", "outer", "contract", "pullback"}
 
 
 class ChunkProgram:
@@ -72,7 +59,7 @@ class ChunkProgram:
         self._recurrent = self._of_earlier_steps()
         self._refuse()
         late = {e.name for e in causal.late}
-        plain = [e for e in self.program.equations if e.type.kind not in ("trace", "gradient")]
+        plain = [e for e in self.program.equations if not _of_traces(e.type)]
         #: Values of a step that need nothing of other steps: computed for all steps at once.
         self.alone = [e for e in plain if e.name not in self._recurrent]
         self.filters = [e for e in plain if e.name in self._recurrent and e.name not in late]
@@ -99,22 +86,25 @@ class ChunkProgram:
 
     def _refuse(self) -> None:
         for e in self.program.equations:
-            traced = e.type.kind in ("trace", "gradient")
-            if e.type.kind not in _KINDS:
+            if not KINDS[e.type.kind].in_chunks:
                 self._no(e, f"it keeps a value of kind {e.type.kind}, which follows every path")
-            if traced and e.op not in _LINEAR:
-                self._no(e, f"{e.op} of a trace is not linear")
-            if traced and e.op == "mul":
-                kinds = [self._by_name[a.name].type.kind for a in e.args if isinstance(a, Ref)]
-                if kinds.count("trace") + kinds.count("gradient") > 1:
-                    self._no(e, "a product of two traces is not linear")
-            if e.op in ("readout_weight", "through_old", "through") and any(
-                ref.name in self._recurrent for ref in e.refs
-            ):
+            if _of_traces(e.type):
+                self._refuse_unless_linear(e)
+            if OPS[e.op].signal == "drive" and any(ref.name in self._recurrent for ref in e.refs):
                 self._no(e, "its feedback matrix changes with the weights, which are fixed in a chunk")
         for name in self.program.carried:
             if self._by_name[name].type.kind == "gradient":
                 self._no(self._by_name[name], "it carries a gradient")
+
+    def _refuse_unless_linear(self, e: Equation) -> None:
+        op = OPS[e.op]
+        traced = [
+            k for k, a in enumerate(e.args) if isinstance(a, Ref) and _of_traces(self._by_name[a.name].type)
+        ]
+        if not op.together and not (op.linear and set(traced) <= set(op.linear)):
+            self._no(e, f"{e.op} of a trace is not linear")
+        if not op.together and len(traced) > 1:
+            self._no(e, "a product of two traces is not linear")
 
     def _no(self, equation: Equation, reason: str) -> None:
         raise UnsupportedError(
@@ -428,6 +418,11 @@ class ChunkProgram:
                 rows.append(total)
             result[e.name] = tuple(rows)
         return result
+
+
+def _of_traces(kind: Type) -> bool:
+    """Whether a value is summed over steps: a trace, or what gradients are made of."""
+    return kind.kind in ("trace", "gradient")
 
 
 def _ref(argument: Argument | None) -> Ref:

@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from etcompile.errors import ModelError
+from etcompile.ir.kinds import KINDS
 from etcompile.ir.program import Equation, TraceProgram
 from etcompile.lowering.axes import Axes, ModelAxes
 from etcompile.schedule import Schedule, require_divisible_batch
@@ -28,9 +29,6 @@ __all__ = ["Placed", "Placement", "placement_of"]
 
 Array = Any
 Tree = Any
-
-#: Values in which every unit meets every other from step to step: splitting their units would move all of them.
-_BY_EVERY_PATH = ("influence", "response", "snap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,11 +229,13 @@ def placement_of(
                 hint="compile with batch_size=..., or leave out batch= and split the units alone.",
             )
         require_divisible_batch(schedule, model.examples)
-    every_path = next((e for e in program.equations if e.type.kind in _BY_EVERY_PATH), None)
-    units = schedule.unit_axes if every_path is None else ()
+    # Large values in which every unit meets every other from step to step: splitting their units would move all of them.
+    kinds = [KINDS[e.type.kind] for e in program.equations]
+    every_path = any(kind.large and kind.every_path for kind in kinds)
+    units = () if every_path else schedule.unit_axes
     return _Placing(model, program, mesh, schedule.batch_axes, units, entries).placement(
         f"{program.name} follows every path between units, so nothing is split over {'+'.join(schedule.unit_axes)}"
-        if every_path is not None and schedule.unit_axes
+        if every_path and schedule.unit_axes
         else ""
     )
 

@@ -70,7 +70,7 @@ def trace_classes(program: TraceProgram) -> tuple[TraceClass, ...]:
 
         key = (
             relation.group,
-            tuple((e.op, e.options, () if e.op == "outer" else tuple(map(seen, e.args))) for e in traces),
+            tuple((e.op, () if e.op == "outer" else tuple(map(seen, e.args))) for e in traces),
             tuple((*map(seen, e.args), e.name if e.name in scaled else "") for e in asked),
         )
         found.setdefault(key, {})[relation.name] = traces

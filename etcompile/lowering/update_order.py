@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation
 from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.in_place import computed_once, known_after
@@ -23,9 +24,6 @@ __all__ = ["updated_in_order"]
 
 Value = Any
 Matrix = Sequence[Sequence[Value]]
-
-#: Ops of which row k reads nothing but row k of this step's values.
-_ROW_BY_ROW = ("outer", "matmul", "add", "sub", "mul", "div", "copy")
 
 
 def updated_in_order(
@@ -62,7 +60,7 @@ def updated_in_order(
 def _row_by_row(traces: Sequence[Equation], names: Collection[str], values: Mapping[str, Value]) -> bool:
     """Whether every row follows from its own values of this step and the old ones of any row."""
     return all(
-        e.op in _ROW_BY_ROW
+        OPS[e.op].by_row
         and all(r.delay or r.name in names or r.name in values for r in e.refs)
         and not (e.op == "matmul" and not e.refs[1].delay)
         for e in traces

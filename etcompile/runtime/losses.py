@@ -18,6 +18,7 @@ from etcompile.frontend.given import as_array
 from etcompile.frontend.jaxpr import is_traced
 from etcompile.frontend.loss import TracedLoss, trace_loss
 from etcompile.frontend.loss_errors import check_takes, explained_loss
+from etcompile.ir.ops import OPS
 from etcompile.ir.program import Ref, TraceProgram
 from etcompile.lowering.functions import Item
 from etcompile.lowering.losses import Loss, LossProgram, LossValue, checked_loss
@@ -254,11 +255,6 @@ def _joined(
     return JoinedLoss(traced, program, of_kind["fixed"], of_kind["carried"])
 
 
-#: Operations by which a rule reads what the loss says of states, and those that bring a learning signal of another kind.
-_OF_STATES = frozenset({"signal", "layer_signal", "start", "layer_start"})
-_OF_OUTPUTS = frozenset({"error", "target", "modulator"})
-
-
 def _say_what_ends_within_the_step(variant: Variant, states: Sequence[str]) -> None:
     """Warn where a loss reads states, and weights take their learning signal from the outputs or a modulator alone."""
     program = variant.compiled.program
@@ -266,8 +262,8 @@ def _say_what_ends_within_the_step(variant: Variant, states: Sequence[str]) -> N
         return
     deaf = []
     for gradient in program.gradients:
-        ops = _ops_within_the_step(program, gradient.value)
-        if ops & _OF_OUTPUTS and not ops & _OF_STATES:
+        signals = {OPS[op].signal for op in _ops_within_the_step(program, gradient.value)}
+        if "given" in signals and not signals & {"new", "start"}:
             deaf.extend(program.header.site(gradient.site).params)
     if deaf:
         params = list(dict.fromkeys(deaf))

@@ -1,0 +1,228 @@
+"""The table of kinds: what each value of a trace program is an array of, and whose it is.
+
+One row per kind. What the rest of the compiler asks of a kind is a field of its row: how many leading axes run over the
+states of a group (which of these can be zero is known), whether it has an entry per weight and unit, and whether chunks
+know it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from etcompile.errors import ProgramError
+from etcompile.ir.header import Effect, Group, Header, Layer, Relation, Site
+from etcompile.ir.types import Type
+
+__all__ = ["KINDS", "Kind", "type_of"]
+
+Shape = tuple[int, ...]
+DtypeAndShape = tuple[str, Shape]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of value.
+
+    Attributes
+    ----------
+    name : str
+    owner : str
+        What a value of this kind belongs to: a group, relation, site, layer or effect; "" for nothing.
+    infer : callable
+        ``(header, owner) -> (dtype, shape)``.
+    doc : str
+        The shape in words.
+    rows : int
+        How many of the leading axes run over the hidden states of a group: entries that can be structurally zero.
+    large : bool
+        Whether it has an entry for every weight and unit: these are what a narrower ``trace_dtype`` stores narrower.
+    in_chunks : bool
+        Whether a value of this kind can be computed for the steps of a chunk together.
+    carried : str
+        First letters of the name of a recurrence of this kind.
+    """
+
+    name: str
+    owner: str
+    infer: Callable[[Header, Any], DtypeAndShape]
+    doc: str
+    rows: int = 0
+    large: bool = False
+    in_chunks: bool = True
+    carried: str = "v"
+
+    @property
+    def every_path(self) -> bool:
+        """Whether it follows every path between units, and not those within a unit alone."""
+        return self.owner in ("layer", "effect")
+
+
+KINDS: dict[str, Kind] = {}
+
+_OWNERS: dict[str, Callable[[Header, str], Any]] = {
+    "group": Header.group,
+    "relation": Header.relation,
+    "site": Header.site,
+    "layer": Header.layer,
+    "effect": Header.effect,
+    "": lambda header, name: None,
+}
+
+
+def type_of(header: Header, kind: str, of: str) -> Type:
+    """The type of this kind that belongs to the group, relation, site, layer or effect named ``of``."""
+    if kind not in KINDS:
+        raise ProgramError(f"there is no type {kind!r}.", expected="one of " + ", ".join(sorted(KINDS)))
+    row = KINDS[kind]
+    dtype, shape = row.infer(header, _OWNERS[row.owner](header, of))
+    return Type(kind, of if row.owner else "", dtype, shape)
+
+
+def _kind(name: str, owner: str, doc: str, **flags: Any) -> Callable[[Callable], Callable]:
+    """Add a row to the table: the function says dtype and shape."""
+
+    def add(infer: Callable[[Header, Any], DtypeAndShape]) -> Callable:
+        KINDS[name] = Kind(name, owner, infer, doc, **flags)
+        return infer
+
+    return add
+
+
+# --- of a group -------------------------------------------------------------------------------------------------------
+
+
+@_kind("transition", "group", "states x states x positions", rows=2)
+def _transition(header: Header, group: Group) -> DtypeAndShape:
+    return group.dtype, (len(group.states), len(group.states), *group.shape)
+
+
+@_kind("state", "group", "states x positions", rows=1)
+def _state(header: Header, group: Group) -> DtypeAndShape:
+    return group.dtype, (len(group.states), *group.shape)
+
+
+@_kind("drive", "group", "positions")
+def _drive(header: Header, group: Group) -> DtypeAndShape:
+    return group.dtype, group.shape
+
+
+@_kind("feedback", "group", "positions, one row for each entry of the vector that it projects", carried="B")
+def _feedback(header: Header, group: Group) -> DtypeAndShape:
+    return group.dtype, group.shape
+
+
+# --- of a relation ----------------------------------------------------------------------------------------------------
+
+
+@_kind("immediate", "relation", "states x window of y", rows=1)
+def _immediate(header: Header, relation: Relation) -> DtypeAndShape:
+    states = header.group(relation.group).states
+    return header.site(relation.site).dtype, (len(states), *relation.shape)
+
+
+@_kind("trace", "relation", "states x window of y x contracted", rows=1, large=True, carried="e")
+def _trace(header: Header, relation: Relation) -> DtypeAndShape:
+    site = header.site(relation.site)
+    if site.contracted is None:
+        raise ProgramError(f"site {site.name} ({site.primitive}, {site.source}) has no trace.")
+    dtype, shape = _immediate(header, relation)
+    return dtype, (*shape, *site.contracted)
+
+
+# --- of a site --------------------------------------------------------------------------------------------------------
+
+
+@_kind("presynaptic", "site", "what the operation reads beside w", carried="x")
+def _presynaptic(header: Header, site: Site) -> DtypeAndShape:
+    return site.dtype, site.presynaptic[0] if site.presynaptic else ()
+
+
+@_kind("factor", "site", "x as a plain array, linear in y", carried="x")
+def _factor(header: Header, site: Site) -> DtypeAndShape:
+    if site.kind in ("direct", "opaque"):
+        return site.dtype, ()
+    if site.kind == "embedding":
+        return site.dtype, (*site.presynaptic[0][:-1], site.weight[0])
+    return site.dtype, (*site.y, *site.weight) if site.kind == "generic" else site.presynaptic[0]
+
+
+@_kind("credit", "site", "y")
+def _credit(header: Header, site: Site) -> DtypeAndShape:
+    return site.dtype, site.y
+
+
+@_kind("gradient", "site", "weight")
+def _gradient(header: Header, site: Site) -> DtypeAndShape:
+    return site.dtype, site.weight
+
+
+# --- of a layer -------------------------------------------------------------------------------------------------------
+
+
+@_kind("hidden", "layer", "all elements of the layer's states", in_chunks=False)
+def _hidden(header: Header, layer: Layer) -> DtypeAndShape:
+    return layer.dtype, (layer.size,)
+
+
+@_kind("jacobian", "layer", "new states x old states, an operator", in_chunks=False)
+def _jacobian(header: Header, layer: Layer) -> DtypeAndShape:
+    return layer.dtype, (layer.size, layer.size)
+
+
+# --- of an effect -----------------------------------------------------------------------------------------------------
+
+
+@_kind("influence", "effect", "states x weight", large=True, in_chunks=False, carried="J")
+def _influence(header: Header, effect: Effect) -> DtypeAndShape:
+    layer = header.layer(effect.layer)
+    return layer.dtype, (layer.size, *header.site(effect.site).weight)
+
+
+@_kind("response", "effect", "states x y", large=True, in_chunks=False, carried="A")
+def _response(header: Header, effect: Effect) -> DtypeAndShape:
+    layer = header.layer(effect.layer)
+    return layer.dtype, (layer.size, *header.site(effect.site).y)
+
+
+@_kind("snap", "effect", "order n of the pattern", large=True, in_chunks=False, carried="J")
+def _snap(header: Header, effect: Effect) -> DtypeAndShape:
+    raise ProgramError(
+        "the shape of a snap value follows from the order of its pattern: make it by snap_immediate."
+    )
+
+
+@_kind("row_factor", "effect", "the rows of x, x contracted", in_chunks=False)
+def _row_factor(header: Header, effect: Effect) -> DtypeAndShape:
+    site = header.site(effect.site)
+    return site.dtype, (*site.y, *(site.contracted or ()))
+
+
+@_kind("rows", "effect", "the rows of x", in_chunks=False)
+def _rows(header: Header, effect: Effect) -> DtypeAndShape:
+    site = header.site(effect.site)
+    return site.dtype, site.y
+
+
+# --- of nothing -------------------------------------------------------------------------------------------------------
+
+
+@_kind("vector", "", "as many as outputs or targets")
+def _vector(header: Header, owner: None) -> DtypeAndShape:
+    return _widest(header), ()
+
+
+@_kind("number", "", "()")
+def _number(header: Header, owner: None) -> DtypeAndShape:
+    return _widest(header), ()
+
+
+@_kind("count", "", "()", in_chunks=False)
+def _count(header: Header, owner: None) -> DtypeAndShape:
+    return "u32", ()
+
+
+def _widest(header: Header) -> str:
+    """The widest type of the groups' states, at least f32: numbers and outputs must not lose what the states have."""
+    return max(("f32", *(g.dtype for g in header.groups if g.dtype != "bf16")), key=lambda d: int(d[1:]))
