@@ -8,10 +8,11 @@ from typing import Any
 import brainstate
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from etcompile.errors import ModelError
 from etcompile.frontend.environment import recorded, traced_with
-from etcompile.frontend.jaxpr import inputs_used, run_jaxpr
+from etcompile.frontend.jaxpr import in_transformation, inputs_used, is_traced, run_jaxpr
 from etcompile.frontend.step_model import TracedStep, leaf_names
 from etcompile.frontend.user_code import user_frame
 
@@ -108,8 +109,24 @@ def _array(value: Any) -> Any:
 def own_copy(value: Any) -> Any:
     """A copy with a buffer of its own and a dtype that gives way to no other's."""
     if isinstance(value, jax.Array) and not getattr(value, "weak_type", False):  # typed keys have none
-        return jnp.copy(value)
+        return _plain_copy(value) if _lies_plainly(value) else jnp.copy(value)
     return jnp.array(value, jnp.result_type(value))
+
+
+def _lies_plainly(value: Any) -> bool:
+    """Whether an array lies in this machine's memory, of numbers that numpy copies: no program need be compiled for that."""
+    if is_traced(value) or in_transformation() or jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        return False
+    devices = value.devices()
+    return (
+        len(devices) == 1 and not getattr(value, "committed", True) and next(iter(devices)).platform == "cpu"
+    )
+
+
+def _plain_copy(value: Any) -> Any:
+    if value.is_deleted():
+        return jnp.copy(value)  # says so
+    return jax.device_put(np.array(value), may_alias=False)
 
 
 def _keys(tree: Any) -> list[str]:

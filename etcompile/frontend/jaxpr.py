@@ -28,6 +28,7 @@ from jax._src.core import trace_ctx, trace_state_clean
 from jax.core import Tracer
 from jax.interpreters import ad, batching, mlir
 
+from etcompile.frontend.folding import folded
 from etcompile.frontend.implementations import traced_implementation
 from etcompile.frontend.loops import Loop, Use, stopped, within
 from etcompile.frontend.user_code import user_line
@@ -682,6 +683,9 @@ def _computed(operation: Operation, avals: Sequence[Aval]) -> list[Constant] | N
         return None
     if operation.name in _KEPT and not _small_broadcast(operation, avals):
         return None
+    known = folded(operation.name, operation.params, values, avals)
+    if known is not None:
+        return [Constant(known)]
     with jax.ensure_compile_time_eval():
         return list(map(Constant, bind(operation, values)))
 

@@ -18,6 +18,7 @@ from etcompile.analysis.dependence import NO_DERIVATIVE, NO_REVERSE
 from etcompile.errors import UnsupportedError
 from etcompile.frontend.jaxpr import Constant, Graph, Operation, bind, read, silenced, without_derivative
 from etcompile.frontend.loops import Use, within
+from etcompile.lowering.transposes import written_pullback
 
 __all__ = ["Tape"]
 
@@ -204,10 +205,19 @@ class Tape:
 
     def _pullback(
         self, number: int, moving: tuple[int, ...], cuts: Mapping[Use, np.ndarray] | None = None
-    ) -> Callable[[list[Array | None]], tuple[Array, ...]]:
+    ) -> Callable[[Sequence[Array | None]], tuple[Array, ...]]:
         key = (number, moving, tuple((use, mask.tobytes()) for use, mask in sorted((cuts or {}).items())))
         if key not in self._pulls:
             operation = self.graph.operations[number]
+            written = written_pullback(
+                operation,
+                [self.read(v) for v in operation.inputs],
+                [self.values[v] for v in operation.outputs],
+                moving,
+            )
+            if written is not None:
+                self._pulls[key] = written
+                return written
             live = [k for k, v in enumerate(operation.outputs) if self.graph.avals[v].differentiable]
             fn, at = self._function(number, moving, cuts)
             try:
@@ -215,7 +225,7 @@ class Tape:
             except (NotImplementedError, ValueError) as error:  # how rules of jax's own primitives refuse
                 raise _not_differentiable(operation, error) from error
 
-            def pullback(found: list[Array | None]) -> tuple[Array, ...]:
+            def pullback(found: Sequence[Array | None]) -> tuple[Array, ...]:
                 full = []
                 for k in live:
                     aval = self.graph.avals[operation.outputs[k]]
