@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 __all__ = ["folded"]
 
@@ -63,12 +62,12 @@ def folded(
 
 
 def _plain(params: dict[str, Any], values: Sequence[Any], dtype: Any) -> bool:
-    """Whether there is no more to it than numbers: no keys, no place on several devices, nothing traced."""
+    """Whether there is no more to it than numbers: no keys, no place on several devices."""
     if any(params.get(key) is not None for key in ("sharding", "out_sharding")):
         return False
     dtypes = [dtype, *(v.dtype for v in values if hasattr(v, "dtype"))]
     return not any(jnp.issubdtype(d, jax.dtypes.extended) for d in dtypes) and not any(
-        isinstance(v, Tracer) or (isinstance(v, jax.Array) and not v.is_fully_addressable) for v in values
+        (isinstance(v, jax.Array) and not v.is_fully_addressable) for v in values
     )
 
 

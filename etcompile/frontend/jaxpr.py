@@ -683,7 +683,9 @@ def _computed(operation: Operation, avals: Sequence[Aval]) -> list[Constant] | N
         return None
     if operation.name in _KEPT and not _small_broadcast(operation, avals):
         return None
-    known = folded(operation.name, operation.params, values, avals)
+    known = None
+    if not any(map(is_traced, values)):
+        known = folded(operation.name, operation.params, values, avals)
     if known is not None:
         return [Constant(known)]
     with jax.ensure_compile_time_eval():
