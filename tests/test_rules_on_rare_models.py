@@ -170,11 +170,13 @@ def test_synthetic_gradients_say_nothing_of_states_without_elements():
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
-def test_an_operand_that_jax_does_not_differentiate_by_is_named_where_it_is(chunk):
+@pytest.mark.parametrize(
+    ("rule", "chunk"), [("d_rtrl", 1), ("d_rtrl", 2), ("rtrl", 1), ("ostl", 1), ("snap", 1)]
+)
+def test_an_operand_that_jax_does_not_differentiate_by_is_named_where_it_is(rule, chunk):
     parts = cell(lambda p, h, d: jax.scipy.special.betainc(1.5 + jnp.tanh(h), 2.0, 0.4) + d + p["b"])
     with pytest.raises(
         EtcompileError,
         match=r"test_rules_on_rare_models.py:\d+: .* regularized_incomplete_beta, which JAX does not",
     ):
-        compiled(parts, "d_rtrl").scan_value_and_grad(loss, chunk=chunk)(parts[3])
+        compiled(parts, rule).scan_value_and_grad(loss, chunk=chunk)(parts[3])

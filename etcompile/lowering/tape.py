@@ -176,7 +176,10 @@ class Tape:
             (pushed,) = jax.linear_transpose(lambda found: pull(found), zeros)(tuple(given))
             return [t for t, a in zip(pushed, avals, strict=True) if a.differentiable]
         fn, at = self._function(number, moving)
-        return jax.jvp(fn, at, tuple(given))[1]
+        try:
+            return jax.jvp(fn, at, tuple(given))[1]
+        except (NotImplementedError, ValueError) as error:
+            raise _not_differentiable(operation, error) from error
 
     @contextmanager
     def inner(self) -> Iterator[None]:
@@ -247,7 +250,7 @@ def _not_differentiable(operation: Operation, error: Exception) -> UnsupportedEr
         f"credit would have to pass {operation.name}, which JAX does not differentiate here.",
         where=operation.source,
         got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else operation.name}",
-        expected="an operation with a derivative in reverse mode by every operand that credit passes",
+        expected="an operation with a derivative by every operand that credit passes",
         hint="give it a derivative with jax.custom_vjp; or, if no credit shall pass, apply it to jax.lax.stop_gradient(value).",
     )
 
