@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 
@@ -23,7 +23,8 @@ class BuildPy(build_py):
             raise SystemExit(
                 f"etcompile/passes is no symbolic link, which an editable install needs: {way_out}"
             )
-        self.packages = [*(self.packages or []), "etcompile.passes"]
+        found = ["", *(f".{name}" for name in find_packages(str(root / "passes")))]
+        self.packages = [*(self.packages or []), *(f"etcompile.passes{name}" for name in found)]
         self.package_dir = {**(self.package_dir or {}), "etcompile.passes": "passes"}
 
 

@@ -1,30 +1,19 @@
-"""Learning rules and optimisations, one per file, written against the public pass API."""
+"""Learning rules and optimisations, one per file, written against the public pass API.
+
+Every module of :mod:`etcompile.passes.rules` is imported, which registers its rule: a new rule is a new file there.
+"""
 
 from __future__ import annotations
 
-from etcompile.passes import (  # noqa: F401  (importing a rule registers it)
-    bptt,
-    compose,
-    d_rtrl,
-    dni,
-    e_prop,
-    kf_rtrl,
-    ostl,
-    osttp,
-    otpe,
-    ottt,
-    pp_prop,
-    rflo,
-    rtrl,
-    snap,
-    three_factor,
-    uoro,
-)
-from etcompile.passes.collapse_constant_decay import CollapseConstantDecay
-from etcompile.passes.dead_traces import DeadTraces
-from etcompile.passes.exact_within import ExactWithin
-from etcompile.passes.hoist_parameters import HoistParameters
-from etcompile.passes.share_traces import ShareTraces
+from importlib import import_module
+from pkgutil import iter_modules
+
+from etcompile.passes import rules
+from etcompile.passes.optimise.collapse_constant_decay import CollapseConstantDecay
+from etcompile.passes.optimise.dead_traces import DeadTraces
+from etcompile.passes.optimise.exact_within import ExactWithin
+from etcompile.passes.optimise.hoist_parameters import HoistParameters
+from etcompile.passes.optimise.share_traces import ShareTraces
 
 __all__ = [
     "OPTIMISATIONS",
@@ -34,6 +23,9 @@ __all__ = [
     "HoistParameters",
     "ShareTraces",
 ]
+
+for _module in iter_modules(rules.__path__, f"{rules.__name__}."):
+    import_module(_module.name)
 
 #: Run after every learning rule, in this order.
 OPTIMISATIONS = (HoistParameters, CollapseConstantDecay, ShareTraces, DeadTraces)

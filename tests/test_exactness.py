@@ -12,7 +12,7 @@ from jax import lax
 
 import etcompile
 from etcompile import AlgorithmError, PassError, PassManager, algorithm
-from etcompile.passes.exact_within import ExactWithin
+from etcompile.passes import ExactWithin
 
 LENGTH, INPUTS, UNITS = 7, 3, 4
 _rng = np.random.default_rng(0)

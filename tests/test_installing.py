@@ -73,11 +73,11 @@ def test_a_checkout_without_symbolic_links_builds_a_whole_package(build, monkeyp
     tree, run = build
     monkeypatch.chdir(tree)
     built = run()
-    for path in [*(ROOT / "passes").glob("*.py"), ROOT / "etcompile" / "ir" / "program.py"]:
+    for path in [*(ROOT / "passes").rglob("*.py"), ROOT / "etcompile" / "ir" / "program.py"]:
         inside = (
             path.relative_to(ROOT)
             if "etcompile" in path.parts[-3:]
-            else Path("etcompile", "passes", path.name)
+            else Path("etcompile", "passes", path.relative_to(ROOT / "passes"))
         )
         assert (built / inside).read_bytes() == path.read_bytes()
 

@@ -134,6 +134,17 @@ class ProgramBuilder:
         """dloss_t/dh_{t-1} along paths that avoid the group's new states, ``[states, positions]``."""
         return self._named("bypass", group)
 
+    def earlier_credit(self, of: Group | Layer | str) -> Value:
+        """L D + K of a group, L H + K of a layer: the loss by the old states, with all paths that the transition follows.
+
+        What a trace of the step before is contracted with.
+        """
+        name = of if isinstance(of, str) else of.name
+        if any(name == layer.name for layer in self.header.layers):
+            return self.layer_signal(name) @ self.layer_transition(name) + self.layer_bypass(name)
+        credit = self.signal(name) @ self.transition(name)
+        return credit + self.bypass(name) if any(self.header.group(name).bypass) else credit
+
     def one_step(self, site: Relation | Site | str) -> Value:
         """dloss_t/dy_t by ordinary autodiff with h_{t-1} held constant."""
         return self._named("one_step", site.site if isinstance(site, Relation) else site)

@@ -47,6 +47,11 @@ class Site:
     presynaptic: tuple[Shape, ...]
     hoisted: bool = False
 
+    @property
+    def closed(self) -> bool:
+        """Whether what the weight does to y has a closed form, so that no Jacobian is taken by autodiff."""
+        return self.kind in ("direct", "dot_general", "conv", "embedding")
+
 
 @dataclasses.dataclass(frozen=True)
 class Response:

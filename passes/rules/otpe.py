@@ -23,7 +23,7 @@ their recurrent credit is left out.
 from __future__ import annotations
 
 from etcompile.pass_api import ProgramBuilder, algorithm
-from etcompile.passes.ottt import require_leak
+from etcompile.passes.parts import require_leak
 
 __all__ = ["otpe"]
 

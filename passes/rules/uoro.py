@@ -17,24 +17,10 @@ Reference: C. Tallec and Y. Ollivier, "Unbiased online recurrent optimization", 
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-
 from etcompile.pass_api import ProgramBuilder, algorithm
+from etcompile.passes.parts import balance
 
-__all__ = ["balance", "uoro"]
-
-#: Keeps the scales finite where a norm is zero, as in the paper.
-EPSILON = 1e-7
-
-
-def balance(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The scale that makes two factors of norms a and b equally large: sqrt(a / b), kept finite.
-
-    Root by root, and with a constant that is a normal number of their type: a / EPSILON is too large for float16.
-    """
-    epsilon = max(EPSILON, float(jnp.finfo(jnp.result_type(a, b)).tiny))
-    return (a + epsilon) ** 0.5 / (b + epsilon) ** 0.5
+__all__ = ["uoro"]
 
 
 @algorithm(
@@ -55,7 +41,7 @@ def uoro(p: ProgramBuilder, seed: int = 0) -> None:
     rho0 = p.map(balance, p.norm(*(v.prev for v in theta)), p.norm(pushed))
     rho1 = p.map(balance, p.norm(*pulled), p.norm(nu))
     p.define(s, rho0 * pushed + rho1 * nu)
-    credit = p.layer_signal(p.network) @ H + p.layer_bypass(p.network)
+    credit = p.earlier_credit(p.network)
     for effect, value, part in zip(effects, theta, pulled, strict=True):
         p.define(value, value.prev / rho0 + part / rho1)
         p.gradient(effect, p.dot(credit, s.prev) * value.prev, within="one_step")

@@ -15,7 +15,8 @@ Departure: any model, not only feed-forward leaky integrate-and-fire layers; f_t
 
 from __future__ import annotations
 
-from etcompile.pass_api import OptionError, ProgramBuilder, algorithm
+from etcompile.pass_api import ProgramBuilder, algorithm
+from etcompile.passes.parts import require_leak
 
 __all__ = ["ottt"]
 
@@ -30,9 +31,3 @@ def ottt(p: ProgramBuilder, leak: float = 0.9) -> None:
     for r in p.relations:
         a = p.recur(decay=leak, inject=p.presynaptic(r))
         p.gradient(r, p.contract(p.signal(r.group), p.immediate(r), a))
-
-
-def require_leak(leak: float) -> None:
-    """Refuse a leak outside of [0, 1)."""
-    if isinstance(leak, bool) or not isinstance(leak, (int, float)) or not 0.0 <= leak < 1.0:
-        raise OptionError("leak must lie in [0, 1).", got=f"leak={leak!r}")

@@ -22,7 +22,7 @@ local, random. ``compose`` reaches the points without a name.
 from __future__ import annotations
 
 from etcompile.pass_api import Header, OptionError, ProgramBuilder, algorithm
-from etcompile.passes.ottt import require_leak
+from etcompile.passes.parts import require_leak
 from etcompile.passes.signals import SIGNALS, learning_signal
 
 __all__ = ["compose"]

@@ -19,8 +19,8 @@ Neural Networks and Learning Systems 34, 2023, arXiv 2007.12723. Departure: laye
 from __future__ import annotations
 
 from etcompile.pass_api import Header, ProgramBuilder, algorithm
-from etcompile.passes.d_rtrl import d_rtrl
-from etcompile.passes.rtrl import follow_layers
+from etcompile.passes.parts import follow_layers
+from etcompile.passes.rules.d_rtrl import d_rtrl
 
 __all__ = ["ostl"]
 

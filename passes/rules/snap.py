@@ -34,8 +34,8 @@ def snap(p: ProgramBuilder, n: int = 1) -> None:
     """SnAp-n: J = M_n o (H J + F); grad = one_step + dloss/dh_{t-1} J_{t-1}."""
     n = positive_integer("n", n)
     H = p.layer_transition(p.network)
-    credit = p.layer_signal(p.network) @ H + p.layer_bypass(p.network)
+    credit = p.earlier_credit(p.network)
     for effect in p.effects(p.network):
-        closed = p.header.site(effect.site).kind in ("direct", "dot_general", "conv", "embedding")
+        closed = p.header.site(effect.site).closed
         J = p.recur(decay=H, inject=p.snap_immediate(effect, n) if closed else p.layer_immediate(effect))
         p.gradient(effect, p.contract(credit, J.prev), within="one_step")

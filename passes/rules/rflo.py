@@ -16,7 +16,7 @@ the error is dloss/dout of any loss.
 from __future__ import annotations
 
 from etcompile.pass_api import ProgramBuilder, algorithm
-from etcompile.passes.ottt import require_leak
+from etcompile.passes.parts import require_leak
 from etcompile.passes.signals import learning_signal
 
 __all__ = ["rflo"]

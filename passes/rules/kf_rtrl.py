@@ -20,7 +20,7 @@ matrix in an RNN.
 from __future__ import annotations
 
 from etcompile.pass_api import ProgramBuilder, algorithm
-from etcompile.passes.uoro import balance
+from etcompile.passes.parts import balance
 
 __all__ = ["kf_rtrl"]
 
@@ -35,7 +35,7 @@ def kf_rtrl(p: ProgramBuilder, seed: int = 0) -> None:
         site = p.header.site(effect.site)
         H = p.layer_transition(p.network)
         now = p.layer_response(effect)
-        credit = p.layer_signal(p.network) @ H + p.layer_bypass(p.network)
+        credit = p.earlier_credit(p.network)
         if not site.contracted:
             A = p.recur(decay=H, inject=now)
             value = p.pullback(site, p.contract(credit, A.prev))

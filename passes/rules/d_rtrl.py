@@ -26,9 +26,5 @@ __all__ = ["d_rtrl"]
 def d_rtrl(p: ProgramBuilder) -> None:
     """D-RTRL: e = D e + f (x) x; grad = one_step + L D e_{t-1}."""
     for r in p.relations:
-        transition = p.transition(r.group)
-        e = p.recur(decay=transition, inject=p.outer(r))
-        credit = p.signal(r.group) @ transition
-        if any(p.header.group(r.group).bypass):
-            credit = credit + p.bypass(r.group)
-        p.gradient(r, p.contract(credit, e.prev), within="one_step")
+        e = p.recur(decay=p.transition(r.group), inject=p.outer(r))
+        p.gradient(r, p.contract(p.earlier_credit(r.group), e.prev), within="one_step")

@@ -15,19 +15,10 @@ Computation 1, 1989.
 
 from __future__ import annotations
 
-from etcompile.pass_api import Layer, ProgramBuilder, algorithm
+from etcompile.pass_api import ProgramBuilder, algorithm
+from etcompile.passes.parts import follow_layers
 
-__all__ = ["follow_layers", "rtrl"]
-
-
-def follow_layers(p: ProgramBuilder, layers: tuple[Layer, ...]) -> None:
-    """The influence of every weight on each layer, by all paths inside of the layer."""
-    for layer in layers:
-        H = p.layer_transition(layer)
-        for effect in p.effects(layer):
-            J = p.recur(decay=H, inject=p.layer_immediate(effect))
-            credit = p.layer_signal(layer) @ H + p.layer_bypass(layer)
-            p.gradient(effect, p.contract(credit, J.prev), within="one_step")
+__all__ = ["rtrl"]
 
 
 @algorithm("rtrl", exact="always")
