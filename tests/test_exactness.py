@@ -187,6 +187,14 @@ def test_bptt_over_a_whole_sequence_is_exact_and_says_so():
     assert not short.exact and "start of each window" in short.report().leaves_out
 
 
+def test_a_chunk_that_cuts_what_would_be_exact_is_said():
+    step = compiled(tanh_cell, algo="bptt")
+    with pytest.warns(
+        etcompile.EtcompileWarning, match=r"chunk=2 cuts these .* approximates backpropagation"
+    ):
+        assert largest_gap(tanh_cell, step, chunk=2) > 1e-6
+
+
 def test_windows_say_that_they_are_exact_inside():
     step = compiled(tanh_cell, within="exact")
     assert not step.exact and "inside of each window" in step.report().verdict

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from etcompile.errors import CarryError, EtcompileError, InputError, ModelError, OptionError, UnsupportedError
+from etcompile.errors import (
+    CarryError,
+    EtcompileError,
+    EtcompileWarning,
+    InputError,
+    ModelError,
+    OptionError,
+    UnsupportedError,
+)
 from etcompile.frontend.function import own_copy
 from etcompile.frontend.given import as_array, refuse_iterators, refuse_lists, shape_difference, stacked
 from etcompile.frontend.jaxpr import in_transformation, is_traced
@@ -649,6 +658,13 @@ class Step:
         window = self.program.window
         if window is not None:
             size = chunk if isinstance(chunk, int) else window
+            if self.exact and not window and not self.program.carried and 0 < size < steps:
+                warnings.warn(
+                    f"chunk={size} cuts these {steps} steps into windows, and {self.program.name} carries nothing from one to "
+                    "the next: this gradient approximates backpropagation through time, which without chunk= it equals.",
+                    EtcompileWarning,
+                    stacklevel=3,
+                )
             return windows(self._functions, size), size or steps, "windows"
         wanted = self._compiled.schedule.chunk if chunk is None else chunk
         size = self._functions.chunk_size(wanted, steps, self._compiled.schedule.memory)
