@@ -28,6 +28,7 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import brainstate
 import jax
+from shared import forget_if_much
 
 jax.config.update("jax_enable_x64", True)
 brainstate.environ.set(precision=64)
@@ -65,7 +66,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """With `--dist loadgroup`, tests of one model run in one process: they share what `functools.cache` keeps of it."""
+    """With `--dist loadgroup`, tests of one model run in one process: they share what is `shared` of it."""
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         name = getattr(params.get("case"), "name", None) or params.get("name")
@@ -76,3 +77,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _fresh_random_key():
     brainstate.random.seed(0)
+
+
+def pytest_runtest_teardown():
+    """A process that compiles thousands of functions would run out of maps of memory."""
+    forget_if_much()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from oracles import Online, Tree, dense_d_rtrl, identity, keep, time_slice
+from shared import shared
 from zoo import CASES, Case, Function
 from zoo.base import Built
 
@@ -69,7 +69,7 @@ class Autodiff:
     losses_of: Callable[[Tree], jax.Array]
 
 
-@functools.cache
+@shared
 def autodiff(case: Case) -> Autodiff:
     """Full backpropagation through time, and that of the first step, in one compiled function."""
     built = fresh(case)
@@ -95,14 +95,14 @@ def autodiff(case: Case) -> Autodiff:
     return Autodiff(losses, outs, states, first, total, lambda params: run(params)[0])
 
 
-@functools.cache
+@shared
 def dense(case: Case) -> Online:
     """The dense reference of D-RTRL, from the instrumented step."""
     b = fresh(case)
     return dense_d_rtrl(b.step, b.params, b.state, b.xs, b.targets, b.loss_fn, b.groups)
 
 
-@functools.cache
+@shared
 def step_of(case: Case):
     """A compiled step to look at: its program, graph and report. `learned` runs it."""
     return compiled(fresh(case))
@@ -117,7 +117,7 @@ class Learned:
     grads: Tree
 
 
-@functools.cache
+@shared
 def learned(case: Case) -> Learned:
     """D-RTRL by one call for each step."""
     built = fresh(case)

@@ -74,7 +74,21 @@ def pure(h, w):
     return jax.pure_callback(note("pure"), NUMBER, lax.stop_gradient(h))
 
 
+def asked_in_a_condition(h, w):
+    total = lax.stop_gradient(h).sum()
+    return lax.cond(total < 1e9, lambda: io_callback(note("in cond"), NUMBER, total), lambda: 0.0)
+
+
+def asked_in_a_loop(h, w):
+    def body(_, total):
+        return total + 0.0 * io_callback(note("in loop"), NUMBER, total)
+
+    return lax.fori_loop(0, 200, body, lax.stop_gradient(h).sum() * 0.0 + 1.5)
+
+
 MODELS = {
+    asked_in_a_condition: ["in cond"],
+    asked_in_a_loop: ["in loop"] * 200,
     printed: ["nothing", "print", "weights"],
     asked: ["alone", "state"],
     ordered: ["ordered"],
@@ -87,7 +101,7 @@ def squared(out, y):
 
 
 def by_hand(effects, xs, ys):
-    offset = {printed: 0.0, asked: 3.0, ordered: 1.5, pure: 1.5}[effects]
+    offset = {printed: 0.0, asked: 3.0, ordered: 1.5, pure: 1.5}.get(effects, 1.5)
     model = Net(lambda h, w: offset)
     brainstate.nn.init_all_states(model, batch_size=2)
 
@@ -97,9 +111,16 @@ def by_hand(effects, xs, ys):
     return next(iter(brainstate.transform.grad(total, model.states(brainstate.ParamState))().values()))
 
 
+@pytest.mark.filterwarnings("ignore:chunk=3 cuts:etcompile.EtcompileWarning")
 @pytest.mark.parametrize(
     ("effects", "algo"),
-    [*((e, "d_rtrl") for e in MODELS), (printed, "bptt"), (asked, "bptt"), (asked, "rtrl")],
+    [
+        *((e, "d_rtrl") for e in MODELS),
+        (printed, "bptt"),
+        (asked, "bptt"),
+        (asked, "rtrl"),
+        (asked_in_a_condition, "rtrl"),
+    ],
 )
 def test_each_effect_happens_once_per_step(effects, algo):
     rng = np.random.default_rng(1)
@@ -172,3 +193,28 @@ def test_credit_that_would_pass_a_call_to_the_host_is_refused():
             ModelError, match=r"test_effects.py:\d+: the credit of .* pure_callback(.|\n)*stop_gradient"
         ):
             etcompile.compile(Net(effects), jnp.ones((2, 3)), batch_size=2)
+
+
+def inside_of_a_condition(h):
+    return lax.cond(
+        h.sum() < 1e9, lambda: io_callback(note("in cond"), NUMBER, lax.stop_gradient(h)), lambda: 0.0
+    )
+
+
+def inside_of_a_loop(h):
+    return lax.fori_loop(
+        0, 200, lambda k, v: 0.99 * v * io_callback(note("in loop"), NUMBER, lax.stop_gradient(v)), h
+    )
+
+
+@pytest.mark.parametrize("effect", [inside_of_a_condition, inside_of_a_loop])
+def test_credit_through_what_asks_the_host_inside_is_refused(effect):
+    def step(params, state, x):
+        h = jnp.tanh(0.9 * state["h"] + x @ params["w"])
+        return {"h": h * effect(h)}, h
+
+    model = etcompile.from_function(step, {"w": jnp.ones((3, 4))}, {"h": jnp.zeros(4)})
+    with pytest.raises(ModelError, match="asks the host for values inside of it") as caught:
+        etcompile.compile(model, jnp.ones(3))
+    assert "test_effects.py" in str(caught.value) and "pure_callback" in str(caught.value)
+    assert not seen

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from oracles import relative_error, time_slice
 from references import compiled, fresh
+from shared import shared
 from zoo import by_name
 
 from etcompile.ir.kinds import KINDS
@@ -33,7 +33,7 @@ PAIRS = [
 ]
 
 
-@functools.cache
+@shared
 def equations(name, algo, options):
     """Every equation of the second step with its context, arguments and value, all of them numbers."""
     built = fresh(by_name(name))

@@ -132,5 +132,3 @@ def test_laws_of_every_model(block):
         except Exception as error:
             error.add_note(f"random step {number}: {recipe(number)}")
             raise
-    if block // BLOCK % 5 == 4:
-        jax.clear_caches()  # each compiled function holds maps of memory, of which a process has a limited number

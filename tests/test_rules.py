@@ -36,6 +36,7 @@ from numpy_rules import (
     summed,
 )
 from oracles import relative_error
+from shared import shared
 
 import etcompile
 from etcompile.lowering.layers import random_signs
@@ -351,14 +352,14 @@ COMPOSED = [
 BY_NAME = {str(c): c for c in (*CASES, *COMPOSED)}
 
 
-@functools.cache
+@shared
 def step_of(name: str, case: str):
     """A rule compiled for a model. Whoever runs it resets it first."""
     rule = BY_NAME[case]
     return compiled(ALL[name](), rule.algo, **rule.options)
 
 
-@functools.cache
+@shared
 def both(name: str, case: str, quiet: tuple[int, ...] = ()):
     """Compiled and reference run of a rule on a model; many tests look at the same."""
     model, step, case = ALL[name](), step_of(name, case), BY_NAME[case]
@@ -513,7 +514,7 @@ def test_three_factor_with_modulators_of_every_kind(name, kind):
     compare(got, run(rule, model, SQUARED, model.targets))
 
 
-@functools.cache
+@shared
 def three_factor_step(name):
     return compiled(MODELS[name](), "three_factor")
 
@@ -570,7 +571,7 @@ def in_windows(step, model, chunk=None, parts=1):
     return np.concatenate(losses), summed(total)
 
 
-@functools.cache
+@shared
 def plain_tables(name):
     model = ALL[name]()
     return run(Rule(), model, SQUARED, model.targets)[0]
@@ -770,7 +771,7 @@ def test_kf_rtrl_is_rtrl_on_average(name):
 # --- Identities -----------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+@shared
 def whole_sequence(name):
     model = ALL[name]()
     return backpropagate(run(Rule(), model, SQUARED, model.targets)[0])[0]
@@ -800,7 +801,7 @@ def test_ostl_without_recurrence_is_d_rtrl(name):
     assert relative_error(grads_of(name, "ostl(recurrent=False)"), grads_of(name, "d_rtrl()")) < TOLERANCE
 
 
-@functools.cache
+@shared
 def on_the_leaky_integrator(algo, **options):
     model = EXTRA["leaky"]()
     return run_compiled(compiled(model, algo, **options), model, SQUARED, model.targets)[1]
@@ -840,7 +841,7 @@ SYMMETRIC = [
 ]  # uoro and kf_rtrl at the first step: test_..._for_the_signs_drawn
 
 
-@functools.cache
+@shared
 def autodiff_of_the_first_step(name):
     model = ALL[name]()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from etcompile.analysis.dependence import Dependence
 from etcompile.analysis.loops import everywhere
 from etcompile.errors import ModelError
-from etcompile.frontend.jaxpr import Constant, Graph, Operation, without_derivative
+from etcompile.frontend.jaxpr import Constant, Graph, Operation, asks_inside, without_derivative
 from etcompile.frontend.step_model import StepModel
 
 __all__ = ["refuse_without_derivative"]
@@ -15,7 +15,9 @@ def refuse_without_derivative(model: StepModel, dep: Dependence) -> None:
     """Raise :class:`ModelError` where credit of a trained parameter would have to pass an operation without a derivative."""
     graph = model.graph
     shadowed = [
-        op for where, op, _ in everywhere(graph, dep) if without_derivative(op) and _differentiable(where, op)
+        op
+        for where, op, _ in everywhere(graph, dep)
+        if (without_derivative(op) or asks_inside(op)) and _differentiable(where, op)
     ]
     if not shadowed:
         return
@@ -42,8 +44,18 @@ def _refuse(model: StepModel, operation: Operation, dep: Dependence, reached: in
         for bit, leaf in enumerate((*model.params, *model.states))
         if reached >> bit & 1 and any(dep.on(v, 1 << bit) for v in operation.inputs)
     ]
+    credit = f"the credit of {', '.join(names[:3])} would have to pass {operation.name}, which"
+    if asks_inside(operation):
+        raise ModelError(
+            f"{credit} asks the host for values inside of it: for a derivative they would be asked for again.",
+            where=operation.source,
+            got=f"io_callback with a result in {operation.name} of values that depend on trained parameters",
+            expected="effects that happen once per step",
+            hint="call the host outside of the condition or loop; or apply jax.lax.stop_gradient to all that it reads; or use "
+            "jax.pure_callback, which may be asked as often as needed.",
+        )
     raise ModelError(
-        f"the credit of {', '.join(names[:3])} would have to pass {operation.name}, which has no derivative.",
+        f"{credit} has no derivative.",
         where=operation.source,
         got=f"{operation.name} of values that depend on trained parameters",
         expected="an operation that JAX can differentiate",

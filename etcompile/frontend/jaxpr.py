@@ -709,7 +709,27 @@ def has_effects(operation: Operation) -> bool:
 
 def calls_out(operation: Operation) -> bool:
     """Whether an operation gets its results from outside, so that it must not be done again to have them."""
-    return bool(operation.outputs) and has_effects(operation) and without_derivative(operation)
+    asks = has_effects(operation) and without_derivative(operation)
+    return bool(operation.outputs) and (asks or asks_inside(operation))
+
+
+def asks_inside(operation: Operation) -> bool:
+    """Whether an inner program, of a condition or of a loop, gets values from outside: to do it again is to ask again."""
+    if operation.loop is not None:
+        return any(map(calls_out, operation.loop.body.operations))
+    return any(map(_asks, _inner_programs(operation.params)))
+
+
+def _asks(program: Any) -> bool:
+    if not getattr(program, "effects", None):
+        return False
+    equations = getattr(program, "jaxpr", program).eqns
+    return any(
+        eqn.outvars
+        and eqn.effects
+        and (eqn.params.get("callback") or any(map(_asks, _inner_programs(eqn.params))))
+        for eqn in equations
+    )
 
 
 def silenced(operation: Operation) -> Operation:
@@ -743,10 +763,15 @@ def _silent(value: Any) -> Any:
 
 def _effects(params: dict[str, Any]) -> frozenset[Any]:
     """Effects of the inner programs of an operation."""
-    inner = itertools.chain.from_iterable(
+    return frozenset().union(*[getattr(v, "effects", None) or () for v in _inner_programs(params)])
+
+
+def _inner_programs(params: dict[str, Any]) -> list[Any]:
+    """Values of parameters that may be programs."""
+    found = itertools.chain.from_iterable(
         v if isinstance(v, (tuple, list)) else (v,) for v in params.values()
     )
-    return frozenset().union(*[getattr(v, "effects", None) or () for v in inner])
+    return [v for v in found if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
 
 
 def without_derivative(operation: Operation) -> bool:

@@ -1,0 +1,38 @@
+"""What tests share within a process: results that many ask for, forgotten when the process holds too much."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+__all__ = ["forget_if_much", "shared"]
+
+_CACHES: list[Any] = []
+
+#: Compiled functions hold maps of memory, of which Linux gives a process 65,530.
+_MAPS, _PAGES = 20_000, 3 * 2**30 // 4096
+
+
+def shared(fn: Callable) -> Callable:
+    """Compute once for each set of arguments."""
+    cached = functools.cache(fn)
+    _CACHES.append(cached)
+    return cached
+
+
+def forget_if_much() -> None:
+    """Forget all that is shared, and all compiled functions, where there are many."""
+    process = Path("/proc/self")
+    if not process.exists():
+        return
+    resident = int((process / "statm").read_text().split()[1])
+    if resident > _PAGES or (process / "maps").read_bytes().count(b"\n") > _MAPS:
+        for cache in _CACHES:
+            cache.cache_clear()
+        jax.clear_caches()
+        gc.collect()
