@@ -247,6 +247,13 @@ def test_other_rules_agree_too(monkeypatch, model, algo):
     assert_same(grads, learned(monkeypatch, model, 4, 10**6, algo)[2])
 
 
+@pytest.mark.parametrize("model", [liquid, nested], ids=lambda m: m.__name__)
+def test_a_large_pattern_of_snap_is_backpropagation(monkeypatch, model):
+    _, _, state = made(model, 40)
+    states = sum(v.size for v in jax.tree.leaves(state))
+    assert_same(learned(monkeypatch, model, 40, 0, "snap", "auto", n=states)[2], through_time(model, 40))
+
+
 @pytest.mark.parametrize("model", [lif, liquid], ids=lambda m: m.__name__)
 def test_chunks_that_do_not_divide_the_sequence(monkeypatch, model):
     _, losses, grads = learned(monkeypatch, model, 6, 0, chunk=3)
