@@ -46,7 +46,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--random-steps",
         type=int,
-        default=int(os.environ.get("ETCOMPILE_RANDOM_STEPS", "100")),
+        default=int(os.environ.get("ETCOMPILE_RANDOM_STEPS", "300")),
         help="how many random step functions of users' operations the tests draw",
     )
     parser.addoption(

@@ -27,7 +27,10 @@ def zoo_cases(cases: Iterable[Case]) -> list[Any]:
 
 
 def fresh(case: Case) -> Built:
-    """The model with its states at their random values; the same at every call."""
+    """The model with its states at their random values; the same at every call.
+
+    Models that draw take the numbers that come next, so what runs one is made after all that is `shared`.
+    """
     brainstate.random.seed(0)  # stock modules draw their weights
     return case()
 
@@ -120,8 +123,8 @@ class Learned:
 @shared
 def learned(case: Case) -> Learned:
     """D-RTRL by one call for each step."""
-    built = fresh(case)
-    run = step_of(case).value_and_grad(built.loss_fn)
+    step, built = step_of(case), fresh(case)
+    run = step.value_and_grad(built.loss_fn)
     losses, grads = [], []
     for t in range(len(jax.tree.leaves(built.xs)[0])):
         loss, grad = run(time_slice(built.xs, t), *time_slice(tuple(built.targets), t))

@@ -86,6 +86,16 @@ def test_sequences_count_up_what_a_loss_reads(step, how, every_step):
         same(found, step.scan_value_and_grad(given, **options)(XS, YS, COUNT, TIMES, **call))
 
 
+def test_a_first_call_with_a_value_for_each_step(step):
+    def loss(out, y):
+        return weighs(out, y)
+
+    with environ.context(i=COUNT, t=TIMES * u.ms):
+        found = step.scan_value_and_grad(loss)(XS, YS)
+        step.reset()
+        same(found, step.scan_value_and_grad(given)(XS, YS, COUNT, TIMES))
+
+
 def test_single_steps_read_what_is_around_the_call(step):
     found, wanted = [], []
     for fn, args, results in ((weighs, (), found), (given, (COUNT, TIMES), wanted)):

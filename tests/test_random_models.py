@@ -171,7 +171,7 @@ def test_gradients(recipe):
     assert relative_error(jax.tree.map(lambda *g: sum(g), *[g for _, g in found]), wanted) < TOLERANCE
 
 
-@profile(EXAMPLES)
+@profile(EXAMPLES // 2)
 @given(recipes())
 def test_passes_keep_their_declaration(recipe):
     compiled(build(recipe), manager=PassManager(check=True, tolerance=1e-9))

@@ -118,7 +118,8 @@ def test_a_forgotten_gradient_is_warned_of():
 def test_no_warning_for_rules_that_ship_and_for_mixtures():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for algo in set(etcompile.algorithm_names()):
+        rules = etcompile.registry._RULES  # other tests may have added theirs
+        for algo in [name for name, rule in rules.items() if etcompile.registry._ships(rule)]:
             compiled(algo)
         compiled({"w": "d_rtrl", "b": "pp_prop"})
 

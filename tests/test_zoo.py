@@ -22,7 +22,7 @@ def test_the_first_step_equals_autodiff(case):
 @pytest.mark.parametrize("name", ["gru_no_batch", "lif_exponential", "noise_and_dropout", "lru", "embedding"])
 def test_a_sequence_of_one_step(name):
     case = by_name(name)
-    built, wanted = fresh(case), autodiff(case)
+    wanted, built = autodiff(case), fresh(case)
     xs, targets = jax.tree.map(lambda v: v[:1], (built.xs, tuple(built.targets)))
     losses, grads = compiled(built).scan_value_and_grad(built.loss_fn)(xs, *targets)
     assert losses.shape == (1,)
@@ -39,7 +39,7 @@ def test_equals_the_dense_reference(case):
 
 @pytest.mark.parametrize("case", zoo_cases(CASES))
 def test_uncut_equals_bptt_and_cut_does_not(case):
-    built, wanted, online = fresh(case), autodiff(case), learned(case)
+    wanted, online, built = autodiff(case), learned(case), fresh(case)
     step = compiled(built)
     # In chunks, the last one shorter: the gradient above goes step by step.
     losses, grads = step.scan_value_and_grad(built.loss_fn, chunk=3)(built.xs, *built.targets)

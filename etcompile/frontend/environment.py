@@ -13,6 +13,7 @@ import dataclasses
 import threading
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import brainstate
@@ -29,6 +30,7 @@ __all__ = [
     "Environment",
     "EnvironmentInput",
     "WithEnvironment",
+    "at_one_step",
     "entries",
     "examples",
     "recorded",
@@ -242,6 +244,18 @@ def examples(fixed: bool = False) -> dict[str, Any]:
         and _is_numeric(value)
         and (name in _COUNTED or (not fixed and _has_arrays(value)))
     }
+
+
+def at_one_step(steps: int | None) -> AbstractContextManager[Any]:
+    """The environment as one step of a sequence sees it: a count or time with a value for each step has one."""
+    firsts = {
+        name: jax.tree.map(lambda v: v[0], value)
+        for name, value in entries().items()
+        if name in _COUNTED
+        and steps is not None
+        and all(np.shape(v)[:1] == (steps,) for v in jax.tree.leaves(value))
+    }
+    return brainstate.environ.context(**firsts) if firsts else nullcontext()
 
 
 def traced_with(trace: Callable[[dict[str, Any]], Any]) -> tuple[Any, dict[str, Any], set[str]]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from etcompile.errors import EtcompileError, EtcompileWarning, InputError
 from etcompile.frontend.captured import Same, captured
-from etcompile.frontend.environment import Environment
+from etcompile.frontend.environment import Environment, at_one_step
 from etcompile.frontend.given import as_array
 from etcompile.frontend.jaxpr import is_traced
 from etcompile.frontend.loss import TracedLoss, trace_loss
@@ -120,8 +120,12 @@ def join_loss(
     targets: Any,
     mask: Any,
     time: bool,
+    steps: int | None = None,
 ) -> JoinedLoss:
-    """The loss of a call, for the environment as it is now; ``time``: axis 0 of ``targets`` and ``mask`` is time."""
+    """The loss of a call, for the environment as it is now.
+
+    ``time``: axis 0 of ``targets`` and ``mask`` is time; ``steps``: of a sequence of so many.
+    """
     given = (targets, mask)
     try:
         kinds = kinds_of(one_step_shapes(given, time) if time else given)
@@ -131,7 +135,8 @@ def join_loss(
     kept: tuple[JoinedLoss, ...] = variant.losses.get(key, ())
     joined = next((one for one in kept if one.environment.differs() is None), None)
     if joined is None:
-        joined = _joined(access, variant, loss_fn, options, *one_step_shapes(given, time))
+        with at_one_step(steps):
+            joined = _joined(access, variant, loss_fn, options, *one_step_shapes(given, time))
         if not any(is_traced(v) for v in joined.traced.constants):
             variant.keep_loss(key, (*kept[1 - _ENVIRONMENTS :], joined))
     return joined

@@ -675,19 +675,19 @@ class Step:
     ) -> JoinedLoss:
         """A loss function as it is traced for this step and for the environment as it is; ``time``: on axis 0 of its targets."""
         self._access.look_up()
-        return self._joined(loss_fn, options, targets, mask, time)
+        return self._joined(loss_fn, options, targets, mask, time, None)
 
     def _joined(
-        self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, time: bool
+        self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, time: bool, steps: int | None
     ) -> JoinedLoss:
         with completed(self._required):
-            return join_loss(self._access, self._now, loss_fn, options, targets, mask, time)
+            return join_loss(self._access, self._now, loss_fn, options, targets, mask, time, steps)
 
     def bound_loss(
         self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, steps: int | None
     ) -> BoundLoss:
         """A loss function for a call over ``steps`` steps, or of one, with what it reads as it is now."""
-        joined = self._joined(loss_fn, options, targets, mask, steps is not None)
+        joined = self._joined(loss_fn, options, targets, mask, steps is not None, steps)
         with completed(self._required):
             return joined.now(steps)
 
