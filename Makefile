@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo rules bench test lint format types layers check hooks clean
+.PHONY: help demo rules bench test quick lint format types layers check hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ bench: $(VENV)/.installed-bench  ## time and memory beside others, and write doc
 
 test: $(VENV)/.installed-dev  ## all tests; PYTEST_ARGS="-k lstm" for some
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+quick: $(VENV)/.installed-dev  ## some tests of every folder, in two minutes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --quick $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## style and formatting
 	$(BIN)/ruff check .

@@ -54,6 +54,38 @@ def pytest_addoption(parser):
         action="store_true",
         help="run every rule in chunks on every model of the zoo, where otherwise they take turns",
     )
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="a few tests of every folder, on three models of the zoo: two minutes",
+    )
+
+
+#: With `--quick`: files of tests, and models where a test runs on every one.
+QUICK = frozenset(
+    [
+        "chunks",
+        "errors",
+        "exactness",
+        "failed_calls",
+        "graph",
+        "ir",
+        "layers",
+        "losses",
+        "nn_names",
+        "oracles",
+        "progress",
+        "report_text",
+        "reset",
+        "rule_mistakes",
+        "checkpoints",
+        "viz",
+        "viz_cli",
+        "within_step",
+        "zoo",
+    ]
+)
+QUICK_MODELS = frozenset({"lstm", "gru_no_batch", "lif_exponential"})
 
 
 def pytest_configure(config):
@@ -65,13 +97,32 @@ def pytest_configure(config):
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """With `--dist loadgroup`, tests of one model run in one process: they share what is `shared` of it."""
     for item in items:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        name = getattr(params.get("case"), "name", None) or params.get("name")
-        if isinstance(name, str):
+        if (name := _model(item)) is not None:
             item.add_marker(pytest.mark.xdist_group(name))
+    if config.getoption("--quick"):
+        left = [item for item in items if not _is_quick(item)]
+        items[:] = [item for item in items if _is_quick(item)]
+        config.hook.pytest_deselected(items=left)
+
+
+def _model(item):
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    name = getattr(params.get("case"), "name", None) or params.get("name")
+    return name if isinstance(name, str) else None
+
+
+def _is_quick(item):
+    of_the_zoo = hasattr(item, "callspec") and (
+        "case" in item.callspec.params or "algo" in item.callspec.params
+    )
+    return (
+        item.path.stem.removeprefix("test_") in QUICK
+        and item.get_closest_marker("slow") is None
+        and (not of_the_zoo or _model(item) in QUICK_MODELS | {None})
+    )
 
 
 @pytest.fixture(autouse=True)

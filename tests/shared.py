@@ -15,7 +15,7 @@ __all__ = ["forget_if_much", "shared"]
 _CACHES: list[Any] = []
 
 #: Compiled functions hold maps of memory, of which Linux gives a process 65,530.
-_MAPS, _PAGES = 20_000, 3 * 2**30 // 4096
+_MAPS = 20_000
 
 
 def shared(fn: Callable) -> Callable:
@@ -27,11 +27,8 @@ def shared(fn: Callable) -> Callable:
 
 def forget_if_much() -> None:
     """Forget all that is shared, and all compiled functions, where there are many."""
-    process = Path("/proc/self")
-    if not process.exists():
-        return
-    resident = int((process / "statm").read_text().split()[1])
-    if resident > _PAGES or (process / "maps").read_bytes().count(b"\n") > _MAPS:
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MAPS:
         for cache in _CACHES:
             cache.cache_clear()
         jax.clear_caches()

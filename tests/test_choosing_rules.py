@@ -125,6 +125,7 @@ def test_names_of_parts():
     assert relative_error(gradient("compose", signal="random", seed=4), gradient("rflo", seed=4)) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "algo", ["d_rtrl", "ostl", "rtrl", "snap", "pp_prop", "ottt", "otpe", "e_prop", "uoro"]
 )

@@ -442,6 +442,7 @@ def test_e_prop_filters_the_trace():
     assert relative_error(grads["v"], readout) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_e_prop_without_a_filter_is_d_rtrl():
     names = ["gru", "lstm", "gru_gru", "lif_exponential", "readout_of_the_old_state", "readout_of_old_and_new_state", "gates_partly_unused"]  # fmt: skip
     for name in names:

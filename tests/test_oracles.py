@@ -129,6 +129,7 @@ def test_online_updates_change_the_parameters_of_the_next_step():
     assert relative_error(moving.params, still.params) > 1e-6
 
 
+@pytest.mark.slow
 def test_random_models_differ_from_bptt_unless_they_are_exact():
     """Dense equals backpropagation through time on every exact model, and differs on nearly all others.
 

@@ -25,6 +25,7 @@ def test_the_first_step_of_pp_prop_equals_autodiff(case):
     assert relative_error(found, autodiff(case).first) < built.tolerance
 
 
+@pytest.mark.slow
 @profile(40)
 @given(recipes())
 def test_the_first_step_of_pp_prop_in_random_models(recipe):
