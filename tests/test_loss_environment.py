@@ -96,6 +96,19 @@ def test_a_first_call_with_a_value_for_each_step(step):
         same(found, step.scan_value_and_grad(given)(XS, YS, COUNT, TIMES))
 
 
+def test_a_first_learning_call_with_a_value_for_each_step(step):
+    def loss(out, y):
+        return weighs(out, y)
+
+    losses = []
+    for fn, args in ((loss, ()), (given, (COUNT, TIMES))):
+        step.params = {"w": W}
+        step.reset()
+        with environ.context(i=COUNT, t=TIMES * u.ms):
+            losses.append(step.learn(fn, optax.sgd(0.1))(XS, YS, *args))
+    same(*losses)
+
+
 def test_single_steps_read_what_is_around_the_call(step):
     found, wanted = [], []
     for fn, args, results in ((weighs, (), found), (given, (COUNT, TIMES), wanted)):

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import relative_error, time_slice
-from references import compiled, fresh
+from references import compiled, fresh, step_of
 from shared import shared
 from zoo import by_name
 
-from etcompile.ir.kinds import KINDS
+from etcompile.errors import ProgramError
+from etcompile.ir.kinds import KINDS, type_of
 from etcompile.ir.ops import OPS
 from etcompile.ir.program import Ref
 from etcompile.ir.support import support
@@ -180,8 +181,20 @@ def test_ops_by_rows_read_nothing_but_their_own_row():
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_kinds_belong_to_something(name):
-    kind = KINDS[name]
-    assert kind.name == name
-    assert kind.every_path <= (not kind.in_chunks)
-    assert not kind.large or kind.owner in ("relation", "effect")
+def test_every_kind_has_a_type_for_its_owner(name):
+    header = step_of(by_name("lstm")).program.header
+    full = compiled(fresh(by_name("lstm")), "rtrl").program.header
+    owners = {
+        "group": header.groups,
+        "relation": header.relations,
+        "site": header.sites,
+        "layer": full.layers,
+        "effect": full.effects,
+    }
+    of = owners[KINDS[name].owner][0].name if KINDS[name].owner else ""
+    if name == "snap":  # of a shape that its op alone knows
+        with pytest.raises(ProgramError, match="snap_immediate"):
+            type_of(full, name, of)
+    else:
+        found = type_of(full if KINDS[name].every_path else header, name, of)
+        assert (found.kind, found.of, len(found.shape) >= KINDS[name].rows) == (name, of, True)

@@ -44,23 +44,25 @@ def _refuse(model: StepModel, operation: Operation, dep: Dependence, reached: in
         for bit, leaf in enumerate((*model.params, *model.states))
         if reached >> bit & 1 and any(dep.on(v, 1 << bit) for v in operation.inputs)
     ]
-    credit = f"the credit of {', '.join(names[:3])} would have to pass {operation.name}, which"
     if asks_inside(operation):
-        raise ModelError(
-            f"{credit} asks the host for values inside of it: for a derivative they would be asked for again.",
-            where=operation.source,
-            got=f"io_callback with a result in {operation.name} of values that depend on trained parameters",
-            expected="effects that happen once per step",
-            hint="call the host outside of the condition or loop; or apply jax.lax.stop_gradient to all that it reads; or use "
-            "jax.pure_callback, which may be asked as often as needed.",
+        what = "asks the host for values inside of it: for a derivative they would be asked for again"
+        expected = "effects that happen once per step"
+        hint = (
+            "call the host outside of the condition or loop; or apply jax.lax.stop_gradient to all that it reads; or use "
+            "jax.pure_callback, which may be asked as often as needed."
+        )
+    else:
+        what, expected = "has no derivative", "an operation that JAX can differentiate"
+        hint = (
+            "give it a derivative with jax.custom_jvp or jax.custom_vjp; or, if no credit shall pass, apply it to "
+            "jax.lax.stop_gradient(value)."
         )
     raise ModelError(
-        f"{credit} has no derivative.",
+        f"the credit of {', '.join(names[:3])} would have to pass {operation.name}, which {what}.",
         where=operation.source,
         got=f"{operation.name} of values that depend on trained parameters",
-        expected="an operation that JAX can differentiate",
-        hint="give it a derivative with jax.custom_jvp or jax.custom_vjp; or, if no credit shall pass, "
-        "apply it to jax.lax.stop_gradient(value).",
+        expected=expected,
+        hint=hint,
     )
 
 

@@ -20,6 +20,8 @@ import brainstate
 import jax
 import numpy as np
 
+from etcompile.frontend.code_names import code_names
+
 __all__ = ["Same", "captured"]
 
 #: Values looked at for one function; a function that reaches more is not followed further.
@@ -109,7 +111,7 @@ class _Walk:
         self.found.append(Same(function.__code__))
         if _of_library(function.__code__.co_filename):
             return
-        names = _names(function.__code__)
+        names = code_names(function.__code__)
         for cell in function.__closure__ or ():
             try:
                 self.visit(cell.cell_contents, names)
@@ -125,7 +127,7 @@ class _Walk:
         if isinstance(function, types.FunctionType):
             self.visit(function, frozenset())
             if not _of_library(function.__code__.co_filename):
-                self._attributes(owner, _names(function.__code__))
+                self._attributes(owner, code_names(function.__code__))
 
     def _attributes(self, value: Any, names: frozenset[str]) -> None:
         own = getattr(value, "__dict__", {})
@@ -142,13 +144,6 @@ class _Walk:
                 self._method(found, value)
             elif isinstance(found, (types.MemberDescriptorType, *_PLAIN, np.ndarray, jax.Array)):
                 self.visit(getattr(value, name, None), names)
-
-
-@functools.lru_cache(maxsize=1024)
-def _names(code: types.CodeType) -> frozenset[str]:
-    """Names in a function's code, that of functions in it included."""
-    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return frozenset(code.co_names).union(*inner)
 
 
 @functools.lru_cache(maxsize=1024)

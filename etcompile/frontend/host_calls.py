@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from typing import Any
+
+from etcompile.frontend.jaxpr import inner_programs
 
 __all__ = ["asks_host", "graph_asks_host"]
 
@@ -29,7 +30,4 @@ def graph_asks_host(operations: Iterable[Any]) -> bool:
 def _asks(primitive: Any, params: dict[str, Any]) -> bool:
     if params.get("callback") is not None and primitive.name not in _TOLD:
         return True
-    inner = itertools.chain.from_iterable(
-        v if isinstance(v, (tuple, list)) else (v,) for v in params.values()
-    )
-    return any(asks_host(v) for v in inner if hasattr(v, "eqns") or hasattr(v, "jaxpr"))
+    return any(map(asks_host, inner_programs(params)))

@@ -717,7 +717,7 @@ def asks_inside(operation: Operation) -> bool:
     """Whether an inner program, of a condition or of a loop, gets values from outside: to do it again is to ask again."""
     if operation.loop is not None:
         return any(map(calls_out, operation.loop.body.operations))
-    return any(map(_asks, _inner_programs(operation.params)))
+    return any(map(_asks, inner_programs(operation.params)))
 
 
 def _asks(program: Any) -> bool:
@@ -727,7 +727,7 @@ def _asks(program: Any) -> bool:
     return any(
         eqn.outvars
         and eqn.effects
-        and (eqn.params.get("callback") or any(map(_asks, _inner_programs(eqn.params))))
+        and (eqn.params.get("callback") or any(map(_asks, inner_programs(eqn.params))))
         for eqn in equations
     )
 
@@ -763,10 +763,10 @@ def _silent(value: Any) -> Any:
 
 def _effects(params: dict[str, Any]) -> frozenset[Any]:
     """Effects of the inner programs of an operation."""
-    return frozenset().union(*[getattr(v, "effects", None) or () for v in _inner_programs(params)])
+    return frozenset().union(*[getattr(v, "effects", None) or () for v in inner_programs(params)])
 
 
-def _inner_programs(params: dict[str, Any]) -> list[Any]:
+def inner_programs(params: dict[str, Any]) -> list[Any]:
     """Values of parameters that may be programs."""
     found = itertools.chain.from_iterable(
         v if isinstance(v, (tuple, list)) else (v,) for v in params.values()

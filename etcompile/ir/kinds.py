@@ -38,8 +38,8 @@ class Kind:
         How many of the leading axes run over the hidden states of a group: entries that can be structurally zero.
     large : bool
         Whether it has an entry for every weight and unit: these are what a narrower ``trace_dtype`` stores narrower.
-    in_chunks : bool
-        Whether a value of this kind can be computed for the steps of a chunk together.
+    counts : bool
+        Whether it counts steps. It then outlives the calls of a program that keeps no traces.
     carried : str
         First letters of the name of a recurrence of this kind.
     """
@@ -50,7 +50,7 @@ class Kind:
     doc: str
     rows: int = 0
     large: bool = False
-    in_chunks: bool = True
+    counts: bool = False
     carried: str = "v"
 
     @property
@@ -134,7 +134,7 @@ def _trace(header: Header, relation: Relation) -> DtypeAndShape:
 # --- of a site --------------------------------------------------------------------------------------------------------
 
 
-@_kind("presynaptic", "site", "what the operation reads beside w", carried="x")
+@_kind("presynaptic", "site", "what the operation reads beside w")
 def _presynaptic(header: Header, site: Site) -> DtypeAndShape:
     return site.dtype, site.presynaptic[0] if site.presynaptic else ()
 
@@ -161,12 +161,12 @@ def _gradient(header: Header, site: Site) -> DtypeAndShape:
 # --- of a layer -------------------------------------------------------------------------------------------------------
 
 
-@_kind("hidden", "layer", "all elements of the layer's states", in_chunks=False)
+@_kind("hidden", "layer", "all elements of the layer's states")
 def _hidden(header: Header, layer: Layer) -> DtypeAndShape:
     return layer.dtype, (layer.size,)
 
 
-@_kind("jacobian", "layer", "new states x old states, an operator", in_chunks=False)
+@_kind("jacobian", "layer", "new states x old states, an operator")
 def _jacobian(header: Header, layer: Layer) -> DtypeAndShape:
     return layer.dtype, (layer.size, layer.size)
 
@@ -174,32 +174,32 @@ def _jacobian(header: Header, layer: Layer) -> DtypeAndShape:
 # --- of an effect -----------------------------------------------------------------------------------------------------
 
 
-@_kind("influence", "effect", "states x weight", large=True, in_chunks=False, carried="J")
+@_kind("influence", "effect", "states x weight", large=True, carried="J")
 def _influence(header: Header, effect: Effect) -> DtypeAndShape:
     layer = header.layer(effect.layer)
     return layer.dtype, (layer.size, *header.site(effect.site).weight)
 
 
-@_kind("response", "effect", "states x y", large=True, in_chunks=False, carried="A")
+@_kind("response", "effect", "states x y", large=True, carried="A")
 def _response(header: Header, effect: Effect) -> DtypeAndShape:
     layer = header.layer(effect.layer)
     return layer.dtype, (layer.size, *header.site(effect.site).y)
 
 
-@_kind("snap", "effect", "order n of the pattern", large=True, in_chunks=False, carried="J")
+@_kind("snap", "effect", "order n of the pattern", large=True, carried="J")
 def _snap(header: Header, effect: Effect) -> DtypeAndShape:
     raise ProgramError(
         "the shape of a snap value follows from the order of its pattern: make it by snap_immediate."
     )
 
 
-@_kind("row_factor", "effect", "the rows of x, x contracted", in_chunks=False)
+@_kind("row_factor", "effect", "the rows of x, x contracted")
 def _row_factor(header: Header, effect: Effect) -> DtypeAndShape:
     site = header.site(effect.site)
     return site.dtype, (*site.y, *(site.contracted or ()))
 
 
-@_kind("rows", "effect", "the rows of x", in_chunks=False)
+@_kind("rows", "effect", "the rows of x")
 def _rows(header: Header, effect: Effect) -> DtypeAndShape:
     site = header.site(effect.site)
     return site.dtype, site.y
@@ -218,7 +218,7 @@ def _number(header: Header, owner: None) -> DtypeAndShape:
     return _widest(header), ()
 
 
-@_kind("count", "", "()", in_chunks=False)
+@_kind("count", "", "()", counts=True)
 def _count(header: Header, owner: None) -> DtypeAndShape:
     return "u32", ()
 

@@ -377,8 +377,7 @@ def _show(args: tuple[Arg, ...]) -> str:
     return ", ".join(map(str, args)) or "nothing"
 
 
-#: What of the table belongs together.
-_MATRIX = dict(zeros=zero.of_matrix, reads=zero.by_columns)
+#: Of ops that need the loss of the step.
 _LOSS = dict(needs_loss=True)
 
 # --- of one step, by paths within units -------------------------------------------------------------------------------
@@ -428,7 +427,7 @@ register_op(
 )  # fmt: skip
 register_op(
     "matmul", _matmul, "a @ b", "product over the group's states, position by position; an operator applied",
-    linear=(0, 1), by_row=True, infix="@", **_MATRIX,
+    linear=(0, 1), by_row=True, infix="@", zeros=zero.of_matrix, reads=zero.by_columns,
 )  # fmt: skip
 register_op(
     "add", _add, "a + b", "sum", together=True, by_row=True, vectors=True, infix="+", zeros=zero.of_sum

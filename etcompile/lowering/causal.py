@@ -103,7 +103,7 @@ class CausalProgram:
         """What of the carried values goes on to the next call; counts always do, or random numbers would be drawn again."""
         if self.keeps:
             return traces
-        return {name: v for name, v in traces.items() if self.program.equation(name).type.kind == "count"}
+        return {name: v for name, v in traces.items() if KINDS[self.program.equation(name).type.kind].counts}
 
     def init_traces_shapes(self) -> Traces:
         """Shapes and dtypes of :meth:`init_traces`, without allocating anything."""

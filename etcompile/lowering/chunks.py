@@ -86,8 +86,11 @@ class ChunkProgram:
 
     def _refuse(self) -> None:
         for e in self.program.equations:
-            if not KINDS[e.type.kind].in_chunks:
-                self._no(e, f"it keeps a value of kind {e.type.kind}, which follows every path")
+            kind = KINDS[e.type.kind]
+            if kind.every_path:
+                self._no(e, f"it keeps a value of kind {kind.name}, which follows every path")
+            if kind.counts:
+                self._no(e, "it counts steps")
             if _of_traces(e.type):
                 self._refuse_unless_linear(e)
             if OPS[e.op].signal == "drive" and any(ref.name in self._recurrent for ref in e.refs):

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from etcompile.errors import PlainAttributeWarning
+from etcompile.frontend.code_names import code_names
 from etcompile.frontend.jaxpr import is_traced
 
 __all__ = ["PlainAttributes"]
@@ -160,17 +161,8 @@ def _names_read(owners: Iterable[Any]) -> frozenset[str]:
             function = getattr(function, "__func__", function)
             function = getattr(function, "__wrapped__", function)
             if isinstance(function, types.FunctionType) and name not in _BEFORE:
-                found.update(_names(function.__code__))
+                found.update(code_names(function.__code__))
     return frozenset(found)
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
-        elif isinstance(constant, str):
-            yield constant
 
 
 def _is_plain(value: Any) -> bool:

@@ -159,7 +159,7 @@ def _compiled(step: Step, variant: Variant, wanted: _Wanted) -> _Compiled:
     targets = _shapes(targets)
     step._access.look_up()
     with model.environment.supplied():
-        joined = join_loss(step._access, variant, loss_fn, wanted.options, targets, None, time=False)
+        joined = join_loss(step._access, variant, loss_fn, wanted.options, targets, None, steps=None)
     params, states = _shapes((step._access.params(), step._access.states()))
     args = (targets, None, joined.environment.shapes())
     return _Compiled(variant.functions, params, states, variant.inputs, _shapes(joined.loss()), args)

@@ -137,7 +137,7 @@ class Learner:
         mask = check_mask(mask, steps)
         every = jax.tree.map(lambda m: m if jnp.ndim(m) else jnp.full(steps, m), modulator)
         self._step.place_states()
-        joined = self._step.joined_loss(self._loss_fn, self._options, targets, mask, time=True)
+        joined = self._step.joined_loss(self._loss_fn, self._options, targets, mask, steps)
         around = self._step.environment(joined, steps)
         data = self._step.place_data((xs, targets, every, mask, around), time=1)
         if progress is False and checkpoints is None and callback is None:

@@ -119,14 +119,13 @@ def join_loss(
     options: LossOptions,
     targets: Any,
     mask: Any,
-    time: bool,
-    steps: int | None = None,
+    steps: int | None,
 ) -> JoinedLoss:
     """The loss of a call, for the environment as it is now.
 
-    ``time``: axis 0 of ``targets`` and ``mask`` is time; ``steps``: of a sequence of so many.
+    With ``steps`` it is one over so many steps: axis 0 of ``targets`` and ``mask`` is time.
     """
-    given = (targets, mask)
+    given, time = (targets, mask), steps is not None
     try:
         kinds = kinds_of(one_step_shapes(given, time) if time else given)
     except TypeError:  # something that is no array

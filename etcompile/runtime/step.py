@@ -26,6 +26,7 @@ from etcompile.frontend.jaxpr import in_transformation, is_traced
 from etcompile.frontend.module import not_recorded
 from etcompile.frontend.step_model import leaf_names
 from etcompile.integers import positive_integer
+from etcompile.ir.kinds import KINDS
 from etcompile.keywords import named_arguments
 from etcompile.lowering.functions import Call, Carry, Item, StepFunctions
 from etcompile.lowering.losses import Loss, LossProgram, LossValue
@@ -671,23 +672,23 @@ class Step:
         return sequence(self._functions, size), size, "scan"
 
     def joined_loss(
-        self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, time: bool
+        self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, steps: int | None
     ) -> JoinedLoss:
-        """A loss function as it is traced for this step and for the environment as it is; ``time``: on axis 0 of its targets."""
+        """A loss function as it is traced for this step and for the environment as it is; ``steps`` as in :meth:`bound_loss`."""
         self._access.look_up()
-        return self._joined(loss_fn, options, targets, mask, time, None)
+        return self._joined(loss_fn, options, targets, mask, steps)
 
     def _joined(
-        self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, time: bool, steps: int | None
+        self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, steps: int | None
     ) -> JoinedLoss:
         with completed(self._required):
-            return join_loss(self._access, self._now, loss_fn, options, targets, mask, time, steps)
+            return join_loss(self._access, self._now, loss_fn, options, targets, mask, steps)
 
     def bound_loss(
         self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, steps: int | None
     ) -> BoundLoss:
         """A loss function for a call over ``steps`` steps, or of one, with what it reads as it is now."""
-        joined = self._joined(loss_fn, options, targets, mask, steps is not None, steps)
+        joined = self._joined(loss_fn, options, targets, mask, steps)
         with completed(self._required):
             return joined.now(steps)
 
@@ -831,7 +832,7 @@ class Step:
 
     def _counts(self) -> dict[str, Any]:
         """Counts of steps by which the rule draws random numbers, as they stand; nothing before the first use."""
-        names = [e.name for e in self.program.equations if e.type.kind == "count"]
+        names = [e.name for e in self.program.equations if KINDS[e.type.kind].counts]
         if not names or self._abstract or not (self._now.traces.allocated or in_transformation()):
             return {}
         traces = self._now.traces.own()
