@@ -15,10 +15,10 @@ from etcompile.errors import OptionError, UnsupportedError
 from etcompile.frontend.host_calls import graph_asks_host
 from etcompile.frontend.step_model import StepModel
 from etcompile.lowering.causal import CausalProgram, Traces
-from etcompile.lowering.chunks import ChunkProgram
 from etcompile.lowering.in_place import accumulator
 from etcompile.lowering.losses import Loss, LossValue, StepLoss, loss_and_cotangents, masked
-from etcompile.lowering.windows import check_end, check_windows, window_gradients
+from etcompile.lowering.schedules.chunked import ChunkProgram
+from etcompile.lowering.schedules.windowed import check_end, check_windows, window_gradients
 
 __all__ = ["Carry", "Item", "StepFunctions", "Sums"]
 

@@ -15,7 +15,7 @@ from etcompile.frontend.jaxpr import Aval
 from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram
 from etcompile.lowering.losses import Loss, LossValue
-from etcompile.lowering.windows import runs_in_windows, window_gradients
+from etcompile.lowering.schedules.windowed import runs_in_windows, window_gradients
 
 __all__ = ["trial_backpropagation", "trial_gradients"]
 

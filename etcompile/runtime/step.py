@@ -31,7 +31,7 @@ from etcompile.keywords import named_arguments
 from etcompile.lowering.functions import Call, Carry, Item, StepFunctions
 from etcompile.lowering.losses import Loss, LossProgram, LossValue
 from etcompile.lowering.placement import Placement
-from etcompile.lowering.windows import check_end
+from etcompile.lowering.schedules.windowed import check_end
 from etcompile.report import Report, make_report
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
 from etcompile.runtime.changed_attributes import PlainAttributes

@@ -18,7 +18,7 @@ from etcompile.errors import AlgorithmError, InputError, OptionError
 from etcompile.integers import positive_integer
 from etcompile.lowering.functions import Carry, Item, StepFunctions
 from etcompile.lowering.losses import Loss, LossValue
-from etcompile.lowering.windows import check_windows, window_gradients
+from etcompile.lowering.schedules.windowed import check_windows, window_gradients
 from etcompile.runtime.losses import BoundLoss, LossOptions, as_asked, check_callable
 from etcompile.runtime.step_data import over_time
 

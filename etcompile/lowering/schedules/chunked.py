@@ -1,7 +1,7 @@
 """Chunks: many steps at once with the weights fixed, for programs whose traces are linear in what each step adds.
 
 A trace is never needed as such, only through gradients, and those are linear in it. Contracting first, with a_t what the
-gradients of this and later steps ask of an addition made at step t (:mod:`etcompile.lowering.recurrence`),
+gradients of this and later steps ask of an addition made at step t (:mod:`etcompile.lowering.schedules.recurrence`),
 
     sum_t contract(signal_t, e_t) = sum_t pullback(x_t, f_t a_t) + contract(a_0, e_0),
 
@@ -35,7 +35,7 @@ from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.losses import LossProgram, LossValue, StepLoss, loss_and_cotangents, replaced
 from etcompile.lowering.mapped import mapped
-from etcompile.lowering.recurrence import Recurrence, TraceClass, trace_classes, value_key, weighted
+from etcompile.lowering.schedules.recurrence import Recurrence, TraceClass, trace_classes, value_key, weighted
 
 __all__ = ["ChunkProgram"]
 

@@ -1,0 +1,1 @@
+"""Schedules: how a sequence of steps is run, one file for each."""
