@@ -3,43 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from etcompile.analysis.analysis import Analysis, analyse
 from etcompile.analysis.headers import program_header
+from etcompile.compiled import Compiled
 from etcompile.errors import InputError, OptionError
 from etcompile.frontend.given import as_array, refuse_iterators
-from etcompile.frontend.module import initialise, is_module, restore, snapshot
 from etcompile.frontend.step_model import step_model
 from etcompile.integers import positive_integer
 from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram
-from etcompile.pass_manager import PassManager, PassRecord
-from etcompile.registry import pipeline
+from etcompile.lowering.functions import StepFunctions
+from etcompile.lowering.trial import trial_backpropagation, trial_gradients
+from etcompile.pass_manager import Pass, PassManager, PassRecord
+from etcompile.registry import Algorithm, Mixed, pipeline
 from etcompile.runtime.model_states import ModelAccess, access
 from etcompile.runtime.step import Step
 from etcompile.schedule import Schedule, as_schedule
 
-__all__ = ["Compiled", "compile"]
+__all__ = ["Request", "compile", "lower_model"]
 
 #: What a pass after the rule does to the gradient, by its declaration.
 _EFFECT = {"approximates": "approximates the gradient", "changes": "changes the gradient"}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Compiled:
-    """The compiler's result for one model at one batch size."""
-
-    analysis: Analysis
-    program: TraceProgram
-    records: tuple[PassRecord, ...]
-    causal: CausalProgram
-    leaves_out: str
-    changes: bool
-    schedule: Schedule
 
 
 def compile(
@@ -114,50 +104,92 @@ def compile(
     (4, 2)
     """
     how = as_schedule(schedule)
-    if within not in ("rule", "exact"):
-        raise OptionError("within must be 'rule' or 'exact'.", got=f"within={within!r}")
-    algorithm, passes = pipeline(algo, options, optimise, windows=within == "exact")
-    manager = manager or PassManager()
-    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    request = _requested(algo, options, how, within, exclude, manager, optimise)
     live = access(model)
     refuse_iterators(example_inputs)
     inputs = tuple(jax.tree.map(as_array, x) for x in example_inputs)
     if batch_size is not None:
         batch_size = positive_integer("batch_size", batch_size, error=InputError)
+    with live.unchanged_on_error():
+        if batch_size is not None:
+            live.initialise(batch_size)
+        return Step(live, functools.partial(lower_model, request=request), inputs)
 
-    def build(live: ModelAccess, inputs: tuple[Any, ...]) -> Compiled:
-        traced = step_model(live.trace(inputs))
-        analysis = analyse(traced, patterns)
-        empty = TraceProgram("empty", program_header(analysis, windows=within == "exact"))
 
-        def gradients(program: TraceProgram) -> Mapping[str, Any]:
-            from etcompile.lowering.trial import trial_gradients
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """What a model is compiled to, beside the model itself: the arguments of :func:`compile`, checked.
 
-            return trial_gradients(program, analysis, algorithm.functions)
+    Attributes
+    ----------
+    rule : Algorithm or Mixed
+        The first of the passes.
+    passes : tuple of Pass
+    within_exact : bool
+        Whether credit inside of windows is exact.
+    exclude : tuple of str
+    schedule : Schedule
+    manager : PassManager
+    """
 
-        def backpropagation() -> Mapping[str, Any]:
-            from etcompile.lowering.trial import trial_backpropagation
+    rule: Algorithm | Mixed
+    passes: tuple[Pass, ...]
+    within_exact: bool
+    exclude: tuple[str, ...]
+    schedule: Schedule
+    manager: PassManager
 
-            return trial_backpropagation(analysis)
 
-        program, records = manager.run(empty, passes, gradients, backpropagation)
-        lossy = [p for p in passes[1:] if p.preserves != "gradients" and not getattr(p, "keeps_exact", False)]
-        losses = [algorithm.losses(empty.header), *(f"pass {p.name} {_EFFECT[p.preserves]}" for p in lossy)]
-        if lossy:
-            program = dataclasses.replace(program, exact=False)
-        causal = CausalProgram(program, analysis, algorithm.functions, how)
-        said, changes = (
-            "; ".join(filter(None, losses)),
-            any(p.preserves == "changes" for p in (algorithm, *lossy)),
-        )
-        return Compiled(analysis, program, records, causal, said, changes, how)
+def lower_model(live: ModelAccess, inputs: tuple[Any, ...], request: Request) -> Compiled:
+    """One step of a live model for inputs of these shapes: trace, analyse, run the passes, lower."""
+    model = step_model(live.trace(inputs))
+    analysis = analyse(model, request.exclude)
+    empty = TraceProgram("empty", program_header(analysis, windows=request.within_exact))
+    program, records = _passed(empty, analysis, request)
+    causal = CausalProgram(program, analysis, request.rule.functions, request.schedule)
+    leaves_out = "; ".join(filter(None, _lost(request, empty)))
+    changes = any(p.preserves == "changes" for p in (request.rule, *_lossy(request)))
+    return Compiled(analysis, program, records, StepFunctions(causal), request.schedule, leaves_out, changes)
 
-    before = snapshot(model) if is_module(model) else {}
-    try:
-        if batch_size is not None and is_module(model):
-            initialise(model, batch_size)
-        return Step(live, build, inputs)
-    except Exception:
-        if is_module(model):
-            restore(model, before)
-        raise
+
+def _requested(
+    algo: Any,
+    options: dict[str, Any],
+    schedule: Schedule,
+    within: str,
+    exclude: str | Sequence[str],
+    manager: PassManager | None,
+    optimise: bool,
+) -> Request:
+    """The arguments of :func:`compile` that the model has no part in, checked."""
+    if within not in ("rule", "exact"):
+        raise OptionError("within must be 'rule' or 'exact'.", got=f"within={within!r}")
+    rule, passes = pipeline(algo, options, optimise, windows=within == "exact")
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    return Request(rule, tuple(passes), within == "exact", patterns, schedule, manager or PassManager())
+
+
+def _passed(
+    empty: TraceProgram, analysis: Analysis, request: Request
+) -> tuple[TraceProgram, tuple[PassRecord, ...]]:
+    """The program after all passes, and what each did; with an approximation after the rule it is not exact."""
+    program, records = request.manager.run(
+        empty,
+        request.passes,
+        lambda program: trial_gradients(program, analysis, request.rule.functions),
+        lambda: trial_backpropagation(analysis),
+    )
+    return (dataclasses.replace(program, exact=False) if _lossy(request) else program), records
+
+
+def _lossy(request: Request) -> list[Pass]:
+    """Passes after the rule that do not keep its gradient."""
+    return [
+        p for p in request.passes[1:] if p.preserves != "gradients" and not getattr(p, "keeps_exact", False)
+    ]
+
+
+def _lost(request: Request, empty: TraceProgram) -> list[str]:
+    """What the gradient leaves out beside the cuts, in words: of the rule, and of every such pass."""
+    passes = [f"pass {p.name} {_EFFECT[p.preserves]}" for p in _lossy(request)]
+    return [request.rule.losses(empty.header), *passes]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from etcompile.compiled import Compiled
 from etcompile.errors import CheckpointError, DependencyError, OptionError
 from etcompile.frontend.jaxpr import Constant
 from etcompile.frontend.step_model import leaf_names
@@ -21,7 +22,6 @@ from etcompile.lowering.functions import Carry
 from etcompile.runtime.progress import refuse_traced
 
 if TYPE_CHECKING:
-    from etcompile.compiler import Compiled
     from etcompile.runtime.learn import Learner
     from etcompile.runtime.step import Step
 

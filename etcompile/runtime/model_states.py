@@ -52,6 +52,8 @@ class ModelAccess(Protocol):
 
     def look_up(self) -> None: ...
 
+    def initialise(self, batch_size: int) -> None: ...
+
     def trace(self, inputs: tuple[Any, ...]) -> TracedStep: ...
 
     @property
@@ -125,6 +127,10 @@ class ModuleAccess:
     @initial.setter
     def initial(self, values: dict[str, Any]) -> None:
         self.initial_state.value = values
+
+    def initialise(self, batch_size: int) -> None:
+        """Make the states for a batch size, before anything is traced."""
+        initialise(self.module, batch_size)
 
     def trace(self, inputs: tuple[Any, ...]) -> TracedStep:
         traced, self.found = trace_module(self.module, inputs)
@@ -252,6 +258,9 @@ class FunctionAccess:
     @initial.setter
     def initial(self, values: Any) -> None:
         self.initial_state.value = values
+
+    def initialise(self, batch_size: int) -> None:
+        """Nothing: the state is given with the function."""
 
     def trace(self, inputs: tuple[Any, ...]) -> TracedStep:
         try:

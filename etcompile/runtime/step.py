@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from etcompile.compiled import Compiled
 from etcompile.errors import (
     CarryError,
     EtcompileError,
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
     import networkx
     from rich.progress import Progress
 
-    from etcompile.compiler import Compiled
     from etcompile.cost.cost import Cost
     from etcompile.ir.program import TraceProgram
     from etcompile.pass_manager import PassRecord

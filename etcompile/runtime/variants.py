@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from etcompile.compiled import Compiled
 from etcompile.lowering.functions import StepFunctions
 from etcompile.runtime.trace_state import TraceState
-
-if TYPE_CHECKING:
-    from etcompile.compiler import Compiled
 
 __all__ = ["Key", "Variant", "Variants", "kinds_of", "shapes_of"]
 
@@ -44,7 +42,6 @@ class Variant:
     Attributes
     ----------
     compiled : Compiled
-    functions : StepFunctions
     inputs : tuple of pytrees
         Shapes of the inputs of one step.
     found : object
@@ -61,13 +58,16 @@ class Variant:
         self, compiled: Compiled, inputs: tuple[Any, ...], found: Any, kinds: Any, traces: TraceState
     ) -> None:
         self.compiled = compiled
-        self.functions = StepFunctions(compiled.causal)
         self.inputs = inputs
         self.found = found
         self.kinds = kinds
         self.traces = traces
         self._jitted: dict[Any, Callable] = {}
         self.losses: dict[Any, tuple[Any, ...]] = {}
+
+    @property
+    def functions(self) -> StepFunctions:
+        return self.compiled.functions
 
     def keep_loss(self, key: Any, traced: tuple[Any, ...]) -> None:
         """Keep what a loss function was traced to for this compilation."""

@@ -1,0 +1,47 @@
+"""What the compiler makes of one model at one set of shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from etcompile.analysis.analysis import Analysis
+from etcompile.ir.program import TraceProgram
+from etcompile.lowering.causal import CausalProgram
+from etcompile.lowering.functions import StepFunctions
+from etcompile.pass_manager import PassRecord
+from etcompile.schedule import Schedule
+
+__all__ = ["Compiled"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Compiled:
+    """The compiler's result.
+
+    Attributes
+    ----------
+    analysis : Analysis
+    program : TraceProgram
+    records : tuple of PassRecord
+        What each pass did.
+    functions : StepFunctions
+        The program as pure functions of parameters, carry and inputs.
+    schedule : Schedule
+    leaves_out : str
+        What the gradient leaves out beside the cuts, in words.
+    changes : bool
+        Whether the gradient is another one by intent.
+    """
+
+    analysis: Analysis
+    program: TraceProgram
+    records: tuple[PassRecord, ...]
+    functions: StepFunctions
+    schedule: Schedule
+    leaves_out: str
+    changes: bool
+
+    @property
+    def causal(self) -> CausalProgram:
+        """The program bound to its model."""
+        return self.functions.causal
