@@ -1,0 +1,73 @@
+"""What starts with an underscore is read in the file that defines it, and nowhere else."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping, Sequence
+
+from layering.sources import Breach, Source
+
+__all__ = ["ALLOWED", "private_reads", "stale_reads"]
+
+#: File to the private names that it reads of others. Those of other libraries have a reason; the rest is to be mended.
+ALLOWED: dict[str, set[str]] = {
+    # Where kernels of other libraries keep what they compute (jax has no public way to ask).
+    "etcompile/frontend/implementations.py": {"_lowerings", "_platform_specific_lowerings", "_kernels"},
+    "etcompile/runtime/foreign_writes.py": {"_getframe"},  # of sys: documented, though named so
+    # To be mended:
+    "etcompile/analysis/examples.py": {"_inner"},
+    "etcompile/analysis/shown.py": {"_inner"},
+    "etcompile/analysis/sites.py": {"_inner"},
+    "etcompile/analysis/sparsity.py": {"_inner"},
+    "etcompile/lowering/axes.py": {"_inner"},
+    "etcompile/runtime/checkpoints.py": {"_access", "_carry", "_compiled", "_set_carry"},
+    "etcompile/runtime/cost.py": {"_access", "_build", "_functions", "_resized_inputs"},
+    "etcompile/runtime/progress.py": {"_access", "_carry", "_functions", "_jit", "_set_carry"},
+    "etcompile/runtime/synthetic.py": {"_access", "_carry", "_follow_environment", "_sequence", "_set_carry"},
+}
+
+
+def private_reads(sources: Sequence[Source], allowed: Mapping[str, set[str]] = ALLOWED) -> Iterator[Breach]:
+    """Private names that a file reads of something that it does not define."""
+    for source in sources:
+        for line, name in _reads(source):
+            if name not in allowed.get(str(source.name), set()):
+                yield source.name, line, f"reads {name}, which is private to another file"
+
+
+def stale_reads(sources: Sequence[Source]) -> list[tuple[str, str]]:
+    """What is allowed and not read any more."""
+    read = {str(s.name): {name for _, name in _reads(s)} for s in sources}
+    return [
+        (file, name)
+        for file, names in ALLOWED.items()
+        for name in sorted(names)
+        if name not in read.get(file, ())
+    ]
+
+
+def _reads(source: Source) -> Iterator[tuple[int, str]]:
+    own = _defined(source.tree)
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("etcompile"):
+            yield from ((node.lineno, a.name) for a in node.names if _is_private(a.name))
+        elif isinstance(node, ast.Attribute) and _is_private(node.attr) and node.attr not in own:
+            # What a class inherits is its own.
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                yield node.lineno, node.attr
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def _defined(tree: ast.Module) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
