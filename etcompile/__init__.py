@@ -26,6 +26,8 @@ from etcompile.ir.parser import parse_program
 from etcompile.ir.program import TraceProgram
 from etcompile.lowering.feedback import feedback_matrix
 from etcompile.lowering.functions import Carry
+from etcompile.lowering.schedules.base import SequenceSchedule
+from etcompile.lowering.schedules.choose import register_schedule
 from etcompile.nn import FixedRandomFeedback, GradExpon, KappaFilter, LeakyRateReadout, PresynapticTrace
 from etcompile.pass_manager import Pass, PassManager
 from etcompile.registry import algorithm, algorithm_names
@@ -43,7 +45,7 @@ __all__ = [
     "EnvironmentWarning", "EtcompileError", "EtcompileWarning", "FixedRandomFeedback", "FunctionModel", "GradExpon", "InputError",
     "KappaFilter",
     "LeakyRateReadout", "ModelError", "MultiStepData", "OptionError", "Pass", "PassError", "PassManager",
-    "PresynapticTrace", "ProgramError", "Report", "Schedule", "SingleStepData", "Step", "SyntheticGradient",
+    "PresynapticTrace", "ProgramError", "Report", "Schedule", "SequenceSchedule", "SingleStepData", "Step", "SyntheticGradient",
     "TraceProgram", "UnsupportedError", "algorithm", "algorithm_names", "compile", "extract_y_target", "feedback_matrix",
-    "from_function", "nn", "parse_program",
+    "from_function", "nn", "parse_program", "register_schedule",
 ]  # fmt: skip

@@ -44,6 +44,9 @@ class Schedule:
     units : str or tuple of str, optional
         Axes of the mesh over which the units of each layer are split: the output axes of weights, and the unit axes of states
         and traces. What does not divide stays whole, and ``step.report()`` says so.
+    how : str, optional
+        The schedule by name: ``"steps"``, ``"chunks"``, ``"windows"``, or one of your own (:func:`etcompile.register_schedule`).
+        None: what fits the rule, ``chunk`` and ``memory``.
 
     Raises
     ------
@@ -68,6 +71,7 @@ class Schedule:
     mesh: Mesh | None = None
     batch: str | tuple[str, ...] | None = None
     units: str | tuple[str, ...] | None = None
+    how: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "chunk", check_chunk(self.chunk))
@@ -75,6 +79,8 @@ class Schedule:
         if memory is None or memory < 1:
             raise OptionError("memory must be a positive number of bytes.", got=f"memory={self.memory!r}")
         object.__setattr__(self, "memory", memory)
+        if self.how is not None and not isinstance(self.how, str):
+            raise OptionError("how must be the name of a schedule, or None.", got=f"how={self.how!r}")
         if not isinstance(self.keep_traces, bool):
             raise OptionError("keep_traces must be True or False.", got=f"keep_traces={self.keep_traces!r}")
         if self.trace_dtype is not None:

@@ -114,11 +114,7 @@ def collectives(model, shape, chunk, examples=8, **options):
     ]
     xs, ys = (jnp.asarray(v) for v in data(model, examples))
     functions = step._functions
-    run = (
-        functions.scan_value_and_grad
-        if chunk == 1
-        else lambda loss, *args: functions.chunks_value_and_grad(loss, chunk, *args)
-    )
+    run = functools.partial(functions.sequence, functions.plan(etcompile.Schedule(), len(xs), chunk))
     params, carry, (inputs, targets) = step._placed(step._carry(), ((xs,), (ys,)), 1)
     items = ((targets, None), None)
     text = jax.jit(run).lower(Loss.plain(square), params, carry, inputs, items, {}).compile().as_text()

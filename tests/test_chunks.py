@@ -75,10 +75,14 @@ def test_chunks_in_float32():
 
 def test_the_size_of_a_chunk_leaves_no_rest_where_it_can():
     _, step = built_and_step("gru_no_batch", "d_rtrl")
-    functions = step._functions
-    assert functions.chunk_size("auto", 5000, 1 << 28) == functions.chunk_size("auto", 500, 1 << 28) == 125
-    assert functions.chunk_size("auto", 7, 1 << 28) == 7
-    assert functions.chunk_size("auto", 500, 1) == 1
+
+    def size(steps, memory=1 << 28):
+        plan = step._functions.plan(etcompile.Schedule(memory=memory), steps)
+        return plan.together(steps)
+
+    assert size(5000) == size(500) == 125
+    assert size(7) == 7
+    assert size(500, memory=1) == 1
 
 
 RULES = [

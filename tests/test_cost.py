@@ -104,7 +104,10 @@ def of_xla(step, steps, chunk):
     inputs, targets, fn = step._inputs, (out,), one_step(step._functions)
     if steps is not None:
         over_time = jax.tree.map(lambda v: Shape((steps, *v.shape), v.dtype), (inputs, targets))
-        (inputs, targets), fn = over_time, sequence(step._functions, chunk)
+        (inputs, targets), fn = (
+            over_time,
+            sequence(step._functions, step._functions.plan(etcompile.Schedule(), steps, chunk)),
+        )
     traces = step._compiled.causal.init_traces_shapes()
     given = (Loss.plain(loss), inputs, ((targets, None), None), {})
     args = (step._access.params(), step._access.states(), traces, *given)

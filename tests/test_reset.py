@@ -158,7 +158,7 @@ def test_a_batch_size_that_was_seen_compiles_nothing():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("etcompile.compiler.step_model", counted)
-        patch.setattr("etcompile.lowering.functions.StepFunctions.chunks_value_and_grad", counted)
+        patch.setattr("etcompile.lowering.functions.StepFunctions.sequence", counted)
         patch.setattr("etcompile.lowering.functions.StepFunctions.scan", counted)
         same(both(), first)
     assert not traced

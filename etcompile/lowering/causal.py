@@ -70,24 +70,26 @@ class CausalProgram:
         schedule: Schedule | None = None,
     ) -> None:
         self.program = program
-        self.model = LoweredModel(analysis, schedule is not None and schedule.mesh is not None)
+        schedule = schedule or Schedule()
+        self.schedule = schedule
+        self.model = LoweredModel(analysis, schedule.mesh is not None)
         self.functions = functions or {}
         late = depends_on_loss(program)
         self.early = [e for e in program.equations if e.name not in late]
         self.late = [e for e in program.equations if e.name in late]
         self._advanced = _made_of_traces(program)
         #: Whether the traces go on from call to call; otherwise every sequence starts with traces of zero.
-        self.keeps = schedule is None or schedule.keep_traces
+        self.keeps = schedule.keep_traces
         self._rows = carried_rows(program)
         #: Sites of carried values that are too large to be stored.
         self.too_large = self._too_large()
         if not self.keeps:
             self._rows.update(self._without_too_large())
-        dtype = None if schedule is None else schedule.trace_dtype
+        dtype = schedule.trace_dtype
         self._narrow = {} if dtype is None else self._narrowed(jnp.dtype(dtype))
         check_feedback(self.model, program)
         self.placement = Placement()
-        if schedule is not None and schedule.mesh is not None:
+        if schedule.mesh is not None:
             entries = {name: self._entry(program.equation(name))[0] for name in self._rows}
             self.placement = placement_of(self.model, program, schedule, entries)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from etcompile.errors import InputError
+from etcompile.frontend.step_model import StepModel
 
 __all__ = [
     "Loss",
@@ -22,6 +23,7 @@ __all__ = [
     "loss_and_cotangents",
     "masked",
     "replaced",
+    "step_loss",
 ]
 
 Array = Any
@@ -97,6 +99,29 @@ class LossCotangents:
 
 #: Loss of one step: (output leaves, new state leaves, parameter leaves, carried, what belongs to the step) -> its results.
 StepLoss = Callable[[list[Array], list[Array], list[Array], Any, Any], LossValue]
+
+
+def step_loss(model: StepModel, loss: Loss) -> StepLoss:
+    """The user's loss on leaves, as the compiler has them; what belongs to a step is its arguments and its mask."""
+
+    def of_step(outputs: list, states: list, params: list, carried: Any, item: Any) -> LossValue:
+        args, mask = item
+
+        def run(outputs: list, states: list, params: list, carried: Any) -> LossValue:
+            (value, aux), after = loss.program.run(
+                jax.tree.unflatten(model.output_tree, outputs),
+                model.unflatten_states(states),
+                jax.tree.unflatten(model.param_tree, params),
+                loss.fixed,
+                carried,
+                args,
+            )
+            return LossValue(value, aux, after)
+
+        given = outputs, states, params, carried
+        return run(*given) if mask is None else masked(run, mask, *given)
+
+    return of_step
 
 
 def masked(run: Callable[..., LossValue], mask: Array, *moving: Any) -> LossValue:

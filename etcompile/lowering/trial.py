@@ -15,7 +15,7 @@ from etcompile.frontend.jaxpr import Aval
 from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram
 from etcompile.lowering.losses import Loss, LossValue
-from etcompile.lowering.schedules.windowed import runs_in_windows, window_gradients
+from etcompile.lowering.schedules.windowed import window_gradients, windows_refusal
 
 __all__ = ["trial_backpropagation", "trial_gradients"]
 
@@ -28,7 +28,7 @@ def trial_gradients(
     """Gradients by parameter path, summed over a few steps of a loss with random coefficients."""
     causal = CausalProgram(program, analysis, functions)
     drawn = _drawn(analysis, seed)
-    if program.window is not None and runs_in_windows(causal):
+    if program.window is not None and windows_refusal(causal) is None:
         return _in_windows(causal, drawn)
     model = analysis.model
     params, states, inputs, cotangents = drawn

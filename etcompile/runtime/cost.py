@@ -17,12 +17,12 @@ from etcompile.integers import positive_integer
 from etcompile.lowering.functions import StepFunctions
 from etcompile.lowering.in_place import undivided_sums
 from etcompile.lowering.losses import Loss
-from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
+from etcompile.runtime.calls import DONATED, apart, one_step, sequence
 from etcompile.runtime.losses import LossOptions, check_callable, join_loss
 from etcompile.runtime.resizing import batch_leaves
 from etcompile.runtime.trace_state import TraceState
 from etcompile.runtime.variants import Variant
-from etcompile.schedule import check_chunk
+from etcompile.schedule import Schedule, check_chunk
 
 if TYPE_CHECKING:
     from etcompile.runtime.step import Step
@@ -56,12 +56,11 @@ def step_cost(
             )
     targets = tuple(jax.tree.map(lambda v: v if hasattr(v, "shape") else as_array(v, "a target"), targets))
     loss = _Wanted(loss_fn, targets, LossOptions(has_aux))
-    now = step._functions.causal.model.examples
+    now, schedule = step._functions.causal.model.examples, step._compiled.schedule
     here = _compiled(step, step.compilation, loss)
     if batch is None or batch == now:
-        size = _chunk(step, here.functions, steps, chunk, 1, 1)
-        found = here.measured(steps, size)
-        return priced(found, steps, size, now, every_trip)
+        found, together = here.measured(schedule, steps, chunk)
+        return priced(found, steps, together, now, every_trip)
     if now is None:
         raise InputError(
             f"{step._functions.model.name} has no batch axis that could change.",
@@ -79,15 +78,14 @@ def step_cost(
     graphs = []
     for size in pair:
         there = here if size == now else _at_batch(step, size, loss)
-        handled = _chunk(step, there.functions, steps, chunk, size, batch)
-        graphs.append((there.measured(steps, handled), handled))
-    (first, handled), (second, other) = graphs
-    found = scaled(first, second, pair, batch) if handled == other else None
+        share = dataclasses.replace(schedule, memory=max(1, schedule.memory * size // batch))
+        graphs.append(there.measured(share, steps, chunk))
+    (first, together), (second, other) = graphs
+    found = scaled(first, second, pair, batch) if together == other else None
     if found is None:  # not the same program at every batch size: look at this one itself
         there = _at_batch(step, batch, loss)
-        handled = _chunk(step, there.functions, steps, chunk, 1, 1)
-        found = there.measured(steps, handled)
-    return priced(found, steps, handled, batch, every_trip)
+        found, together = there.measured(schedule, steps, chunk)
+    return priced(found, steps, together, batch, every_trip)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,8 +108,11 @@ class _Compiled:
     loss: Loss
     args: tuple[Any, ...]
 
-    def measured(self, steps: int | None, size: int) -> Measured:
-        functions = self.functions
+    def measured(
+        self, schedule: Schedule, steps: int | None, chunk: int | str | None
+    ) -> tuple[Measured, int]:
+        """What would run, and how many steps it handles together."""
+        functions, together = self.functions, 1
         call = {}
         if any(e.op == "modulator" for e in functions.causal.program.equations):
             call["modulator"] = jax.ShapeDtypeStruct((), jnp.result_type(float))
@@ -123,28 +124,14 @@ class _Compiled:
             inputs, given = jax.tree.map(
                 lambda v: jax.ShapeDtypeStruct((steps, *v.shape), v.dtype), (inputs, given)
             )
-            kind = sequence if functions.causal.program.window is None else windows
-            fn = apart(kind(functions, size))
+            plan = functions.plan(schedule, steps, chunk)
+            fn, together = apart(sequence(functions, plan)), plan.together(steps)
         args = (self.params, self.states, traces, self.loss, inputs, (given, None), call)
         counts = [len(jax.tree.leaves(a)) for a in args]
         start = sum(counts[:DONATED])
         with undivided_sums():
             closed = jax.make_jaxpr(fn)(*args)
-        return measured(closed, range(start, start + counts[DONATED]))
-
-
-def _chunk(
-    step: Step, functions: StepFunctions, steps: int | None, chunk: int | str | None, size: int, batch: int
-) -> int:
-    """Steps that ``scan_value_and_grad`` would handle together; at ``batch`` they take as much memory as here a share of it."""
-    if steps is None:
-        return 1
-    window = functions.causal.program.window
-    if window is not None:
-        return min(steps, (chunk if isinstance(chunk, int) else window) or steps)
-    schedule = step._compiled.schedule
-    wanted = schedule.chunk if chunk is None else chunk
-    return functions.chunk_size(wanted, steps, max(1, schedule.memory * size // batch))
+        return measured(closed, range(start, start + counts[DONATED])), together
 
 
 def _compiled(step: Step, variant: Variant, wanted: _Wanted) -> _Compiled:

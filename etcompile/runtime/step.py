@@ -32,9 +32,10 @@ from etcompile.keywords import named_arguments
 from etcompile.lowering.functions import Call, Carry, Item, StepFunctions
 from etcompile.lowering.losses import Loss, LossProgram, LossValue
 from etcompile.lowering.placement import Placement
+from etcompile.lowering.schedules.base import Plan
 from etcompile.lowering.schedules.windowed import check_end
 from etcompile.report import Report, make_report
-from etcompile.runtime.calls import DONATED, apart, one_step, sequence, windows
+from etcompile.runtime.calls import DONATED, apart, one_step, sequence
 from etcompile.runtime.changed_attributes import PlainAttributes
 from etcompile.runtime.environment import alike, completed, give_up_traces, warn_of_many
 from etcompile.runtime.foreign_writes import ForeignWrites
@@ -634,12 +635,20 @@ class Step:
             mask = check_mask(mask, _steps(inputs))
             carry = self._carry(give_away=True)
             bound = self.bound_loss(loss_fn, options, targets, mask, _steps(inputs))
-            whole, size, kind = self._whole(chunk, _steps(inputs))
-            key, call = (kind, bound.loss.program, size), _call(self.program, None, modulator)
+            plan = self._plan(_steps(inputs), chunk)
+            whole = sequence(self._functions, plan)
+            key, call = ("sequence", bound.loss.program, plan), _call(self.program, None, modulator)
             items = bound.item(targets, mask, 1)
             if progress is not False:
                 found, grads = gradients_in_pieces(
-                    self, key, whole, size, bound.loss, (inputs, items, call), progress, bound.write
+                    self,
+                    key,
+                    whole,
+                    plan.together(_steps(inputs)),
+                    bound.loss,
+                    (inputs, items, call),
+                    progress,
+                    bound.write,
                 )
             else:
                 donated = () if self.asks_host(bound.loss.program) else (DONATED,)
@@ -654,22 +663,12 @@ class Step:
 
         return run
 
-    def _whole(self, chunk: int | str | None, steps: int) -> tuple[Callable, int, str]:
-        """The function over a sequence, the steps that it handles at once, and its kind."""
-        window = self.program.window
-        if window is not None:
-            size = chunk if isinstance(chunk, int) else window
-            if self.exact and not window and not self.program.carried and 0 < size < steps:
-                warnings.warn(
-                    f"chunk={size} cuts these {steps} steps into windows, and {self.program.name} carries nothing from one to "
-                    "the next: this gradient approximates backpropagation through time, which without chunk= it equals.",
-                    EtcompileWarning,
-                    stacklevel=3,
-                )
-            return windows(self._functions, size), size or steps, "windows"
-        wanted = self._compiled.schedule.chunk if chunk is None else chunk
-        size = self._functions.chunk_size(wanted, steps, self._compiled.schedule.memory)
-        return sequence(self._functions, size), size, "scan"
+    def _plan(self, steps: int, chunk: int | str | None) -> Plan:
+        """How a sequence is run; what there is to say of it is said."""
+        plan = self._functions.plan(self._compiled.schedule, steps, chunk)
+        if caution := plan.how.caution(plan.together(steps), steps):
+            warnings.warn(caution, EtcompileWarning, stacklevel=3)
+        return plan
 
     def joined_loss(
         self, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, steps: int | None

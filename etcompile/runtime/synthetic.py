@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,14 +12,15 @@ import brainstate
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from etcompile.analysis.headers import group_dtype
 from etcompile.errors import AlgorithmError, InputError, OptionError
 from etcompile.integers import positive_integer
-from etcompile.lowering.functions import Carry, Item, StepFunctions
+from etcompile.lowering.causal import CausalProgram
+from etcompile.lowering.functions import Carry, Item
 from etcompile.lowering.losses import Loss, LossValue
-from etcompile.lowering.schedules.windowed import check_windows, window_gradients
+from etcompile.lowering.schedules.base import Found, Loop, Plan, Run, Steps, in_parts
+from etcompile.lowering.schedules.windowed import Windowed, window, windows_refusal
 from etcompile.runtime.losses import BoundLoss, LossOptions, as_asked, check_callable
 from etcompile.runtime.step_data import over_time
 
@@ -108,7 +110,9 @@ class SyntheticGradient:
                 got=f"algo={step.program.name!r}",
                 expected="algo='dni'",
             )
-        check_windows(step._compiled.causal)
+        refusal = windows_refusal(step._compiled.causal)
+        if refusal is not None:
+            raise refusal
         self.step = step
         self.loss_fn = loss_fn
         self.stream = stream
@@ -282,9 +286,14 @@ class SyntheticGradient:
         def predict(states: list[Array]) -> list[Array | None]:
             return self._predictors(params, states)
 
-        return run_windows(
-            self._functions, loss, self._predictors.states, predict, self.stream, values, carry, xs, items
-        )
+        functions = self._functions
+        how = PredictedEnds(functions.causal, self._predictors.states, predict, self.stream)
+        plan = Plan(how, functions.causal.program.window or 0)
+        found, gradients, carry = functions.sequence(plan, loss, values, carry, xs, items, {})
+        aux, pairs = found.aux
+        if not self.stream:  # nothing ends where a sequence starts
+            pairs = jax.tree.map(lambda v: v[1:], pairs)
+        return dataclasses.replace(found, aux=aux), gradients, carry, pairs
 
     def _gradients(self, params: Params, *args: Any) -> tuple[LossValue, Any, Carry]:
         return self._run(params, *args)[:3]
@@ -490,60 +499,34 @@ class Predictors:
         return total
 
 
-def run_windows(
-    functions: StepFunctions,
-    loss: Loss,
-    kept: tuple[int, ...],
-    predict: Callable[[list[Array]], list[Array | None]],
-    stream: bool,
-    params: Any,
-    carry: Carry,
-    xs: tuple,
-    items: Item,
-) -> tuple[LossValue, Any, Carry, Pairs]:
-    """Losses, summed gradients and the new carry of a sequence in windows that end in what ``predict`` says of the states there.
+class PredictedEnds(Windowed):
+    """Windows that end in what ``predict`` says of the states there; the last one in zero, unless ``stream``.
 
-    The last window ends in zero, unless ``stream``. Beside these come the pairs that teach a predictor: the states ``kept`` at
-    the start of every window that follows another, and the derivatives by them.
+    Beside what the loss gave stand the pairs that teach a predictor: the states ``kept`` at the start of every window, and the
+    derivatives by them.
     """
-    model, causal = functions.model, functions.causal
-    leaves = model.flatten_params(params)
-    weights = causal.model.hoist(leaves)
 
-    of_step = functions.step_loss(loss)
+    def __init__(
+        self,
+        causal: CausalProgram,
+        kept: tuple[int, ...],
+        predict: Callable[[list[Array]], list[Array | None]],
+        stream: bool,
+    ) -> None:
+        super().__init__(causal)
+        self._kept, self._predict, self._stream = kept, predict, stream
 
-    def one(loop: tuple, item: tuple, end: Callable | None) -> tuple[tuple, tuple]:
-        (states, traces, total, carried), (inputs, extra) = loop, item
-        done = window_gradients(
-            causal, of_step, loss.program, weights, leaves, states, traces, inputs, extra, carried, end
+    def over(self, run: Run, loop: Loop, steps: Steps, size: int) -> tuple[Loop, Found]:
+        def one(end: Callable | None, loop: Loop, some: Steps) -> tuple[Loop, Any]:
+            after, found, slopes = window(run, loop, some, end)
+            pair = {k: loop.states[k] for k in self._kept}, {k: slopes[k] for k in self._kept}
+            return after, (found, jax.tree.map(lambda v: v[None], pair))
+
+        last = functools.partial(one, self._predict if self._stream else None)
+        loop, ((losses, aux), pairs) = in_parts(
+            functools.partial(one, self._predict), loop, steps, size, last
         )
-        total = functions.added(total, done.sites, done.params)
-        pair = {k: states[k] for k in kept}, {k: done.slopes[k] for k in kept}
-        return (done.states, done.traces, total, done.loss.carried), ((done.loss.value, done.loss.aux), pair)
-
-    given = (jax.vmap(model.flatten_inputs)(xs), items)
-    steps = jax.tree.leaves(given)[0].shape[0]
-    size = causal.program.window or steps
-    before = (steps - 1) // size  # whole windows; the last one, of `size` steps or fewer, may end otherwise
-    state = (model.flatten_states(carry.states), carry.traces, functions.zero_sums(loss), loss.carried)
-    parts = []
-    if before:
-        grouped = jax.tree.map(lambda v: v[: before * size].reshape(before, size, *v.shape[1:]), given)
-        state, (found, pairs) = lax.scan(lambda loop, item: one(loop, item, predict), state, grouped)
-        parts.append((jax.tree.map(lambda v: v.reshape(before * size, *v.shape[2:]), found), pairs))
-    rest = jax.tree.map(lambda v: v[before * size :], given)
-    state, (found, pair) = one(state, rest, predict if stream else None)
-    parts.append((found, jax.tree.map(lambda v: v[None], pair)))
-    (losses, aux), pairs = jax.tree.map(lambda *v: jnp.concatenate(v), *parts)
-    if not stream:  # nothing ends where a sequence starts
-        pairs = jax.tree.map(lambda v: v[1:], pairs)
-    states, traces, total, carried = state
-    return (
-        LossValue(losses, aux, carried),
-        functions._gradients(leaves, total),
-        Carry(model.unflatten_states(states), traces),
-        pairs,
-    )
+        return loop, (losses, (aux, pairs))
 
 
 def _layer(weight: Array) -> Params:

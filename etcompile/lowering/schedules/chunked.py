@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from etcompile.analysis.index_rules import CHEAP
-from etcompile.errors import UnsupportedError
+from etcompile.errors import EtcompileError, UnsupportedError
 from etcompile.frontend.jaxpr import bind, read
 from etcompile.ir.kinds import KINDS
 from etcompile.ir.ops import OPS
@@ -35,9 +35,12 @@ from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.losses import LossProgram, LossValue, StepLoss, loss_and_cotangents, replaced
 from etcompile.lowering.mapped import mapped
+from etcompile.lowering.schedules.base import Found, Loop, Run, SequenceSchedule, Steps
 from etcompile.lowering.schedules.recurrence import Recurrence, TraceClass, trace_classes, value_key, weighted
+from etcompile.lowering.sums import added, by_name
+from etcompile.schedule import Schedule
 
-__all__ = ["ChunkProgram"]
+__all__ = ["Chunked", "refuse_too_large"]
 
 Array = Any
 Value = Any
@@ -46,6 +49,76 @@ Credits = dict[tuple[str, str], Array]
 
 #: Steps after which a longer chunk gains little: with traces to be made at its end, and without, where a cache should hold it.
 _ENOUGH, _ENOUGH_WITHOUT_TRACES = 128, 64
+
+
+class Chunked(SequenceSchedule):
+    """Many steps at once."""
+
+    name = "chunks"
+
+    def refusal(self) -> EtcompileError | None:
+        return self._program if isinstance(self._program, UnsupportedError) else None
+
+    @cached_property
+    def _program(self) -> ChunkProgram | UnsupportedError:
+        try:
+            return ChunkProgram(self.causal)
+        except UnsupportedError as error:
+            return error
+
+    def size(self, schedule: Schedule, steps: int, wanted: int | str | None) -> int:
+        """What is asked for; of ``"auto"`` as many as pay off, and all where a trace is too large to be stored between chunks."""
+        wanted = schedule.chunk if wanted is None else wanted
+        if self.causal.too_large:
+            if isinstance(wanted, int) and wanted < steps:
+                site = next(iter(self.causal.too_large.values()))
+                raise site.cannot_store("chunk='auto': the whole sequence is one chunk.")
+            return steps
+        if isinstance(wanted, int):
+            size = min(wanted, steps)
+        else:
+            size = (
+                1
+                if isinstance(self._program, UnsupportedError)
+                else self._program.size(steps, schedule.memory)
+            )
+        return size if size > 1 else 0
+
+    def part(self, run: Run, loop: Loop, steps: Steps) -> tuple[Loop, Found]:
+        program, causal = self._program, self.causal
+        assert isinstance(program, ChunkProgram)
+
+        def of_item(outputs: list, states: list, params: list, carried: Any, item: tuple) -> LossValue:
+            return run.of_step(outputs, states, params, carried, item[0])
+
+        found, own, sites, states, traces = program.run(
+            of_item,
+            run.loss.program,
+            run.weights,
+            run.params,
+            loop.states,
+            causal.wide(loop.traces),
+            run.inputs(steps.inputs),
+            (steps.items, steps.moving),
+            loop.carried,
+            lambda item: run.call(*item),
+        )
+        traces = causal.stored(traces)
+        sums = added(loop.sums, by_name(sites, own))
+        return Loop(states, traces, sums, found.carried), (found.value, found.aux)
+
+
+def refuse_too_large(causal: CausalProgram) -> None:
+    """Raise :class:`UnsupportedError` where a trace that cannot be stored would have to be."""
+    for name, site in causal.too_large.items():
+        if causal.program.equation(name).type.kind != "trace" or causal.program.window is not None:
+            raise site.cannot_store("train this parameter by d_rtrl in whole sequences, or exclude it.")
+        if causal.keeps:
+            raise site.cannot_store(
+                "schedule=etcompile.Schedule(keep_traces=False) learns from whole sequences without storing it; "
+                "or write the operation as a matmul or convolution."
+            )
+        ChunkProgram(causal)  # raises where the rule's traces cannot be chunked
 
 
 class ChunkProgram:

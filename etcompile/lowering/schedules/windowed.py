@@ -10,22 +10,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from etcompile.errors import AlgorithmError, UnsupportedError
+from etcompile.errors import AlgorithmError, EtcompileError, UnsupportedError
 from etcompile.ir.ops import OPS
 from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.derivatives import Row
 from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.losses import LossProgram, LossValue, StepLoss, replaced
+from etcompile.lowering.schedules.base import Found, Loop, Run, SequenceSchedule, Steps
+from etcompile.lowering.sums import added, by_name
+from etcompile.schedule import Schedule
 
 __all__ = [
     "End",
     "WindowLoss",
     "WindowResult",
+    "Windowed",
     "check_end",
-    "check_windows",
-    "runs_in_windows",
+    "window",
     "window_gradients",
+    "windows_refusal",
 ]
 
 Array = Any
@@ -59,8 +63,55 @@ class WindowLoss:
         """Credit inside the window comes from backpropagation."""
 
 
-def check_windows(causal: CausalProgram) -> None:
-    """Refuse a program whose loss part reads values of the step itself: they would differ within a window."""
+class Windowed(SequenceSchedule):
+    """A program of windows, in windows."""
+
+    name = "windows"
+
+    def refusal(self) -> EtcompileError | None:
+        program = self.causal.program
+        if program.window is None:
+            return UnsupportedError(
+                f"{program.name} gives the credit of single steps, not of windows.",
+                got=f"schedule=etcompile.Schedule(how={self.name!r})",
+                expected="how=None",
+                hint="compile with within='exact', or with algo='bptt'.",
+            )
+        return windows_refusal(self.causal)
+
+    def size(self, schedule: Schedule, steps: int, wanted: int | str | None) -> int:
+        """What the call asks for, else the rule; else all steps are one window."""
+        window = self.causal.program.window
+        return 0 if window is None else min(steps, (wanted if isinstance(wanted, int) else window) or steps)
+
+    def caution(self, size: int, steps: int) -> str:
+        program = self.causal.program
+        if not program.exact or program.window or program.carried or not 0 < size < steps:
+            return ""
+        return (
+            f"chunk={size} cuts these {steps} steps into windows, and {program.name} carries nothing from one to "
+            "the next: this gradient approximates backpropagation through time, which without chunk= it equals."
+        )
+
+    def part(self, run: Run, loop: Loop, steps: Steps) -> tuple[Loop, Found]:
+        return window(run, loop, steps)[:2]
+
+
+def window(
+    run: Run, loop: Loop, steps: Steps, end: End | None = None
+) -> tuple[Loop, Found, list[Array | None]]:
+    """One window: the loop after it, its losses, and their derivatives by the states at its start; ``end`` as below."""
+    done = window_gradients(
+        run.causal, run.of_step, run.loss.program, run.weights, run.params, loop.states, loop.traces,
+        run.inputs(steps.inputs), steps.items, loop.carried, end,
+    )  # fmt: skip
+    sums = added(loop.sums, by_name(done.sites, done.params))
+    after = Loop(done.states, done.traces, sums, done.loss.carried)
+    return after, (done.loss.value, done.loss.aux), done.slopes
+
+
+def windows_refusal(causal: CausalProgram) -> UnsupportedError | None:
+    """Why a program cannot run in windows: its loss part reads values of the step itself, which differ within a window."""
     late = {e.name: e for e in causal.late}
     fixed = {e.name for e in causal.early if OPS[e.op].fixed}
     from_one_step = {name for name, e in late.items() if e.op == "one_step"}
@@ -70,19 +121,11 @@ def check_windows(causal: CausalProgram) -> None:
             continue
         for ref in e.refs:
             if ref.delay == 0 and ref.name not in late and ref.name not in fixed:
-                raise UnsupportedError(
+                return UnsupportedError(
                     f"{causal.program.name} cannot run in windows: {name} reads {ref}, which changes inside a window.",
                     hint="write the rule with p.contract(signal, trace), or run it step by step.",
                 )
-
-
-def runs_in_windows(causal: CausalProgram) -> bool:
-    """Whether :func:`check_windows` lets a program pass."""
-    try:
-        check_windows(causal)
-    except UnsupportedError:
-        return False
-    return True
+    return None
 
 
 def check_end(program: TraceProgram) -> None:
