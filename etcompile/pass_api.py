@@ -1,4 +1,4 @@
-"""Everything a pass may use: programs, the builder, registration. Passes import from here and nowhere else."""
+"""Everything a pass may use: programs, the builder, the rewriter, registration. Passes import from here and nowhere else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from etcompile.integers import positive_integer
 from etcompile.ir.builder import ProgramBuilder, Value
 from etcompile.ir.header import Cut, Effect, Group, Header, Layer, Relation, Response, Site
 from etcompile.ir.ops import OPS, infer_type
-from etcompile.ir.program import Argument, Equation, Gradient, Ref, Symbol, TraceProgram
+from etcompile.ir.program import Argument, Equation, Gradient, Ref, Symbol, TraceProgram, made_from
+from etcompile.ir.rewriter import Rewriter
 from etcompile.ir.support import carried_rows, support
 from etcompile.ir.types import Type
 from etcompile.pass_manager import Pass
@@ -15,7 +16,7 @@ from etcompile.registry import Algorithm, Rule, algorithm
 
 __all__ = [
     "OPS", "Algorithm", "AlgorithmError", "Argument", "Cut", "Effect", "Equation", "Gradient", "Group", "Header",
-    "Layer", "OptionError", "Pass", "PassError", "ProgramBuilder", "ProgramError", "Ref", "Relation", "Response", "Rule",
-    "Site", "Symbol", "TraceProgram", "Type", "UnsupportedError", "Value", "algorithm", "carried_rows", "infer_type",
-    "positive_integer", "support",
+    "Layer", "OptionError", "Pass", "PassError", "ProgramBuilder", "ProgramError", "Ref", "Relation", "Response", "Rewriter",
+    "Rule", "Site", "Symbol", "TraceProgram", "Type", "UnsupportedError", "Value", "algorithm", "carried_rows", "infer_type",
+    "made_from", "positive_integer", "support",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.silence import reaches_output
 from etcompile.frontend.jaxpr import full_dtype
 from etcompile.ir.header import Cut
+from etcompile.ir.kinds import KINDS
 from etcompile.ir.ops import OPS
 from etcompile.ir.program import TraceProgram
 from etcompile.paths import natural_key, short_list
@@ -129,7 +130,10 @@ def parameter_lines(
     for name, size in (sizes or {}).items():
         owner = program.equation(name).type.of
         by_relation[owner] = by_relation.get(owner, 0) + size
-    traced = {e.type.of for e in program.equations if e.op in ("immediate", "gain", "outer", "contract")}
+    # Relations that have a trace, or whose f is read; sites whose gradients are made of traces.
+    traced = {
+        e.type.of for e in program.equations if KINDS[e.type.kind].owner == "relation" or OPS[e.op].contracts
+    }
     windowed = "backpropagation inside of windows"
     step = "one step" if program.window is None else windowed
     used = {e.type.of for e in program.equations} | {str(a) for e in program.equations for a in e.args}
@@ -173,7 +177,7 @@ def parameter_lines(
 def _zero(analysis: Analysis, program: TraceProgram, path: str, groups: Sequence[str]) -> str:
     """Words where nothing that the rule keeps of a parameter reaches an output; else none."""
     if program.window is not None or any(
-        OPS[e.op].signal == "given" or e.op == "map" for e in program.equations
+        OPS[e.op].signal == "given" or OPS[e.op].unknown for e in program.equations
     ):
         return ""
     states = [s for g in groups for s in analysis.group(g).states]
@@ -216,7 +220,9 @@ def _factorised(program: TraceProgram, sites: Sequence[str], sizes: Mapping[str,
     instead = sum(r.filtered * full_dtype(program.header.site(r.site).dtype).itemsize for r in relations)
     owners = {r.site for r in relations}
     kinds = {name: program.equation(name).type for name in sizes}
-    filters = sum(sizes[name] for name, kind in kinds.items() if kind.kind == "factor" and kind.of in owners)
+    filters = sum(
+        sizes[name] for name, kind in kinds.items() if KINDS[kind.kind].filtered and kind.of in owners
+    )
     return max((r.decays for r in relations), default=0), instead - filters
 
 

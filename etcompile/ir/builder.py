@@ -13,7 +13,7 @@ from etcompile.integers import positive_integer
 from etcompile.ir.header import Effect, Group, Header, Layer, Relation, Site
 from etcompile.ir.kinds import KINDS, type_of
 from etcompile.ir.ops import OPS, infer_type
-from etcompile.ir.program import Argument, Equation, Gradient, Ref, Symbol, TraceProgram
+from etcompile.ir.program import Argument, Equation, Gradient, Ref, Symbol, TraceProgram, made_from
 from etcompile.ir.types import Type
 from etcompile.paths import short_list
 
@@ -310,7 +310,7 @@ class ProgramBuilder:
         name = name or self._fresh(KINDS[inject.type.kind].carried)
         old = Value(self, Ref(name, -1), inject.type)
         self._types[name] = inject.type
-        matrix = isinstance(decay, Value) and decay.type.kind in ("transition", "jacobian")
+        matrix = isinstance(decay, Value) and KINDS[decay.type.kind].matrix
         faded = self.op("matmul", decay, old) if matrix else self.op("mul", decay, old)
         self._append(name, "add", (faded.ref, inject.ref), inject.type)
         return Value(self, Ref(name), inject.type)
@@ -346,7 +346,7 @@ class ProgramBuilder:
         through the trace one step before belongs to a learning signal and is added.
         """
         total = self._contract(signal, trace, x)
-        past = self._past(signal) if trace.ref.delay == 0 and signal.type.kind == "state" else None
+        past = self._past(signal) if trace.ref.delay == 0 else None
         if past is not None:
             total = total + self._contract(past, trace.prev, None if x is None else x.prev)
         return total
@@ -359,11 +359,10 @@ class ProgramBuilder:
     def _past(self, signal: Value) -> Value | None:
         """The signal of the old states, along paths that avoid the new ones, where the model has such paths."""
         made_by = self._maker(signal)
-        if signal.ref.delay or made_by is None or not any(self.header.group(signal.type.of).bypass):
+        if signal.ref.delay or made_by is None or not OPS[made_by.op].of_old:
             return None
-        if made_by.op == "signal":
-            return self.bypass(signal.type.of)
-        return self.op("through_old", *made_by.args) if made_by.op == "through" else None
+        has_bypass = any(self.header.group(signal.type.of).bypass)
+        return self.op(OPS[made_by.op].of_old, *made_by.args) if has_bypass else None
 
     def back(self, signal: Value, jacobian: Value) -> Value:
         """L f: the credit of y that flows through the group."""
@@ -395,7 +394,7 @@ class ProgramBuilder:
             ``outside``: only that of elements that no trace covers (for a rule with a learning signal of its own).
             ``auto`` is ``rest`` for values made of the true signal, else ``outside``.
         """
-        if (value.type.kind, value.type.of) != ("gradient", relation.site):
+        if not KINDS[value.type.kind].gradient or value.type.of != relation.site:
             raise ProgramError(
                 f"the gradient of relation {relation.name} must be a gradient of its site {relation.site}.",
                 got=str(value.type),
@@ -403,7 +402,10 @@ class ProgramBuilder:
         if within not in ("auto", "one_step", "rest", "outside", "none"):
             raise ProgramError("within must be auto, one_step, rest, outside or none.", got=repr(within))
         if within == "auto":
-            within = "rest" if self._uses_op(value.ref.name, "signal") else "outside"
+            made = made_from(self._equations, [value.ref.name])
+            signals = [e for e in self._equations if e.name in made and OPS[e.op].signal == "new"]
+            true = any(KINDS[e.type.kind].owner == "group" for e in signals)
+            within = "rest" if true else "outside"
         earlier = self._within.setdefault(relation.site, within)
         if earlier != within:
             raise ProgramError(
@@ -486,7 +488,7 @@ class ProgramBuilder:
         layers = tuple(x for x in self.header.layers if x.name in names | {e.layer for e in effects})
         cuts = self.header.cuts
         # A rule that wrote nothing since everything is cut loses it all the same: what counts is what it follows.
-        if self.follows_all_paths and not any(e.op in ("transition", "immediate") for e in self._equations):
+        if self.follows_all_paths and not any(OPS[e.op].derivative for e in self._equations):
             cuts = tuple(c for c in cuts if c.for_every_rule)
         return dataclasses.replace(self.header, cuts=cuts, layers=layers, effects=effects)
 
@@ -509,9 +511,10 @@ class ProgramBuilder:
 
     def _arithmetic(self, value: Value) -> Value:
         """A presynaptic value as one that can be added and scaled."""
-        if value.type.kind != "presynaptic":
+        as_array = KINDS[value.type.kind].as_array
+        if not as_array:
             return value
-        found = self.op("factor", Symbol(value.type.of))
+        found = self.op(as_array, Symbol(value.type.of))
         return found.prev if value.ref.delay else found
 
     def _append(self, name: str, op: str, args: tuple[Argument, ...], kind: Type) -> None:
@@ -528,17 +531,3 @@ class ProgramBuilder:
 
     def _maker(self, value: Value) -> Equation | None:
         return next((e for e in self._equations if e.name == value.ref.name), None)
-
-    def _uses_op(self, name: str, op: str) -> bool:
-        seen, waiting = set(), [name]
-        while waiting:
-            current = waiting.pop()
-            if current in seen:
-                continue
-            seen.add(current)
-            for e in self._equations:
-                if e.name == current:
-                    if e.op == op:
-                        return True
-                    waiting += [ref.name for ref in e.refs]
-        return False

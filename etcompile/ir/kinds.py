@@ -38,8 +38,24 @@ class Kind:
         How many of the leading axes run over the hidden states of a group: entries that can be structurally zero.
     large : bool
         Whether it has an entry for every weight and unit: these are what a narrower ``trace_dtype`` stores narrower.
+    trace : bool
+        Whether it is an eligibility trace of paths within units: it sums what every step adds, and decays by transitions.
+    gradient : bool
+        Whether it is a weight gradient: what programs sum over steps and return.
+    matrix : bool
+        Whether ``@`` applies it to the states of a group or layer.
+    number : bool
+        Whether it is one number.
     counts : bool
         Whether it counts steps. It then outlives the calls of a program that keeps no traces.
+    by_state : bool
+        Whether it is one array for each state of a layer, and not one for all.
+    every_example : bool
+        Whether it is the same for all examples.
+    filtered : bool
+        Whether it is a presynaptic value that can be filtered, and then stands for a trace whose decay is constant.
+    as_array : str
+        The op that gives it as an array, to be added and scaled, where it is none by itself.
     carried : str
         First letters of the name of a recurrence of this kind.
     """
@@ -50,7 +66,15 @@ class Kind:
     doc: str
     rows: int = 0
     large: bool = False
+    trace: bool = False
+    gradient: bool = False
+    matrix: bool = False
+    number: bool = False
     counts: bool = False
+    by_state: bool = False
+    every_example: bool = False
+    filtered: bool = False
+    as_array: str = ""
     carried: str = "v"
 
     @property
@@ -93,7 +117,7 @@ def _kind(name: str, owner: str, doc: str, **flags: Any) -> Callable[[Callable],
 # --- of a group -------------------------------------------------------------------------------------------------------
 
 
-@_kind("transition", "group", "states x states x positions", rows=2)
+@_kind("transition", "group", "states x states x positions", rows=2, matrix=True)
 def _transition(header: Header, group: Group) -> DtypeAndShape:
     return group.dtype, (len(group.states), len(group.states), *group.shape)
 
@@ -108,7 +132,10 @@ def _drive(header: Header, group: Group) -> DtypeAndShape:
     return group.dtype, group.shape
 
 
-@_kind("feedback", "group", "positions, one row for each entry of the vector that it projects", carried="B")
+@_kind(
+    "feedback", "group", "positions, one row for each entry of the vector that it projects",
+    every_example=True, carried="B",
+)  # fmt: skip
 def _feedback(header: Header, group: Group) -> DtypeAndShape:
     return group.dtype, group.shape
 
@@ -122,7 +149,7 @@ def _immediate(header: Header, relation: Relation) -> DtypeAndShape:
     return header.site(relation.site).dtype, (len(states), *relation.shape)
 
 
-@_kind("trace", "relation", "states x window of y x contracted", rows=1, large=True, carried="e")
+@_kind("trace", "relation", "states x window of y x contracted", rows=1, large=True, trace=True, carried="e")
 def _trace(header: Header, relation: Relation) -> DtypeAndShape:
     site = header.site(relation.site)
     if site.contracted is None:
@@ -134,12 +161,12 @@ def _trace(header: Header, relation: Relation) -> DtypeAndShape:
 # --- of a site --------------------------------------------------------------------------------------------------------
 
 
-@_kind("presynaptic", "site", "what the operation reads beside w")
+@_kind("presynaptic", "site", "what the operation reads beside w", as_array="factor")
 def _presynaptic(header: Header, site: Site) -> DtypeAndShape:
     return site.dtype, site.presynaptic[0] if site.presynaptic else ()
 
 
-@_kind("factor", "site", "x as a plain array, linear in y", carried="x")
+@_kind("factor", "site", "x as a plain array, linear in y", filtered=True, carried="x")
 def _factor(header: Header, site: Site) -> DtypeAndShape:
     if site.kind in ("direct", "opaque"):
         return site.dtype, ()
@@ -153,7 +180,7 @@ def _credit(header: Header, site: Site) -> DtypeAndShape:
     return site.dtype, site.y
 
 
-@_kind("gradient", "site", "weight")
+@_kind("gradient", "site", "weight", gradient=True, every_example=True)
 def _gradient(header: Header, site: Site) -> DtypeAndShape:
     return site.dtype, site.weight
 
@@ -161,12 +188,12 @@ def _gradient(header: Header, site: Site) -> DtypeAndShape:
 # --- of a layer -------------------------------------------------------------------------------------------------------
 
 
-@_kind("hidden", "layer", "all elements of the layer's states")
+@_kind("hidden", "layer", "all elements of the layer's states", by_state=True)
 def _hidden(header: Header, layer: Layer) -> DtypeAndShape:
     return layer.dtype, (layer.size,)
 
 
-@_kind("jacobian", "layer", "new states x old states, an operator")
+@_kind("jacobian", "layer", "new states x old states, an operator", matrix=True)
 def _jacobian(header: Header, layer: Layer) -> DtypeAndShape:
     return layer.dtype, (layer.size, layer.size)
 
@@ -174,13 +201,13 @@ def _jacobian(header: Header, layer: Layer) -> DtypeAndShape:
 # --- of an effect -----------------------------------------------------------------------------------------------------
 
 
-@_kind("influence", "effect", "states x weight", large=True, carried="J")
+@_kind("influence", "effect", "states x weight", large=True, by_state=True, carried="J")
 def _influence(header: Header, effect: Effect) -> DtypeAndShape:
     layer = header.layer(effect.layer)
     return layer.dtype, (layer.size, *header.site(effect.site).weight)
 
 
-@_kind("response", "effect", "states x y", large=True, carried="A")
+@_kind("response", "effect", "states x y", large=True, by_state=True, carried="A")
 def _response(header: Header, effect: Effect) -> DtypeAndShape:
     layer = header.layer(effect.layer)
     return layer.dtype, (layer.size, *header.site(effect.site).y)
@@ -213,7 +240,7 @@ def _vector(header: Header, owner: None) -> DtypeAndShape:
     return _widest(header), ()
 
 
-@_kind("number", "", "()")
+@_kind("number", "", "()", number=True)
 def _number(header: Header, owner: None) -> DtypeAndShape:
     return _widest(header), ()
 

@@ -39,18 +39,36 @@ class Op:
         What it means.
     linear : tuple of int
         Arguments in which the op is linear, each with the others fixed.
-    together : bool
-        Whether it is linear in all its arguments taken together, as a sum is.
+    terms : tuple of float
+        The op is the sum of its arguments, each times this number.
+    power : int
+        1 for a product of a value and a number (or of two values, entry by entry), -1 for a quotient.
+    derivative : str
+        The field of a constant :class:`~etcompile.ir.header.Response` that holds its numbers: "decay" for D, "inject" for f.
+    injects : bool
+        Whether it is what a step adds to a trace.
+    couples : bool
+        Whether the rows of its second argument meet, by the matrix that is the first.
+    contracts : bool
+        Whether it makes of a signal and a trace what the signal asks of the weight.
+    pulls_back : bool
+        Whether it makes a weight gradient of a credit of y, which needs no trace.
     by_row : bool
         Whether row k of the result reads nothing but row k of this step's arguments.
     needs_loss : bool
         Whether its value depends on the loss of this step, so that it exists only where a gradient is taken.
     fixed : bool
         Whether its value is the same at every step.
+    unknown : bool
+        Whether what it computes is the caller's, so that nothing is known of it.
     signal : str
         What it has to do with learning signals: it is one, of the loss by the new states ("new"), by the old ones ("old") or
         by those at a window's start ("start"); it brings in what such a signal may be made of otherwise ("given": error,
         target, modulator); or it makes one of that ("drive").
+    of_old : str
+        The op that is the same of the group's old states, along paths that avoid the new ones.
+    keyword : str
+        The argument of a call that it reads.
     windowed : str
         The op that takes its place in a window, where credit inside is exact.
     vectors : bool
@@ -60,7 +78,7 @@ class Op:
     prefix : str
         First letters of the names of its results.
     zeros : callable
-        Which entries of the result can differ from zero (:mod:`etcompile.ir.zeross`).
+        Which entries of the result can differ from zero (:mod:`etcompile.ir.zeros`).
     reads : callable
         Which entries of its arguments it reads.
     """
@@ -70,17 +88,31 @@ class Op:
     text: str
     doc: str
     linear: tuple[int, ...] = ()
-    together: bool = False
+    terms: tuple[float, ...] = ()
+    power: int = 0
+    derivative: str = ""
+    injects: bool = False
+    couples: bool = False
+    contracts: bool = False
+    pulls_back: bool = False
     by_row: bool = False
     needs_loss: bool = False
     fixed: bool = False
+    unknown: bool = False
     signal: str = ""
+    of_old: str = ""
+    keyword: str = ""
     windowed: str = ""
     vectors: bool = False
     infix: str = ""
     prefix: str = "v"
     zeros: Zeros = zero.anywhere
     reads: Reads = zero.wholly
+
+    @property
+    def together(self) -> bool:
+        """Whether it is linear in all its arguments taken together, as a sum is."""
+        return len(self.terms) > 1
 
 
 OPS: dict[str, Op] = {}
@@ -384,15 +416,15 @@ _LOSS = dict(needs_loss=True)
 
 register_op(
     "transition", _of_symbol("transition"), "transition(g)", "D_t = dh_t/dh_{t-1} of a group, block by position",
-    prefix="D", zeros=zero.of_transition,
+    derivative="decay", prefix="D", zeros=zero.of_transition,
 )  # fmt: skip
 register_op(
     "immediate", _of_symbol("immediate"), "immediate(r)", "f_t = dh_t/dy_t of a relation",
-    prefix="f", zeros=zero.of_immediate,
+    derivative="inject", prefix="f", zeros=zero.of_immediate,
 )  # fmt: skip
 register_op(
     "gain", _gain, "gain(r, 0, 1)", "a constant f in units of what response 0 injects, in the row of state 1 alone",
-    fixed=True, zeros=zero.of_state,
+    fixed=True, prefix="u", zeros=zero.of_state,
 )  # fmt: skip
 register_op(
     "presynaptic", _of_symbol("presynaptic"), "presynaptic(s)", "x_t: what the operation at a site reads beside the weight",
@@ -404,7 +436,7 @@ register_op(
 )  # fmt: skip
 register_op(
     "signal", _of_symbol("state", "signal"), "signal(g)", "L_t = dloss_t/dh_t, the group's new states taken as independent",
-    signal="new", prefix="L", **_LOSS,
+    signal="new", of_old="bypass", prefix="L", **_LOSS,
 )  # fmt: skip
 register_op(
     "bypass", _of_symbol("state", "bypass"), "bypass(g)", "K_t = dloss_t/dh_{t-1} along paths that avoid the group's new states",
@@ -423,48 +455,34 @@ register_op(
 
 register_op(
     "outer", _outer, "outer(f, x)", "f (x) x, the part of a trace that this step adds",
-    linear=(0, 1), by_row=True, prefix="o", zeros=zero.of_first,
+    linear=(0, 1), injects=True, by_row=True, prefix="o", zeros=zero.of_first,
 )  # fmt: skip
 register_op(
     "matmul", _matmul, "a @ b", "product over the group's states, position by position; an operator applied",
-    linear=(0, 1), by_row=True, infix="@", zeros=zero.of_matrix, reads=zero.by_columns,
+    linear=(0, 1), couples=True, by_row=True, infix="@", zeros=zero.of_matrix, reads=zero.by_columns,
 )  # fmt: skip
 register_op(
-    "add", _add, "a + b", "sum", together=True, by_row=True, vectors=True, infix="+", zeros=zero.of_sum
-)
+    "add", _add, "a + b", "sum", terms=(1.0, 1.0), by_row=True, vectors=True, infix="+", zeros=zero.of_sum,
+)  # fmt: skip
 register_op(
-    "sub",
-    _add,
-    "a - b",
-    "difference",
-    together=True,
-    by_row=True,
-    vectors=True,
-    infix="-",
-    zeros=zero.of_sum,
-)
+    "sub", _add, "a - b", "difference", terms=(1.0, -1.0), by_row=True, vectors=True, infix="-", zeros=zero.of_sum,
+)  # fmt: skip
 register_op(
     "mul", _mul, "a * b", "product with a number, or element by element",
-    linear=(0, 1), by_row=True, vectors=True, infix="*", zeros=zero.of_product,
+    linear=(0, 1), power=1, by_row=True, vectors=True, infix="*", zeros=zero.of_product,
 )  # fmt: skip
 register_op(
     "div", _div, "a / b", "quotient by a number, or by one number per row",
-    linear=(0,), by_row=True, vectors=True, infix="/", zeros=zero.of_first,
+    linear=(0,), power=-1, by_row=True, vectors=True, infix="/", zeros=zero.of_first,
 )  # fmt: skip
 register_op("number", _number, "number(0.1)", "a constant", fixed=True)
 register_op(
-    "copy",
-    _copy,
-    "copy(a)",
-    "the same value under another name",
-    linear=(0,),
-    by_row=True,
-    zeros=zero.of_first,
-)
+    "copy", _copy, "copy(a)", "the same value under another name", linear=(0,), terms=(1.0,), by_row=True, zeros=zero.of_first,
+)  # fmt: skip
 register_op("changed", _changed, "changed(a)", "1 where any entry differs from zero, else 0")
 register_op(
     "map", _map, "map(fn, a, b)", "a jax function of the caller, entry by entry",
-    vectors=True, zeros=zero.of_arguments,
+    unknown=True, vectors=True, zeros=zero.of_arguments,
 )  # fmt: skip
 register_op("norm", _norm, "norm(a, b)", "Euclidean norm of all entries of all arguments")
 register_op("dot", _dot, "dot(a, b)", "scalar product", linear=(0, 1))
@@ -473,39 +491,31 @@ register_op("dot", _dot, "dot(a, b)", "scalar product", linear=(0, 1))
 
 register_op(
     "contract", _contract, "contract(L, e)", "sum over states and positions: a weight gradient, or a credit of y",
-    linear=(0, 1), prefix="G", reads=zero.by_signal,
+    linear=(0, 1), contracts=True, prefix="G", zeros=zero.of_contraction, reads=zero.by_signal,
 )  # fmt: skip
 register_op(
-    "back",
-    _back,
-    "back(L, f)",
-    "sum over states of signal times immediate Jacobian: a credit of y",
-    linear=(0, 1),
-)
+    "back", _back, "back(L, f)", "sum over states of signal times immediate Jacobian: a credit of y", linear=(0, 1),
+)  # fmt: skip
 register_op(
     "outside", _outside, "outside(q)", "the credit of those elements of y that no trace covers", linear=(0,)
 )
 register_op(
     "pullback", _pullback, "pullback(x, q)", "the weight gradient of a credit: the operation transposed",
-    linear=(0, 1), prefix="P",
+    linear=(0, 1), pulls_back=True, prefix="P",
 )  # fmt: skip
 
 # --- learning signals of other kinds ----------------------------------------------------------------------------------
 
 register_op(
-    "error",
-    _vector,
-    "error()",
-    "dloss_t/dout_t, all outputs of an example in one row",
-    signal="given",
-    **_LOSS,
-)
+    "error", _vector, "error()", "dloss_t/dout_t, all outputs of an example in one row", signal="given", **_LOSS,
+)  # fmt: skip
 register_op(
-    "target", _vector, "target()", "the target of this step, in one row per example", signal="given", **_LOSS
-)
+    "target", _vector, "target()", "the target of this step, in one row per example",
+    signal="given", keyword="target", **_LOSS,
+)  # fmt: skip
 register_op(
     "modulator", _of_symbol("drive", "modulator"), "modulator(g)", "what was given for a group with this call",
-    signal="given", **_LOSS,
+    signal="given", keyword="modulator", **_LOSS,
 )  # fmt: skip
 register_op(
     "random_feedback", _random_feedback, "random_feedback(g, 0)",
@@ -528,7 +538,7 @@ register_op(
 )
 register_op(
     "through", _through, "through(d)", "a drive of what a group shows, as a learning signal of its new states",
-    linear=(0,), signal="drive", prefix="L", **_LOSS,
+    linear=(0,), signal="drive", of_old="through_old", prefix="L", **_LOSS,
 )  # fmt: skip
 register_op(
     "through_old", _through, "through_old(d)", "the same of its old states, along paths that avoid the new ones",

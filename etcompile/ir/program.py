@@ -8,12 +8,12 @@ Programs hold no arrays, no states and no jax objects: they print, parse back, c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from etcompile.ir.header import Header
 from etcompile.ir.types import Type
 
-__all__ = ["Argument", "Equation", "Gradient", "Ref", "Symbol", "TraceProgram"]
+__all__ = ["Argument", "Equation", "Gradient", "Ref", "Symbol", "TraceProgram", "made_from"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,3 +116,16 @@ class TraceProgram:
         return format_program(self)
 
     __repr__ = __str__
+
+
+def made_from(equations: Iterable[Equation], names: Iterable[str]) -> set[str]:
+    """Values that these are made from, at this or any earlier step; they themselves included."""
+    by_name = {e.name: e for e in equations}
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in found and name in by_name:
+            found.add(name)
+            waiting += [ref.name for ref in by_name[name].refs]
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from etcompile.errors import ProgramError
+from etcompile.ir.kinds import KINDS
 from etcompile.ir.ops import OPS, infer_type
 from etcompile.ir.printer import format_equation
 from etcompile.ir.program import Ref, TraceProgram
@@ -43,7 +44,7 @@ def verify(program: TraceProgram) -> None:
     for gradient in program.gradients:
         _check(program, gradient.value.name, gradient.value, types, defined)
         kind = types[gradient.value.name]
-        if (kind.kind, kind.of) != ("gradient", gradient.site):
+        if not KINDS[kind.kind].gradient or kind.of != gradient.site:
             _fail(program, gradient.value.name, f"the gradient of {gradient.site} is a {kind}")
     loss = depends_on_loss(program)
     for name in program.carried:

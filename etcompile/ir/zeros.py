@@ -16,7 +16,7 @@ from etcompile.ir.types import Type
 
 __all__ = [
     "Reads", "Table", "Zeros", "anywhere", "both", "by_columns", "by_signal", "either", "filled", "of_arguments", "of_bypass",
-    "of_first", "of_immediate", "of_matrix", "of_product", "of_state", "of_sum", "of_transition", "wholly",
+    "of_contraction", "of_first", "of_immediate", "of_matrix", "of_product", "of_state", "of_sum", "of_transition", "wholly",
 ]  # fmt: skip
 
 Table = Any  #: tuple of bool (rows), tuple of tuple of bool (transition), or bool
@@ -125,6 +125,12 @@ def of_arguments(header: Header, equation: Equation, args: Sequence[Any]) -> Tab
     for table in _tables(equation, args):
         total = either(total, table) if isinstance(table, tuple) == isinstance(total, tuple) else total
     return total
+
+
+def of_contraction(header: Header, equation: Equation, args: Sequence[Any]) -> Table:
+    """Where a signal meets a row of the trace that can."""
+    signal, trace = args
+    return any(map(both, signal, trace)) if isinstance(signal, tuple) else signal and trace
 
 
 # --- what is read -------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from etcompile.errors import ModelError
-from etcompile.ir.kinds import KINDS
+from etcompile.ir.kinds import KINDS, Kind
 from etcompile.ir.program import Equation, TraceProgram
 from etcompile.lowering.axes import Axes, ModelAxes
 from etcompile.schedule import Schedule, require_divisible_batch
@@ -291,29 +291,30 @@ class _Placing:
 
     def _of_carried(self, equation: Equation) -> Placed | tuple[Placed, ...]:
         """One entry of a carried value."""
-        kind, of, name = equation.type.kind, equation.type.of, equation.name
+        kind, of, name = KINDS[equation.type.kind], equation.type.of, equation.name
         shapes = self.entries[name]
-        if kind in ("hidden", "influence", "response"):
-            layer = of if kind == "hidden" else self.model.analysis.effect(of).layer
+        if kind.by_state:
+            layer = of if kind.owner == "layer" else self.model.analysis.effect(of).layer
             states = self.model.analysis.layer(layer).states
             return tuple(
                 self._place(name, s, self.axes.states[k]) for s, k in zip(shapes, states, strict=True)
             )
-        if kind == "presynaptic":
+        if isinstance(shapes, list):  # of all that an operation reads
             return tuple(self._place(name, s, self.axes.leading(s)) for s in shapes)
         return self._place(name, shapes, self._axes_of(kind, of, shapes))
 
-    def _axes_of(self, kind: str, of: str, shape: tuple[int, ...]) -> Axes:
-        if kind in ("trace", "immediate"):
+    def _axes_of(self, kind: Kind, of: str, shape: tuple[int, ...]) -> Axes:
+        if kind.owner == "relation":
             axes = self.axes.relations[of]
-            return axes if kind == "immediate" else _in_memory(axes, self.model.traces[of].order)
-        if kind in ("state", "transition", "drive"):
-            return self.axes.groups[of]
-        if kind == "feedback":  # a matrix to the units of one example
+            return _in_memory(axes, self.model.traces[of].order) if kind.trace else axes
+        if kind.owner == "group":
             group = self.axes.groups[of]
+            if not kind.every_example:
+                return group
+            # A matrix to the units of one example.
             one = [a for a in range(len(self.model.analysis.group(of).shape)) if a != group.examples]
             return Axes(None, 1) if one == [group.units] else Axes()
-        if kind == "gradient":
+        if kind.gradient:
             return self.axes.weights[of]
         return self.axes.leading(shape)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from etcompile.ir.kinds import KINDS
 from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation
 from etcompile.lowering.evaluate import Context, evaluate
@@ -39,7 +40,7 @@ def updated_in_order(
     found: dict[str, Value] = {}
     for relation in context.program.header.relations:
         traces = [
-            e for e in context.program.equations if (e.type.kind, e.type.of) == ("trace", relation.name)
+            e for e in context.program.equations if KINDS[e.type.kind].trace and e.type.of == relation.name
         ]
         names = {e.name for e in traces}
         readers = [
@@ -47,7 +48,11 @@ def updated_in_order(
             for e in context.program.equations
             if e.name not in names and any(r.name in names for r in e.refs)
         ]
-        if not traces or not _row_by_row(traces, names, values) or any(e.op != "contract" for e in readers):
+        if (
+            not traces
+            or not _row_by_row(traces, names, values)
+            or not all(OPS[e.op].contracts for e in readers)
+        ):
             continue
         weight = step.tape.read(context.model.traces[relation.name].site.site.weight)
         first = [e.name for e in readers if values.get(e.name) is not None]
@@ -62,7 +67,7 @@ def _row_by_row(traces: Sequence[Equation], names: Collection[str], values: Mapp
     return all(
         OPS[e.op].by_row
         and all(r.delay or r.name in names or r.name in values for r in e.refs)
-        and not (e.op == "matmul" and not e.refs[1].delay)
+        and not (OPS[e.op].couples and not e.refs[1].delay)
         for e in traces
     )
 
@@ -75,8 +80,8 @@ def _rows_in_order(
     done: list[Value],
 ) -> dict[str, Value]:
     """The traces of one relation, where ``done`` is what must be known before."""
-    added = {e.refs[0].name for e in traces if e.op == "outer"}
-    decays = {e.refs[0].name for e in traces if e.op == "matmul"}
+    added = {e.refs[0].name for e in traces if OPS[e.op].injects}
+    decays = {e.refs[0].name for e in traces if OPS[e.op].couples}
     read_now = {r.name for e in context.program.equations for r in e.refs if not r.delay}
     count = traces[0].type.shape[0]
     order = _readers_first(count, [values[name] for name in decays])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from etcompile.pass_api import OPS, AlgorithmError, Equation, Ref, TraceProgram
+from etcompile.pass_api import OPS, AlgorithmError, Equation, Ref, Rewriter, TraceProgram
 
 __all__ = ["ExactWithin"]
 
@@ -41,31 +41,25 @@ class ExactWithin:
                 expected="a rule with the true signal: d_rtrl, e_prop with symmetric feedback, pp_prop, ottt, otpe, ...",
                 hint="leave within='exact' out; the rule then gives its own credit at every step of a chunk.",
             )
-        same: dict[str, Ref] = {}
+        out = Rewriter(program)
         zero: set[str] = set()
-        kept: list[Equation] = []
         for e in program.equations:
-            e = dataclasses.replace(e, args=tuple(_follow(a, same) for a in e.args))
-            empty = [isinstance(a, Ref) and a.name in zero for a in e.args]
-            if OPS[e.op].signal == "new" or (
-                any(empty) and (e.op not in ("add", "sub", "map") or all(empty))
-            ):
+            op = OPS[e.op]
+            left = [ref for ref in e.refs if ref.name not in zero]
+            if op.signal == "new" or _is_zero(e, zero):
                 zero.add(e.name)
-            elif e.op == "add" and any(empty) and isinstance(other := e.args[empty.index(False)], Ref):
-                same[e.name] = other
-            elif e.op == "sub" and empty[1] and isinstance(e.args[0], Ref):
-                same[e.name] = e.args[0]
+            elif op.terms and len(left) == 1 < len(e.refs):
+                factor = op.terms[e.args.index(left[0])]
+                if factor == 1:
+                    out.replace(e, left[0])
+                else:
+                    out.define(e, out.op("mul", factor, left[0]))
             else:
-                kept.append(dataclasses.replace(e, op=OPS[e.op].windowed or e.op))
-        gradients = tuple(
-            dataclasses.replace(g, value=_follow(g.value, same))
-            for g in program.gradients
-            if g.value.name not in zero
-        )
-        return dataclasses.replace(program, equations=tuple(kept), gradients=gradients, window=self.window)
+                out.keep(dataclasses.replace(e, op=op.windowed or e.op))
+        return dataclasses.replace(out.finish(), window=self.window)
 
 
-def _follow(argument: object, same: dict[str, Ref]) -> object:
-    if isinstance(argument, Ref) and argument.name in same and argument.delay == 0:
-        return same[argument.name]
-    return argument
+def _is_zero(e: Equation, zero: set[str]) -> bool:
+    """Whether a value falls away with those that it is made of: all of them, or one in which it is linear."""
+    gone = [isinstance(a, Ref) and a.name in zero for a in e.args]
+    return any(gone) and (sum(gone) == len(e.refs) or any(gone[k] for k in OPS[e.op].linear))

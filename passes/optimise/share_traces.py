@@ -8,9 +8,8 @@ recurrences that refer to themselves are found equal as well.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from etcompile.pass_api import Equation, Ref, TraceProgram
+from etcompile.pass_api import Equation, Ref, Rewriter, TraceProgram
 
 __all__ = ["ShareTraces"]
 
@@ -24,16 +23,13 @@ class ShareTraces:
 
     def __call__(self, program: TraceProgram) -> TraceProgram:
         first = _representatives(program)
-
-        def renamed(argument: Any) -> Any:
-            return Ref(first[argument.name], argument.delay) if isinstance(argument, Ref) else argument
-
-        equations = []
+        out = Rewriter(program)
         for e in program.equations:
             if first[e.name] == e.name:
-                equations.append(dataclasses.replace(e, args=tuple(renamed(a) for a in e.args)))
-        gradients = tuple(dataclasses.replace(g, value=renamed(g.value)) for g in program.gradients)
-        return dataclasses.replace(program, equations=tuple(equations), gradients=gradients)
+                out.keep(e)
+            else:
+                out.replace(e, Ref(first[e.name]))
+        return out.finish()
 
 
 def _representatives(program: TraceProgram) -> dict[str, str]:

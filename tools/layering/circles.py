@@ -15,9 +15,6 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("etcompile.registry", "etcompile.passes"): "rules are found by name when they are asked for",
     # To be mended:
     ("etcompile.graph", "etcompile.analysis.analysis"): "",
-    ("etcompile.runtime.checkpoints", "etcompile.compiler"): "",
-    ("etcompile.runtime.step", "etcompile.compiler"): "",
-    ("etcompile.runtime.variants", "etcompile.compiler"): "",
     ("etcompile.report", "etcompile.analysis.analysis"): "",
 }
 
