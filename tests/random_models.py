@@ -159,7 +159,7 @@ class Parameters:
             return self.given[name]
         if name not in self.drawn:
             scale = 0.8 / np.sqrt(shape[0]) if len(shape) > 1 else 0.6
-            self.drawn[name] = jnp.asarray(self.rng.normal(size=shape) * scale)
+            self.drawn[name] = self.rng.normal(size=shape) * scale
         return self.drawn[name]
 
 
@@ -348,8 +348,9 @@ def build(recipe: Recipe, length: int = 4) -> RandomModel:
         cuts.append(value)
         return value
 
-    body(recipe, draws, state, xs[0], counted, lambda name, v: v)
-    return RandomModel(recipe, draws.drawn, state, groups_of(recipe), not cuts, xs, targets)
+    jax.eval_shape(lambda x: body(recipe, draws, state, x, counted, lambda name, v: v), xs[0])
+    drawn = jax.tree.map(jnp.asarray, draws.drawn)
+    return RandomModel(recipe, drawn, state, groups_of(recipe), not cuts, xs, targets)
 
 
 def groups_of(recipe: Recipe) -> tuple[tuple[str, ...], ...]:

@@ -7,13 +7,12 @@ import os
 import jax
 import jax.numpy as jnp
 from hypothesis import HealthCheck, Phase, given, settings
-from jax.extend.core import Literal
+from numpy_evaluation import op_by_op
 from oracles import dense_d_rtrl, relative_error
 from random_models import build, loss_fn, recipes
 
 import etcompile
 from etcompile import PassManager, parse_program
-from etcompile.frontend.jaxpr import scan_signature
 
 EXAMPLES = int(os.environ.get("ETCOMPILE_RANDOM_MODELS", "200"))
 TOLERANCE = 1e-10
@@ -37,43 +36,6 @@ def profile(examples):
 
 def cut_tree(tree):
     return jax.tree.map(jax.lax.stop_gradient, tree)
-
-
-def op_by_op(fn, *arguments):
-    """``fn(*arguments)``, traced and not compiled: compiling what runs once would take most of the time."""
-    jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*arguments)
-    leaves = evaluate(jaxpr, *jax.tree.leaves(arguments))
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-
-
-def evaluate(closed, *arguments):
-    """Run a closed jaxpr one operation at a time; a scan is a loop."""
-    jaxpr, known = closed.jaxpr, dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    known.update(zip(jaxpr.invars, arguments, strict=True))
-
-    def read(atom):
-        return atom.val if isinstance(atom, Literal) else known[atom]
-
-    for eqn in jaxpr.eqns:
-        values, inner = [read(v) for v in eqn.invars], eqn.params.get("jaxpr")
-        if eqn.primitive.name == "scan":
-            found = loop(eqn.params, values)
-        elif inner is not None:
-            found = evaluate(inner, *values)
-        else:
-            found = eqn.primitive.bind(*values, **eqn.params)
-        known.update(zip(eqn.outvars, found if eqn.primitive.multiple_results else [found], strict=True))
-    return [read(v) for v in jaxpr.outvars]
-
-
-def loop(params, values):
-    fixed, count = scan_signature(params)
-    carry, kept = values[fixed : fixed + count], [None] * params["length"]
-    steps = range(params["length"])
-    for t in reversed(steps) if params["reverse"] else steps:
-        out = evaluate(params["jaxpr"], *values[:fixed], *carry, *[v[t] for v in values[fixed + count :]])
-        carry, kept[t] = out[:count], out[count:]
-    return [*carry, *(jnp.stack(v) for v in zip(*kept, strict=True))]
 
 
 def reference(model):

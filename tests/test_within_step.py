@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax
 import pytest
 from hypothesis import given
+from numpy_evaluation import op_by_op
 from oracles import relative_error, time_slice
 from random_models import build, loss_fn, recipes
 from references import autodiff, fresh, zoo_cases
 from references import compiled as compiled_case
-from test_random_models import TOLERANCE, compiled, op_by_op, profile
+from test_random_models import TOLERANCE, compiled, profile
 from zoo import CASES, by_name
 
 # At its first step pp_prop's gradient is that of autodiff. It is made of L f; what of q is not in that is added,

@@ -263,12 +263,21 @@ def _set(run: Step | Learner, parts: dict[str, Any]) -> None:
     from etcompile.runtime.learn import Learner
 
     step = run.step if isinstance(run, Learner) else run
-    step._access.set_params(parts["params"])
-    step._set_carry(Carry(parts["states"], parts["traces"]))
-    step._access.initial = parts["initial"]
-    if isinstance(run, Learner):
-        for name, state in run.saved_states().items():
-            state.value = parts["learner"][name]
+    learner = run.saved_states() if isinstance(run, Learner) else {}
+    before, initial = {name: state.value for name, state in learner.items()}, step._access.initial
+    try:
+        with step.unchanged_on_error():
+            step._access.set_params(parts["params"])
+            step._set_carry(Carry(parts["states"], parts["traces"]))
+            step._access.initial = parts["initial"]
+            for name, state in learner.items():
+                state.value = parts["learner"][name]
+    except BaseException:
+        step._access.initial = initial
+        for name, state in learner.items():
+            if state.value is not before[name]:
+                state.value = before[name]
+        raise
 
 
 @dataclasses.dataclass(frozen=True)

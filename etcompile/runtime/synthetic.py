@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import brainstate
@@ -21,7 +22,7 @@ from etcompile.lowering.functions import Carry, Item
 from etcompile.lowering.losses import Loss, LossValue
 from etcompile.lowering.schedules.base import Found, Loop, Plan, Run, Steps, in_parts
 from etcompile.lowering.schedules.windowed import Windowed, window, windows_refusal
-from etcompile.runtime.losses import BoundLoss, LossOptions, as_asked, check_callable
+from etcompile.runtime.losses import BoundLoss, LossOptions, as_asked, check_callable, check_mask
 from etcompile.runtime.step_data import over_time
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class SyntheticGradient:
         return self._loss.value
 
     def scan_value_and_grad(self, loss_fn: Callable) -> Callable:
-        """A function ``(xs, *targets) -> (losses, grads)`` over a sequence, as :meth:`Step.scan_value_and_grad` makes it.
+        """A function ``(xs, *targets, mask=None) -> (losses, grads)`` over a sequence, as of :meth:`Step.scan_value_and_grad`.
 
         Parameters
         ----------
@@ -163,9 +164,9 @@ class SyntheticGradient:
             )
         self._check_taught()
 
-        def run(xs: Any, *targets: Any) -> tuple[Any, Any]:
+        def run(xs: Any, *targets: Any, mask: Any = None) -> tuple[Any, Any]:
             self._check_taught()
-            carry, inputs, bound, items = self._start(xs, targets)
+            carry, inputs, bound, items = self._start(xs, targets, mask)
             found, grads, carry = self._ran(
                 "gradients",
                 self._gradients,
@@ -184,7 +185,13 @@ class SyntheticGradient:
         return run
 
     def fit(
-        self, xs: Any, *targets: Any, optimizer: Any = None, epochs: int = 1, progress: bool = False
+        self,
+        xs: Any,
+        *targets: Any,
+        optimizer: Any = None,
+        epochs: int = 1,
+        progress: bool = False,
+        mask: Any = None,
     ) -> Array:
         """Teach the predictors on a sequence, time on axis 0; the model's parameters, states and traces stay.
 
@@ -200,6 +207,8 @@ class SyntheticGradient:
         epochs : int
         progress : bool
             Print the prediction loss about ten times.
+        mask : array ``(T,)`` or ``(T, examples)``, optional
+            As for :meth:`Step.scan_value_and_grad`.
 
         Returns
         -------
@@ -212,27 +221,31 @@ class SyntheticGradient:
             The sequence is one window, so there is nothing to predict.
         OptionError
             No optimiser, or ``epochs`` is not a positive integer.
+
+        Notes
+        -----
+        Where an epoch fails, predictors and optimiser are as the epoch before it left them.
         """
         epochs = positive_integer("epochs", epochs)
         self._check_same_step()
-        carry, inputs, bound, items = self._start(xs, targets)
+        carry, inputs, bound, items = self._start(xs, targets, mask)
         self._check_several(inputs)
-        self._use(optimizer)
         values = self.step._access.params()
         losses = []
         for epoch in range(epochs):
-            self._params.value, self._optimizer_state.value, loss = self._ran(
-                "fit",
-                self._fit,
-                bound,
-                self._params.value,
-                self._optimizer_state.value,
-                values,
-                carry,
-                bound.loss,
-                inputs,
-                items,
-            )
+            with self._with_optimizer(optimizer):
+                self._params.value, self._optimizer_state.value, loss = self._ran(
+                    "fit",
+                    self._fit,
+                    bound,
+                    self._params.value,
+                    self._optimizer_state.value,
+                    values,
+                    carry,
+                    bound.loss,
+                    inputs,
+                    items,
+                )
             losses.append(loss)
             if progress and (epoch + 1) % max(1, epochs // 10) == 0:
                 print(f"epoch {epoch + 1} of {epochs}: prediction loss {float(loss):.3g}")
@@ -240,7 +253,7 @@ class SyntheticGradient:
         self._fitted = True
         return jnp.stack(losses)
 
-    def update(self, xs: Any, *targets: Any, optimizer: Any = None) -> tuple[Any, Any]:
+    def update(self, xs: Any, *targets: Any, optimizer: Any = None, mask: Any = None) -> tuple[Any, Any]:
         """Losses and gradients of a sequence, and in the same run one step of the predictors.
 
         The gradients are those of :meth:`scan_value_and_grad` with the predictors as they were; the model's states advance.
@@ -251,6 +264,8 @@ class SyntheticGradient:
         xs, *targets : pytrees of arrays
         optimizer : optax.GradientTransformation
             As in :meth:`fit`; only the first call needs it.
+        mask : array ``(T,)`` or ``(T, examples)``, optional
+            As for :meth:`Step.scan_value_and_grad`.
 
         Returns
         -------
@@ -258,21 +273,22 @@ class SyntheticGradient:
         grads : pytree
         """
         self._check_same_step()
-        carry, inputs, bound, items = self._start(xs, targets)
+        carry, inputs, bound, items = self._start(xs, targets, mask)
         self._check_several(inputs)
-        self._use(optimizer)
-        found, grads, carry, self._params.value, self._optimizer_state.value, self._loss.value = self._ran(
-            "update",
-            self._update,
-            bound,
-            self._params.value,
-            self._optimizer_state.value,
-            self.step._access.params(),
-            carry,
-            bound.loss,
-            inputs,
-            items,
-        )
+        with self._with_optimizer(optimizer):
+            found, grads, carry, params, state, loss = self._ran(
+                "update",
+                self._update,
+                bound,
+                self._params.value,
+                self._optimizer_state.value,
+                self.step._access.params(),
+                carry,
+                bound.loss,
+                inputs,
+                items,
+            )
+        self._params.value, self._optimizer_state.value, self._loss.value = params, state, loss
         self.step._set_carry(carry)
         bound.write(found.carried)
         self._fitted = True
@@ -363,7 +379,10 @@ class SyntheticGradient:
                 hint="SyntheticGradient(..., stream=True) takes the calls as parts of one stream.",
             )
 
-    def _use(self, optimizer: Any) -> None:
+    @contextmanager
+    def _with_optimizer(self, optimizer: Any) -> Iterator[None]:
+        """The optimiser given, or the one given before; where the run fails it is again the one before."""
+        before = self._optimizer, self._optimizer_state, self._jitted
         if optimizer is None:
             optimizer = self._optimizer
         if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
@@ -376,14 +395,21 @@ class SyntheticGradient:
             self._optimizer = optimizer
             self._optimizer_state = brainstate.ShortTermState(optimizer.init(self._params.value["layers"]))
             self._jitted = {}
+        try:
+            yield
+        except BaseException:
+            self._optimizer, self._optimizer_state, self._jitted = before
+            raise
 
-    def _start(self, xs: Any, targets: tuple) -> tuple[Carry, Any, BoundLoss, Item]:
+    def _start(self, xs: Any, targets: tuple, mask: Any) -> tuple[Carry, Any, BoundLoss, Item]:
         """What a run over a sequence takes: states and traces, inputs, and the loss with its arguments at each step."""
-        xs, targets = self.step.stacked(*over_time((xs, targets)))
+        xs, targets, mask = over_time((xs, targets, mask))
+        xs, targets = self.step.stacked(xs, targets)
         inputs = self.step._sequence(xs, targets)
         steps = jax.tree.leaves(inputs)[0].shape[0]
-        bound = self.step.bound_loss(self.loss_fn, self._options, targets, None, steps)
-        return self.step._carry(), inputs, bound, bound.item(targets, None, 1)
+        mask = check_mask(mask, steps)
+        bound = self.step.bound_loss(self.loss_fn, self._options, targets, mask, steps)
+        return self.step._carry(), inputs, bound, bound.item(targets, mask, 1)
 
     def _ran(self, name: str, fn: Callable, bound: BoundLoss, *args: Any) -> Any:
         if name not in self._jitted:

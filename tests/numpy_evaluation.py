@@ -1,0 +1,333 @@
+"""Jaxprs run by numpy, one operation at a time.
+
+Compiling what runs once takes nearly all of the time of a test. What the compiler of this project makes are jaxprs, and numpy
+says what numbers they stand for without XLA. Operations that are not in the table are run by JAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.extend.core import Literal
+
+from etcompile.frontend.jaxpr import in_transformation, scan_signature
+
+__all__ = ["interpreted", "op_by_op"]
+
+Params = dict[str, Any]
+
+
+def op_by_op(fn: Callable, *arguments: Any) -> Any:
+    """``fn(*arguments)``, traced, and not compiled."""
+    jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*arguments)
+    return _results(jaxpr, shapes, jax.tree.leaves(arguments))
+
+
+class interpreted:
+    """``jax.jit`` for tests: traces once for every set of shapes, and runs by numpy. Where it meets tracers it is `jax.jit`."""
+
+    def __init__(self, fn: Callable, **options: Any) -> None:
+        self._jitted = _JIT(fn, **options)
+        self._plain = set(options) <= {"donate_argnums"}
+        self._fn = fn
+        self._traced: dict[Any, tuple[Any, Any]] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        leaves, tree = jax.tree.flatten(arguments)
+        if not self._plain or any(isinstance(leaf, Tracer) for leaf in leaves) or in_transformation():
+            return self._jitted(*arguments)
+        key = tree, tuple(map(_kind, leaves))
+        if key not in self._traced:
+            self._traced[key] = jax.make_jaxpr(self._fn, return_shape=True)(*arguments)
+        return _results(*self._traced[key], leaves)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._jitted, name)
+
+
+_JIT = jax.jit
+
+
+def _kind(leaf: Any) -> Any:
+    return np.shape(leaf), getattr(leaf, "dtype", type(leaf)), getattr(leaf, "weak_type", None)
+
+
+def _results(jaxpr: Any, shapes: Any, leaves: Sequence[Any]) -> Any:
+    with np.errstate(all="ignore"):
+        found = evaluate(jaxpr.jaxpr, jaxpr.consts, [_array(leaf) for leaf in leaves])
+    wanted, tree = jax.tree.flatten(shapes)
+    for v, w in zip(found, wanted, strict=True):
+        assert np.shape(v) == w.shape and v.dtype == w.dtype, (np.shape(v), v.dtype, w)
+    return jax.tree.unflatten(tree, [v if isinstance(v, jax.Array) else jax.numpy.asarray(v) for v in found])
+
+
+def _array(value: Any) -> Any:
+    """As numpy, where numpy has it: keys, and what lies on several devices, stay."""
+    if isinstance(value, jax.Array):
+        plain = not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended) and len(value.devices()) == 1
+        return np.asarray(value) if plain else value
+    return np.asarray(value, jax.dtypes.canonicalize_dtype(np.result_type(value)))
+
+
+def evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    """What an open jaxpr gives."""
+    known = dict(zip(jaxpr.constvars, map(_array, consts), strict=True))
+    known.update(zip(jaxpr.invars, arguments, strict=True))
+
+    def read(atom: Any) -> Any:
+        return _literal(atom) if isinstance(atom, Literal) else known[atom]
+
+    for eqn in jaxpr.eqns:
+        known.update(zip(eqn.outvars, _run(eqn, [read(v) for v in eqn.invars]), strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _literal(atom: Any) -> np.ndarray:
+    return np.asarray(atom.val, atom.aval.dtype)
+
+
+def _run(eqn: Any, values: list[Any]) -> Sequence[Any]:
+    name, params = eqn.primitive.name, eqn.params
+    if name in _LOOPS:
+        return _LOOPS[name](params, values)
+    inner = next((params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params), None)
+    if inner is not None and name in _CALLS:
+        return evaluate(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values)
+    if name == "optimization_barrier":
+        return values
+    if name == "split":
+        return np.split(values[0], np.cumsum(params["sizes"])[:-1], params["axis"])
+    known = all(isinstance(v, np.ndarray) and v.dtype.kind in "biufc" for v in values)
+    dtype = eqn.outvars[0].aval.dtype if eqn.outvars else None
+    if known and len(eqn.outvars) == 1 and getattr(dtype, "kind", None) in tuple("biufc"):
+        shape = eqn.outvars[0].aval.shape
+        if name in _ENTRIES:
+            found = _ENTRIES[name](*values)
+        elif name in _OTHERS:
+            found = _OTHERS[name](params, *values)
+        else:
+            found = None
+        if found is not None:
+            found = np.asarray(found, dtype)
+            assert found.shape == shape, (eqn, found.shape)
+            return [found]
+    found = eqn.primitive.bind(*values, **params)
+    return [_array(v) for v in (found if eqn.primitive.multiple_results else [found])]
+
+
+# -- control flow -------------------------------------------------------------------------------------------------------
+
+
+def _closed(jaxpr: Any, values: Sequence[Any]) -> list[Any]:
+    return evaluate(jaxpr.jaxpr, jaxpr.consts, values)
+
+
+def _scan(params: Params, values: list[Any]) -> list[Any]:
+    fixed, count = scan_signature(params)
+    steps, body = range(params["length"]), params["jaxpr"]
+    carry, rows = values[fixed : fixed + count], {}
+    for t in reversed(steps) if params["reverse"] else steps:
+        out = _closed(body, [*values[:fixed], *carry, *(_array(v[t]) for v in values[fixed + count :])])
+        carry, rows[t] = out[:count], out[count:]
+    kept = [np.stack(v) for v in zip(*(rows[t] for t in steps), strict=True)] if steps else []
+    if not steps:
+        kept = [np.zeros((0, *a.shape), a.dtype) for a in body.out_avals[count:]]
+    return [*carry, *kept]
+
+
+def _while(params: Params, values: list[Any]) -> list[Any]:
+    a, b = params["cond_nconsts"], params["body_nconsts"]
+    test, body, carry = values[:a], values[a : a + b], values[a + b :]
+    while bool(np.all(_closed(params["cond_jaxpr"], [*test, *carry])[0])):
+        carry = _closed(params["body_jaxpr"], [*body, *carry])
+    return carry
+
+
+def _cond(params: Params, values: list[Any]) -> list[Any]:
+    branches = params["branches"]
+    chosen = int(np.clip(int(values[0]), 0, len(branches) - 1))
+    return _closed(branches[chosen], values[1:])
+
+
+_LOOPS: dict[str, Callable[[Params, list[Any]], Sequence[Any]]] = {
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}
+_CALLS = frozenset(
+    [
+        "pjit",
+        "jit",
+        "closed_call",
+        "core_call",
+        "remat",
+        "checkpoint",
+        "remat2",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "custom_vjp_call_jaxpr",
+    ]
+)
+
+# -- entry by entry -----------------------------------------------------------------------------------------------------
+
+
+def _logistic(v: np.ndarray) -> np.ndarray:
+    return np.where(v >= 0, 1 / (1 + np.exp(-np.abs(v))), np.exp(-np.abs(v)) / (1 + np.exp(-np.abs(v))))
+
+
+def _div(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
+    return a / b if a.dtype.kind in "fc" else None  # XLA's whole division rounds to zero
+
+
+def _choose(which: np.ndarray, *cases: np.ndarray) -> np.ndarray | None:
+    if which.dtype != bool or len(cases) != 2:
+        return None
+    return np.where(which, cases[1], cases[0])
+
+
+def _not(v: np.ndarray) -> np.ndarray:
+    return np.logical_not(v) if v.dtype == bool else np.invert(v)
+
+
+def _same(v: np.ndarray) -> np.ndarray:
+    return v
+
+
+_ENTRIES: dict[str, Callable[..., Any]] = {
+    "add": np.add, "add_any": np.add, "sub": np.subtract, "mul": np.multiply, "div": _div, "neg": np.negative,
+    "max": np.maximum, "min": np.minimum, "abs": np.abs, "sign": np.sign, "exp": np.exp, "exp2": np.exp2,
+    "log": np.log, "log1p": np.log1p, "expm1": np.expm1, "tanh": np.tanh, "sinh": np.sinh, "cosh": np.cosh,
+    "sin": np.sin, "cos": np.cos, "tan": np.tan, "atan2": np.arctan2, "atan": np.arctan, "asin": np.arcsin,
+    "acos": np.arccos, "sqrt": np.sqrt, "cbrt": np.cbrt, "rsqrt": lambda v: 1 / np.sqrt(v), "square": lambda v: v * v,
+    "logistic": _logistic, "floor": np.floor, "ceil": np.ceil, "is_finite": np.isfinite,
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": _not, "select_n": _choose,
+    "real": np.real, "imag": np.imag, "conj": np.conj, "copy": _same, "copy_p": _same,
+    "clamp": lambda low, v, high: np.minimum(np.maximum(v, low), high),
+    "complex": lambda re, im: re + 1j * im, "stop_gradient": _same,
+}  # fmt: skip
+
+
+# -- the rest -----------------------------------------------------------------------------------------------------------
+
+
+def _spread(p: Params, v: np.ndarray, *_: Any) -> np.ndarray:
+    grown = [1] * len(p["shape"])
+    for d, n in zip(p["broadcast_dimensions"], v.shape, strict=True):
+        grown[d] = n
+    return np.broadcast_to(v.reshape(grown), p["shape"])
+
+
+def _dot(p: Params, a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
+    if a.dtype.kind == "f" and a.dtype.itemsize < 4:
+        return None
+    (ca, cb), (ba, bb) = p["dimension_numbers"]
+    wanted = p.get("preferred_element_type")
+    if wanted is not None:
+        a, b = a.astype(wanted), b.astype(wanted)
+    fa = [d for d in range(a.ndim) if d not in (*ca, *ba)]
+    fb = [d for d in range(b.ndim) if d not in (*cb, *bb)]
+    left = a.transpose(*ba, *fa, *ca).reshape(*(a.shape[d] for d in ba), _size(a, fa), _size(a, ca))
+    right = b.transpose(*bb, *cb, *fb).reshape(*(b.shape[d] for d in bb), _size(b, cb), _size(b, fb))
+    rest = (*(a.shape[d] for d in fa), *(b.shape[d] for d in fb))
+    return (left @ right).reshape(*(a.shape[d] for d in ba), *rest)
+
+
+def _size(v: np.ndarray, axes: Sequence[int]) -> int:
+    return int(np.prod([v.shape[d] for d in axes], dtype=int))
+
+
+def _iota(p: Params) -> np.ndarray:
+    shape, d = tuple(p["shape"]), p["dimension"]
+    along = [-1 if k == d else 1 for k in range(len(shape))]
+    return np.broadcast_to(np.arange(shape[d]).reshape(along), shape)
+
+
+def _pad(p: Params, v: np.ndarray, filler: np.ndarray) -> np.ndarray | None:
+    config = p["padding_config"]
+    if any(low < 0 or high < 0 for low, high, _ in config):
+        return None
+    spans = [
+        low + high + n + max(n - 1, 0) * inner for n, (low, high, inner) in zip(v.shape, config, strict=True)
+    ]
+    found = np.full(spans, filler, v.dtype)
+    found[
+        tuple(
+            slice(low, low + n + max(n - 1, 0) * inner, inner + 1)
+            for n, (low, _, inner) in zip(v.shape, config, strict=True)
+        )
+    ] = v
+    return found
+
+
+def _slice(p: Params, v: np.ndarray) -> np.ndarray:
+    strides = p["strides"] or (1,) * v.ndim
+    return v[tuple(map(slice, p["start_indices"], p["limit_indices"], strides))]
+
+
+def _window(starts: Sequence[Any], sizes: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+    first = [int(np.clip(int(s), 0, n - k)) for s, k, n in zip(starts, sizes, shape, strict=True)]
+    return tuple(slice(f, f + k) for f, k in zip(first, sizes, strict=True))
+
+
+def _update(p: Params, v: np.ndarray, new: np.ndarray, *starts: Any) -> np.ndarray:
+    found = v.copy()
+    found[_window(starts, new.shape, v.shape)] = new
+    return found
+
+
+def _along(fn: Callable) -> Callable:
+    def run(p: Params, v: np.ndarray) -> np.ndarray:
+        return np.flip(fn(np.flip(v, p["axis"]), p["axis"]), p["axis"]) if p["reverse"] else fn(v, p["axis"])
+
+    return run
+
+
+def _over(fn: Callable) -> Callable:
+    return lambda p, v: fn(v, axis=tuple(p["axes"]))
+
+
+def _power(p: Params, v: np.ndarray) -> np.ndarray | None:
+    n = p["y"]
+    return None if v.dtype.kind not in "fc" else np.power(v, n) if n >= 0 else 1 / np.power(v, -n)
+
+
+def _converted(p: Params, v: np.ndarray) -> np.ndarray | None:
+    if v.dtype.kind == "f" and np.dtype(p["new_dtype"]).kind in "iu":
+        return None
+    return v.real if v.dtype.kind == "c" and np.dtype(p["new_dtype"]).kind != "c" else v
+
+
+_OTHERS: dict[str, Callable[..., Any]] = {
+    "broadcast_in_dim": _spread,
+    "reshape": lambda p, v: v.reshape(p["new_sizes"]) if p.get("dimensions") is None else None,
+    "squeeze": lambda p, v: v.squeeze(tuple(p["dimensions"])),
+    "expand_dims": lambda p, v: np.expand_dims(v, tuple(p["dimensions"])),
+    "transpose": lambda p, v: v.transpose(p["permutation"]),
+    "rev": lambda p, v: np.flip(v, tuple(p["dimensions"])),
+    "concatenate": lambda p, *v: np.concatenate(v, axis=p["dimension"]),
+    "convert_element_type": _converted,
+    "dot_general": _dot,
+    "dynamic_slice": lambda p, v, *starts: v[_window(starts, p["slice_sizes"], v.shape)],
+    "dynamic_update_slice": _update,
+    "integer_pow": _power,
+    "pow": lambda p, a, b: np.power(a, b) if a.dtype.kind == "f" else None,
+    "iota": _iota,
+    "pad": _pad,
+    "slice": _slice,
+    "reduce_sum": _over(np.sum),
+    "reduce_prod": _over(np.prod),
+    "reduce_max": _over(np.max),
+    "reduce_min": _over(np.min),
+    "reduce_and": _over(np.all),
+    "reduce_or": _over(np.any),
+    "cumsum": _along(np.cumsum),
+    "cumprod": _along(np.cumprod),
+    "cummax": _along(np.maximum.accumulate),
+    "cummin": _along(np.minimum.accumulate),
+}
