@@ -37,6 +37,8 @@ from etcompile.runtime.step import Step
 from etcompile.runtime.step_data import MultiStepData, SingleStepData, extract_y_target
 from etcompile.runtime.synthetic import SyntheticGradient
 from etcompile.schedule import Schedule
+from etcompile.sites.operation import WeightOperation
+from etcompile.sites.table import weight_operation
 
 __version__ = "0.1.0"
 
@@ -46,6 +48,6 @@ __all__ = [
     "KappaFilter",
     "LeakyRateReadout", "ModelError", "MultiStepData", "OptionError", "Pass", "PassError", "PassManager",
     "PresynapticTrace", "ProgramError", "Report", "Schedule", "SequenceSchedule", "SingleStepData", "Step", "SyntheticGradient",
-    "TraceProgram", "UnsupportedError", "algorithm", "algorithm_names", "compile", "extract_y_target", "feedback_matrix",
-    "from_function", "nn", "parse_program", "register_schedule",
+    "TraceProgram", "UnsupportedError", "WeightOperation", "algorithm", "algorithm_names", "compile", "extract_y_target",
+    "feedback_matrix", "from_function", "nn", "parse_program", "register_schedule", "weight_operation",
 ]  # fmt: skip

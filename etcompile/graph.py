@@ -194,7 +194,7 @@ class _Builder:
             if site.operation >= 0:
                 operation = self.body.operations[site.operation]
                 others = _variables(v for k, v in enumerate(operation.inputs) if k != site.operand)
-                reads[self._operation(site, site.primitive, site.source, site.y)] = others
+                reads[self._operation(site, site.record.primitive, site.record.source, site.y)] = others
                 continue
             uses = _uses(self.body, site.weight)
             affine = self._affine(site.weight, uses, made_by)
@@ -203,7 +203,7 @@ class _Builder:
                 continue
             first = uses[0] if uses else None
             node = self._operation(
-                site, first[0].name if first else site.primitive, first[0].source if first else site.source,
+                site, first[0].name if first else site.record.primitive, first[0].source if first else site.record.source,
                 first[0].outputs[0] if first else site.y,
             )  # fmt: skip
             reads[node] = [v for operation, others in uses if operation.name not in _SUMS for v in others]
@@ -248,7 +248,7 @@ class _Builder:
         stops: dict[int, str] = {}
         for site in self.analysis.sites:
             node = self.operations[site.name]
-            if site.kind == "direct":
+            if site.does.traced and site.does.weight_is_y:
                 seen[site.weight] = {node: None}
             else:
                 stops[site.y] = node

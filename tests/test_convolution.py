@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 from oracles import relative_error
 
-from etcompile.lowering.convolution import kernel_gradient, patches
+from etcompile.sites.patches import kernel_gradient, patches
 
 FORMS = {
     "plain": {},

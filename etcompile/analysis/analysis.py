@@ -169,7 +169,6 @@ def _influences(
     for k in hidden:
         mask |= 1 << (len(model.params) + k)
     active = [bool(d & mask) for d in dep.derivative]
-    frozen = {(s.operation, s.operand) for s in split.sites if s.operation >= 0}
     keep = (
         {model.state_vars[k] for k in hidden}
         | {model.new_state_vars[k] for k in hidden}
@@ -179,7 +178,7 @@ def _influences(
     for k in hidden:
         aval = model.states[k].aval
         seed = np.arange(aval.size).reshape(aval.shape)
-        result[k] = influence_on(split.body, {model.new_state_vars[k]: seed}, active, keep, frozen)
+        result[k] = influence_on(split.body, {model.new_state_vars[k]: seed}, active, keep, split.frozen)
     return result
 
 
@@ -231,7 +230,7 @@ def _relations(
 ) -> tuple[list[Relation], list[tuple[Site, HiddenGroup]]]:
     relations, misfits = [], []
     for site in split.sites:
-        if site.kind == "opaque":
+        if not site.does.traced:
             continue
         for group in groups:
             influence = {
@@ -304,8 +303,8 @@ def _cuts(
     for site, group in misfits:
         add(
             group=group.name,
-            primitive=site.primitive,
-            source=site.source,
+            primitive=site.record.primitive,
+            source=site.record.source,
             origins=site.params,
             meaning="part of the weight's effect reaches another position than the group's: it counts within the step only",
         )

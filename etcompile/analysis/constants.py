@@ -82,8 +82,7 @@ def _of_one_dtype(analysis: Analysis, relation: Relation) -> bool:
     body, site = analysis.split.body, analysis.site(relation.site)
     dtypes = {analysis.model.states[s].aval.dtype for s in analysis.group(relation.group).states}
     dtypes.add(body.avals[site.y].dtype)
-    if site.kind in ("dot_general", "conv"):
-        dtypes.add(body.aval(body.operations[site.operation].inputs[1 - site.operand]).dtype)
+    dtypes.add(site.does.x_dtype)
     return len(dtypes) == 1 and bool(jnp.issubdtype(dtypes.pop(), jnp.floating))
 
 
@@ -93,7 +92,7 @@ class _Walk:
     def __init__(self, analysis: Analysis) -> None:
         self.analysis = analysis
         self.body = analysis.split.body
-        self.frozen = {(s.operation, s.operand) for s in analysis.sites if s.operation >= 0}
+        self.frozen = analysis.split.frozen
         self.fixed = [not bits for bits in analysis.dependence.value]
         for operation in self.body.operations:
             if has_effects(operation) or not all(map(self._known, operation.inputs)):

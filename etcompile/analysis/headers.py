@@ -11,12 +11,11 @@ from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.groups import HiddenGroup
 from etcompile.analysis.layers import Layer
 from etcompile.analysis.relations import Relation
-from etcompile.analysis.sites import Site
 from etcompile.analysis.within_step import carries_whole_credit, reached_beside
 from etcompile.frontend.jaxpr import Constant, short_dtype
 from etcompile.ir import header as ir
 
-__all__ = ["contracted_shape", "group_dtype", "program_header"]
+__all__ = ["group_dtype", "program_header"]
 
 
 def program_header(analysis: Analysis, windows: bool = False) -> ir.Header:
@@ -31,7 +30,7 @@ def program_header(analysis: Analysis, windows: bool = False) -> ir.Header:
     return ir.Header(
         analysis.model.name,
         groups,
-        tuple(_site(analysis, s) for s in analysis.sites),
+        tuple(s.record for s in analysis.sites),
         tuple(_relation(analysis, r, windows) for r in analysis.relations),
         analysis.cuts,
         tuple(_layer(analysis, layer) for layer in analysis.layers),
@@ -74,35 +73,3 @@ def _bypass(analysis: Analysis, group: HiddenGroup) -> tuple[bool, ...]:
         bool(reached_beside(analysis, analysis.model.state_vars[s], new) & (results - new))
         for s in group.states
     )
-
-
-def _site(analysis: Analysis, site: Site) -> ir.Site:
-    body = analysis.split.body
-    reads: tuple[tuple[int, ...], ...] = ()
-    if site.operation >= 0:
-        operation = body.operations[site.operation]
-        reads = tuple(body.aval(v).shape for k, v in enumerate(operation.inputs) if k != site.operand)
-    weight, y = body.avals[site.weight], body.avals[site.y]
-    return ir.Site(
-        site.name, site.kind, site.params, site.primitive, site.source, weight.shape, y.shape, short_dtype(y.dtype),
-        contracted_shape(analysis, site), reads,
-    )  # fmt: skip
-
-
-def contracted_shape(analysis: Analysis, site: Site) -> tuple[int, ...] | None:
-    """Weight axes that a trace of this site keeps beside y's axes."""
-    weight = analysis.split.body.avals[site.weight].shape
-    if site.operation < 0:
-        return () if site.kind == "direct" else None
-    operation = analysis.split.body.operations[site.operation]
-    if site.kind == "dot_general":
-        contract, _ = operation.params["dimension_numbers"]
-        return tuple(weight[d] for d in contract[site.operand])
-    if site.kind == "conv":
-        spec = operation.params["dimension_numbers"].rhs_spec
-        return (weight[spec[1]], *(weight[d] for d in spec[2:]))
-    if site.kind == "embedding":
-        return (weight[0],)
-    if site.kind == "generic":
-        return weight
-    return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def influence_on(
     seeds: Mapping[int, Array],
     active: Sequence[bool],
     keep: set[int],
-    frozen: set[Use],
+    frozen: AbstractSet[Use],
     cut: Mapping[Use, Array] | None = None,
     size: int | None = None,
 ) -> Influence:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from etcompile.analysis.dependence import Dependence, dependence_given
-from etcompile.analysis.sites import site_kind
+from etcompile.analysis.sites import weight_operation_at
 from etcompile.frontend.jaxpr import (
     Aval,
     Constant,
@@ -227,7 +227,7 @@ class _Loop:
             return False
         return (
             self._of_parameters(v)
-            and site_kind(self.body, operation, k) not in ("direct", "opaque")
+            and not weight_operation_at(self.body, operation, k).weight_is_y
             and self._mappable(operation)
         )
 

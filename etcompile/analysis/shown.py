@@ -60,7 +60,7 @@ def shown_by(analysis: Analysis, group: HiddenGroup) -> tuple[Shown, ...]:
     for operation in body.operations:
         if any(v in reached for v in operation.inputs if not isinstance(v, Constant)):
             reached |= {v for v in operation.outputs if body.avals[v].differentiable}
-    frozen = {(s.operation, s.operand) for s in analysis.sites if s.operation >= 0}
+    frozen = analysis.split.frozen
     readers: dict[int, list[int]] = {v: [] for v in outputs if v in reached}
     for number, operation in enumerate(body.operations):
         if not any(v in live and v not in new for v in operation.outputs):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 from jax import lax
@@ -17,10 +18,15 @@ from etcompile.analysis.index_rules import MANY, operand_influence
 from etcompile.analysis.influence import _inner
 from etcompile.analysis.loops import everywhere
 from etcompile.errors import ModelError
-from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operand, Operation
+from etcompile.frontend.jaxpr import Constant, Graph, Operand, Operation, short_dtype
+from etcompile.frontend.loops import Use
 from etcompile.frontend.step_model import StepModel
+from etcompile.ir import header as ir
+from etcompile.sites.direct import Direct
+from etcompile.sites.operation import WeightOperation, WeightUse
+from etcompile.sites.table import check_axes, recognised
 
-__all__ = ["Site", "SplitStep", "refuse_parameters_in_while", "site_kind", "split_step"]
+__all__ = ["Site", "SplitStep", "refuse_parameters_in_while", "split_step", "weight_operation_at"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,35 +35,33 @@ class Site:
 
     Attributes
     ----------
-    name : str
-        ``s0``, ``s1``, ... in program order.
-    kind : str
-        ``dot_general``, ``conv``, ``embedding``: an operation whose result ``y`` is linear in the weight, with a trace of
-        y's axes plus the contracted ones. ``direct``: every use is element-wise or only moves elements; the weight itself
-        plays the part of y. ``generic``: another operation with one result. ``opaque``: one with several results; the weight,
-        used there alone, plays the part of y, and has a one-step gradient only.
+    record : etcompile.ir.header.Site
+        What programs say of it.
+    does : WeightOperation
+        What the weight does there.
     weight : int
         Variable of the effective weight.
     operation, operand : int
-        Number of the operation in the body and of the weight among its operands (-1 for ``direct`` and ``opaque``).
+        Number of the operation in the body and of the weight among its operands (-1 where the weight itself is y).
     y : int
-        Variable of the result (for ``direct`` and ``opaque``, the weight).
-    params : tuple of str
-        Paths of the raw parameters in the weight.
-    source : str
-        ``file:line`` of the operation.
-    primitive : str
+        Variable of the result (or the weight).
     """
 
-    name: str
-    kind: str
+    record: ir.Site
+    does: WeightOperation
     weight: int
     operation: int
     operand: int
     y: int
-    params: tuple[str, ...]
-    source: str
-    primitive: str
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Paths of the raw parameters in the weight."""
+        return self.record.params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,6 +72,11 @@ class SplitStep:
     body: Graph
     weights: tuple[int, ...]
     sites: tuple[Site, ...]
+
+    @cached_property
+    def frozen(self) -> frozenset[Use]:
+        """Uses of weights that are sites: local derivatives pass them by."""
+        return frozenset((s.operation, s.operand) for s in self.sites if s.operation >= 0)
 
 
 def split_step(model: StepModel, dep: Dependence) -> SplitStep:
@@ -123,7 +132,7 @@ def separate_opaque_uses(model: StepModel, dep: Dependence) -> StepModel:
             for k, v in enumerate(operation.inputs):
                 if isinstance(v, Constant) or not dep.derivative[v] or dep.value[v] & ~params_mask:
                     continue
-                if site_kind(graph, operation, k) == "opaque":
+                if not weight_operation_at(graph, operation, k).traced:
                     number = len(avals)
                     inputs[k] = number
                     avals.append(graph.avals[v])
@@ -160,65 +169,51 @@ def refuse_parameters_in_while(model: StepModel, dep: Dependence) -> None:
 def _find_sites(model: StepModel, body: Graph, weights: tuple[int, ...], dep: Dependence) -> tuple[Site, ...]:
     trained = {w for w in weights if dep.derivative[w]}
     sites: list[Site] = []
-    direct: dict[int, int] = {}
+    whole: set[int] = set()
 
-    def raw(weight: int) -> tuple[str, ...]:
-        return tuple(leaf.path for bit, leaf in enumerate(model.params) if dep.derivative[weight] >> bit & 1)
-
-    def add(kind: str, weight: int, number: int, operand: int, y: int, source: str, primitive: str) -> None:
-        sites.append(Site(f"s{len(sites)}", kind, weight, number, operand, y, raw(weight), source, primitive))
+    def add(
+        kind: type[WeightOperation], weight: int, number: int, operand: int, source: str, primitive: str
+    ) -> None:
+        params = tuple(
+            leaf.path for bit, leaf in enumerate(model.params) if dep.derivative[weight] >> bit & 1
+        )
+        if kind.weight_is_y:
+            if weight in whole:
+                return
+            whole.add(weight)
+            number, operand, y = -1, -1, weight
+            does = kind(params, body.avals[weight], body.avals[y])
+        else:
+            operation = body.operations[number]
+            y = operation.outputs[0]
+            others = tuple(body.aval(v) for k, v in enumerate(operation.inputs) if k != operand)
+            does = check_axes(kind(params, body.avals[weight], body.avals[y], operation, operand, others))
+        record = ir.Site(
+            f"s{len(sites)}", kind.name, params, primitive, source, does.weight.shape, does.y.shape,
+            short_dtype(does.y.dtype), does.contracted if kind.traced else None, tuple(a.shape for a in does.others),
+        )  # fmt: skip
+        sites.append(Site(record, does, weight, number, operand, y))
 
     for number, operation in enumerate(body.operations):
         for k, v in enumerate(operation.inputs):
-            if isinstance(v, Constant) or v not in trained:
-                continue
-            kind = site_kind(body, operation, k)
-            if kind == "opaque":
-                add(kind, v, -1, -1, v, operation.source, operation.name)
-            elif kind != "direct":
-                add(kind, v, number, k, operation.outputs[0], operation.source, operation.name)
-            elif v not in direct:
-                direct[v] = len(sites)
-                add("direct", v, -1, -1, v, operation.source, operation.name)
+            if not isinstance(v, Constant) and v in trained:
+                kind = weight_operation_at(body, operation, k)
+                add(kind, v, number, k, operation.source, operation.name)
     for v in body.outputs:
-        if not isinstance(v, Constant) and v in trained and v not in direct:
-            direct[v] = len(sites)
-            add("direct", v, -1, -1, v, "?", "output")
+        if not isinstance(v, Constant) and v in trained:
+            add(Direct, v, -1, -1, "?", "output")
     return tuple(sites)
 
 
-def site_kind(body: Graph, operation: Operation, operand: int) -> str:
-    """What kind of site a weight makes as an operand of an operation: see :class:`Site`."""
-    if operation.name == "dot_general":
-        return "dot_general"
-    if (
-        operation.name == "conv_general_dilated"
-        and operand == 1
-        and operation.params["batch_group_count"] == 1
-    ):
-        return "conv"
-    if (
-        operation.name == "gather"
-        and operand == 0
-        and is_embedding(operation, body.aval(operation.inputs[0]))
-    ):
-        return "embedding"
+def weight_operation_at(graph: Graph, operation: Operation, operand: int) -> type[WeightOperation]:
+    """What a weight does as an operand of an operation."""
+    return recognised(WeightUse(graph, operation, operand, _spreads))
+
+
+def _spreads(graph: Graph, operation: Operation, operand: int) -> bool:
+    """Whether an operation takes elements of an operand to several elements of its results."""
     if operation.loop is not None:
-        return "direct"  # what spreads in a loop was taken out of it, or is cut there
-    results = [np.arange(body.avals[v].size).reshape(body.avals[v].shape) for v in operation.outputs]
-    found = operand_influence(body, operation, operand, list(results), _inner)
-    if found is None or not (found == MANY).any():
-        return "direct"
-    differentiable = [v for v in operation.outputs if body.avals[v].differentiable]
-    return "generic" if len(differentiable) == 1 and differentiable[0] == operation.outputs[0] else "opaque"
-
-
-def is_embedding(operation: Operation, table: Aval) -> bool:
-    """Whether a gather takes whole rows along the first axis."""
-    d = operation.params["dimension_numbers"]
-    return (
-        tuple(d.collapsed_slice_dims) == (0,)
-        and tuple(d.start_index_map) == (0,)
-        and not d.operand_batching_dims
-        and tuple(operation.params["slice_sizes"]) == (1, *table.shape[1:])
-    )
+        return False  # what spreads in a loop was taken out of it, or is cut there
+    results = [np.arange(graph.avals[v].size).reshape(graph.avals[v].shape) for v in operation.outputs]
+    found = operand_influence(graph, operation, operand, list(results), _inner)
+    return found is not None and bool((found == MANY).any())

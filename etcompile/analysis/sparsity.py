@@ -129,7 +129,7 @@ def dependence_table(
     """
     body = analysis.split.body
     weights = weight_patterns(analysis)
-    frozen = {(s.operation, s.operand) for s in analysis.sites if s.operation >= 0}
+    frozen = analysis.split.frozen
     count = next(iter(sources.values())).shape[-1]
     tables: dict[int, Array] = dict(sources)
     for number, operation in enumerate(body.operations):

@@ -40,7 +40,7 @@ def carries_whole_credit(analysis: Analysis, relation: Relation) -> bool:
     if reached & {v for v in body.outputs if not isinstance(v, Constant)}:
         return False
     stops = {use for s in group.states for use in analysis.uses_cut[s]}
-    stops |= {(s.operation, s.operand) for s in analysis.sites if s.operation >= 0}
+    stops |= analysis.split.frozen
     if any(len(use) > 2 and reached.intersection(_variables(body.operations[use[0]])) for use in stops):
         return False  # cut inside of a loop that y enters
     return not any(body.operations[use[0]].inputs[use[1]] in reached for use in stops if len(use) == 2)

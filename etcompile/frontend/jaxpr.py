@@ -43,6 +43,7 @@ __all__ = [
     "bind",
     "current_trace",
     "flatten_jaxpr",
+    "function_name",
     "in_transformation",
     "inner_jaxpr",
     "is_staged",
@@ -223,6 +224,14 @@ def bind(operation: Operation, values: Sequence[Any], cuts: Mapping[Use, Any] | 
     params = operation.primitive.get_bind_params(operation.params)
     result = operation.primitive.bind(*values, **params)
     return list(result) if operation.primitive.multiple_results else [result]
+
+
+def function_name(operation: Operation) -> str:
+    """Name of a primitive; of ``jax.custom_jvp`` and ``jax.custom_vjp`` that of the function."""
+    called = operation.params.get("call_jaxpr")
+    if called is None or operation.name not in ("custom_jvp_call", "custom_vjp_call"):
+        return operation.name
+    return called.jaxpr.debug_info.func_name
 
 
 def _aval(value: Any) -> Aval:

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
-__all__ = ["Cut", "Effect", "Group", "Header", "Layer", "Relation", "Response", "Site"]
+from etcompile.errors import ProgramError
+
+__all__ = [
+    "SITE_KINDS",
+    "Cut",
+    "Effect",
+    "Group",
+    "Header",
+    "Layer",
+    "Relation",
+    "Response",
+    "Site",
+    "SiteKind",
+]
 
 Shape = tuple[int, ...]
 
@@ -50,7 +63,37 @@ class Site:
     @property
     def closed(self) -> bool:
         """Whether what the weight does to y has a closed form, so that no Jacobian is taken by autodiff."""
-        return self.kind in ("direct", "dot_general", "conv", "embedding")
+        return self._of_kind.closed
+
+    @property
+    def factor(self) -> Shape:
+        """Shape of the presynaptic value as one array in which y is linear."""
+        return self._of_kind.factor_shape(self)
+
+    @property
+    def _of_kind(self) -> type[SiteKind]:
+        if self.kind not in SITE_KINDS:
+            raise ProgramError(
+                f"site {self.name} is a weight operation {self.kind!r}, which is not registered.",
+                expected="one of " + ", ".join(SITE_KINDS),
+                hint="import the module that registers it with etcompile.weight_operation.",
+            )
+        return SITE_KINDS[self.kind]
+
+
+class SiteKind:
+    """What programs know of a kind of sites: each weight operation is a subclass."""
+
+    closed: ClassVar[bool] = True
+
+    @staticmethod
+    def factor_shape(site: Site) -> Shape:
+        """Shape of a factor where it is stored."""
+        raise NotImplementedError
+
+
+#: By name. A program names the kinds of its sites, as it names functions of ``map``; :mod:`etcompile.sites` defines them.
+SITE_KINDS: dict[str, type[SiteKind]] = {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -168,11 +168,7 @@ def _presynaptic(header: Header, site: Site) -> DtypeAndShape:
 
 @_kind("factor", "site", "x as a plain array, linear in y", filtered=True, carried="x")
 def _factor(header: Header, site: Site) -> DtypeAndShape:
-    if site.kind in ("direct", "opaque"):
-        return site.dtype, ()
-    if site.kind == "embedding":
-        return site.dtype, (*site.presynaptic[0][:-1], site.weight[0])
-    return site.dtype, (*site.y, *site.weight) if site.kind == "generic" else site.presynaptic[0]
+    return site.dtype, site.factor
 
 
 @_kind("credit", "site", "y")

@@ -20,13 +20,13 @@ from etcompile.ir.verifier import depends_on_loss
 from etcompile.lowering.derivatives import LoweredModel, StepDerivatives
 from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.feedback import check_feedback
-from etcompile.lowering.geometry import SiteGeometry
 from etcompile.lowering.layers import list_shapes, rows_shape
 from etcompile.lowering.losses import LossCotangents, LossValue
 from etcompile.lowering.placement import Placement, placement_of
 from etcompile.lowering.snap import snap_shape
 from etcompile.lowering.update_order import updated_in_order
 from etcompile.schedule import Schedule
+from etcompile.sites.operation import WeightOperation
 
 __all__ = ["CausalProgram"]
 
@@ -234,7 +234,7 @@ class CausalProgram:
         narrow = jax.tree.map(lambda d: dtype if jnp.dtype(d).itemsize > dtype.itemsize else d, own)
         return {name: d for name, d in narrow.items() if d != own[name]}
 
-    def _too_large(self) -> dict[str, SiteGeometry]:
+    def _too_large(self) -> dict[str, WeightOperation]:
         found = {}
         for name in self._rows:
             kind, of = (e := self.program.equation(name)).type.kind, e.type.of
@@ -301,17 +301,10 @@ class CausalProgram:
             return shape, full_dtype(equation.type.dtype)
         site = self.model.sites[of]
         if kind == "presynaptic":
-            body = analysis.split.body
-            operands = (
-                []
-                if site.operation is None
-                else [v for k, v in enumerate(site.operation.inputs) if k != site.site.operand]
-            )
-            avals = [body.aval(v) for v in operands]
-            return [a.shape for a in avals], [a.dtype for a in avals]
+            return [a.shape for a in site.reads], [a.dtype for a in site.reads]
         if kind == "factor":
-            return equation.type.shape, site.y_dtype
-        return (site.y_shape, site.y_dtype) if kind == "credit" else (site.weight_shape, site.weight_dtype)
+            return equation.type.shape, site.y.dtype
+        return (site.y.shape, site.y.dtype) if kind == "credit" else (site.weight.shape, site.weight.dtype)
 
     def _outputs_each(self) -> int:
         """Floating outputs of one example."""

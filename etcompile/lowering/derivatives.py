@@ -19,8 +19,9 @@ from etcompile.analysis.examples import Examples, find_examples
 from etcompile.analysis.groups import HiddenGroup
 from etcompile.analysis.shown import Shown, shown_by
 from etcompile.frontend.jaxpr import Constant, calls_out, has_effects
-from etcompile.lowering.geometry import SiteGeometry, TraceGeometry, site_geometry, trace_geometry
+from etcompile.lowering.geometry import TraceGeometry, trace_geometry
 from etcompile.lowering.tape import Tape
+from etcompile.sites.operation import WeightOperation
 
 __all__ = ["LossDerivatives", "LoweredModel", "StepDerivatives"]
 
@@ -37,11 +38,11 @@ class LoweredModel:
     def __init__(self, analysis: Analysis, divided: bool = False) -> None:
         self.analysis = analysis
         self.divided = divided
-        self.sites: dict[str, SiteGeometry] = {s.name: site_geometry(analysis, s) for s in analysis.sites}
+        self.sites: dict[str, WeightOperation] = {s.name: s.does for s in analysis.sites}
         self.traces: dict[str, TraceGeometry] = {
             r.name: trace_geometry(analysis, r, divided) for r in analysis.relations
         }
-        self.frozen = frozenset((s.operation, s.operand) for s in analysis.sites if s.operation >= 0)
+        self.frozen = analysis.split.frozen
         self._shown: dict[str, tuple[Shown, ...]] = {}
         self.patterns: dict[Any, Any] = {}
 

@@ -236,7 +236,7 @@ def _outside(context: Context, equation: Equation, args: Sequence[Value]) -> Val
     if credit is None:
         return None
     site = equation.type.of
-    covered = np.zeros(context.model.sites[site].y_shape, bool)
+    covered = np.zeros(context.model.sites[site].y.shape, bool)
     for relation in context.model.analysis.relations:
         if relation.site == site:
             covered[relation.slices] |= relation.position >= 0

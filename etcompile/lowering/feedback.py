@@ -6,6 +6,7 @@ group shows to the rest of the network and pulls it back to the group's states.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -189,18 +190,12 @@ def readout_weight(model: LoweredModel, name: str) -> Callable[[Mapping[int, Arr
         whole = shown.position.size == group.size and (shown.position.ravel() == np.arange(group.size)).all()
         for number in shown.readers:
             site = next((s for s in model.analysis.sites if s.operation == number), None)
-            if site is None or site.kind != "dot_general" or not whole:
+            matrix = None if site is None or not whole else site.does.matrix_axes
+            if site is None or matrix is None or not _reaches(body, site.y, outputs):
                 continue
-            contract, batch = body.operations[number].params["dimension_numbers"]
-            if batch[0] or not _reaches(body, site.y, outputs):
-                continue
-            weight = site.weight
-            shape = body.avals[weight].shape
-            axes = list(contract[site.operand])
-            if int(np.prod([shape[a] for a in axes])) != units:
-                continue
-            order = [a for a in range(len(shape)) if a not in axes] + axes
-            return lambda values: jnp.transpose(values[weight], order).reshape(-1, units)
+            weight, order = site.weight, (*matrix[0], *matrix[1])
+            if math.prod(body.avals[weight].shape[a] for a in matrix[1]) == units:
+                return lambda values: jnp.transpose(values[weight], order).reshape(-1, units)
     raise AlgorithmError(
         f"no readout weight reads group {name}, so no feedback matrix can follow it.",
         expected="a matrix from the group's units to the outputs",

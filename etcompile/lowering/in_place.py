@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["accumulator", "computed_once", "in_rows", "known_after", "sum_products", "undivided_sums"]
+__all__ = ["computed_once", "in_rows", "known_after", "sum_products", "undivided_sums"]
 
 Array = Any
 
@@ -73,11 +73,6 @@ def undivided_sums() -> Iterator[None]:
         yield
     finally:
         _UNDIVIDED.reset(token)
-
-
-def accumulator(dtype: Any) -> Any:
-    """Sums of 16-bit numbers are taken in float32."""
-    return jnp.float32 if jnp.dtype(dtype).itemsize == 2 and jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 def in_rows(count: int) -> int:

@@ -20,8 +20,8 @@ from etcompile.analysis.layers import Effect, Layer
 from etcompile.analysis.relations import Relation
 from etcompile.ir.program import Equation, Ref
 from etcompile.lowering.geometry import TraceGeometry, trace_geometry
-from etcompile.lowering.in_place import accumulator
 from etcompile.lowering.mapped import mapped
+from etcompile.precision import accumulator
 
 if TYPE_CHECKING:
     from etcompile.lowering.derivatives import LoweredModel, StepDerivatives
@@ -148,7 +148,7 @@ def _immediate(context: Context, equation: Equation, args: Sequence[Value]) -> V
     identity = _identity(sum(sizes), sizes, [a.shape for a in avals], [a.dtype for a in avals])
     rows = at_once(step, row, identity, sum(sizes))
     parts = jnp.split(rows, np.cumsum(sizes)[:-1].tolist())
-    return tuple(p.reshape(*a.shape, *geometry.weight_shape) for p, a in zip(parts, avals, strict=True))
+    return tuple(p.reshape(*a.shape, *geometry.weight.shape) for p, a in zip(parts, avals, strict=True))
 
 
 def _identity(total: int, sizes: list[int], shapes: list[tuple[int, ...]], dtypes: list[Any]) -> list[Array]:
@@ -265,15 +265,15 @@ def _along(model: LoweredModel, effect: Effect) -> bool:
 
 def _tail(model: LoweredModel, effect: Effect) -> tuple[int, ...]:
     """Axes of y in a response."""
-    shape = model.sites[effect.site].y_shape
+    shape = model.sites[effect.site].y.shape
     return shape[1:] if _along(model, effect) else shape
 
 
 def full_geometry(model: LoweredModel, effect: Effect) -> TraceGeometry:
     """The trace geometry of a site over all of y."""
     site = model.sites[effect.site]
-    window = tuple((0, n) for n in site.y_shape)
-    position = np.arange(int(np.prod(site.y_shape, dtype=np.int64))).reshape(site.y_shape)
+    window = tuple((0, n) for n in site.y.shape)
+    position = np.arange(int(np.prod(site.y.shape, dtype=np.int64))).reshape(site.y.shape)
     group = model.analysis.groups[0].name
     return trace_geometry(
         model.analysis, Relation(effect.name, effect.site, group, window, position, (), {}), model.divided
@@ -286,7 +286,7 @@ def _row_factor(context: Context, equation: Equation, args: Sequence[Value]) -> 
     x = context.step.presynaptic(effect.site)
     factor = context.model.sites[effect.site].factor(x)
     return (
-        full_geometry(context.model, effect).logical(factor).astype(context.model.sites[effect.site].y_dtype)
+        full_geometry(context.model, effect).logical(factor).astype(context.model.sites[effect.site].y.dtype)
     )
 
 
@@ -299,20 +299,10 @@ def pull_rows(context: Context, name: str, x: Array, credit: Array) -> Array:
 def rows_shape(model: LoweredModel, name: str, kind: str = "rows") -> tuple[int, ...]:
     effect = model.analysis.effect(name)
     geometry = full_geometry(model, effect)
-    body = model.analysis.split.body
-    avals = [jax.ShapeDtypeStruct(body.avals[v].shape, body.avals[v].dtype) for v in range(len(body.avals))]
     site = model.sites[effect.site]
-
-    def factor() -> Array:
-        values = {v: jnp.zeros(a.shape, a.dtype) for v, a in enumerate(avals) if v in _reads(site)}
-        return geometry.logical(site.factor(site.presynaptic(values)))
-
-    shape = jax.eval_shape(factor).shape
-    return shape if kind == "row_factor" else shape[: len(site.y_shape)]
-
-
-def _reads(site: Any) -> set[int]:
-    return {v for v in site.operation.inputs if isinstance(v, int)} if site.operation is not None else set()
+    reads = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in site.reads)
+    shape = jax.eval_shape(lambda x: geometry.logical(site.factor(x)), reads).shape
+    return shape if kind == "row_factor" else shape[: len(site.y.shape)]
 
 
 def _row_norm(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
@@ -392,7 +382,7 @@ def _row_signs(context: Context, equation: Equation, args: Sequence[Value]) -> V
     _, seed, count = args
     name = equation.type.of
     number = 1000 + [e.name for e in context.model.analysis.effects].index(name)
-    dtype = context.model.sites[context.model.analysis.effect(name).site].y_dtype
+    dtype = context.model.sites[context.model.analysis.effect(name).site].y.dtype
     return random_signs(int(seed), count, number, rows_shape(context.model, name), dtype)
 
 
@@ -409,9 +399,9 @@ def list_shapes(model: LoweredModel, kind: str, of: str) -> tuple[list[tuple[int
     effect = analysis.effect(of)
     site = model.sites[effect.site]
     influence = kind == "influence"
-    tail = site.weight_shape if influence else _tail(model, effect)
+    tail = site.weight.shape if influence else _tail(model, effect)
     avals = [analysis.model.states[s].aval for s in analysis.layer(effect.layer).states]
-    dtypes = [jnp.result_type(a.dtype, site.weight_dtype if influence else site.y_dtype) for a in avals]
+    dtypes = [jnp.result_type(a.dtype, site.weight.dtype if influence else site.y.dtype) for a in avals]
     return [(*a.shape, *tail) for a in avals], dtypes
 
 

@@ -270,7 +270,7 @@ class _Placing:
                 for leaf, a in zip(model.states, self.axes.states, strict=True)
             ),
             weights={
-                name: self._place(name, self.model.sites[name].weight_shape, a)
+                name: self._place(name, self.model.sites[name].weight.shape, a)
                 for name, a in self.axes.weights.items()
             },
             traces={name: self._of_carried(self.program.equation(name)) for name in self.entries},

@@ -185,7 +185,7 @@ def _direct_table(model: LoweredModel, effect: Effect, layer: Layer) -> Array:
 def _channels(model: LoweredModel, effect: Effect) -> Array:
     """For each element of y (of one example) the number of its channel: its index along the axes that the weight has too."""
     geometry = full_geometry(model, effect)
-    shape = model.sites[effect.site].y_shape
+    shape = model.sites[effect.site].y.shape
     along = model.analysis.site(effect.site).y in model.batch.along
     kept = geometry.kept
     index = np.zeros(shape, np.int64)
@@ -207,7 +207,7 @@ def snap_shape(model: LoweredModel, name: str, order: int) -> tuple[tuple[int, .
     contracted = full_geometry(model, effect).contracted
     size = int(np.prod(contracted, dtype=np.int64))
     states = [model.analysis.model.states[s].aval.dtype for s in model.analysis.layer(effect.layer).states]
-    dtype = jnp.result_type(*states, model.sites[effect.site].y_dtype)
+    dtype = jnp.result_type(*states, model.sites[effect.site].y.dtype)
     return (model.examples or 1, len(pattern.unit), size), dtype
 
 
@@ -231,8 +231,8 @@ def snap_immediate(context: Context, equation: Equation, args: Sequence[Any]) ->
     geometry = full_geometry(model, effect)
     factor = model.sites[site.name].factor(step.presynaptic(site.name))
     x = geometry.logical(factor)
-    n_y = len(model.sites[site.name].y_shape)
-    shape = model.sites[site.name].y_shape
+    n_y = len(model.sites[site.name].y.shape)
+    shape = model.sites[site.name].y.shape
     along = site.y in model.batch.along
     x = x.reshape(*x.shape[:n_y], math.prod(x.shape[n_y:]))
     rows = jnp.broadcast_to(x, (*[n if x.shape[a] > 1 else 1 for a, n in enumerate(shape)], x.shape[-1]))
@@ -305,7 +305,7 @@ def contract_snap(
     effect = model.analysis.effect(name)
     pattern = snap_pattern(model, effect, order)
     geometry = full_geometry(model, effect)
-    shape = model.sites[effect.site].y_shape
+    shape = model.sites[effect.site].y.shape
     per_pair = _flat(model, signal)[:, pattern.unit, None] * influence
     along = model.analysis.site(effect.site).y in model.batch.along
     each = along and 0 in geometry.kept

@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from etcompile.lowering.causal import CausalProgram
-from etcompile.lowering.in_place import accumulator
 from etcompile.lowering.losses import Loss
+from etcompile.precision import accumulator
 
 __all__ = ["Sums", "added", "by_name", "by_parameters", "zero_sums"]
 
@@ -31,7 +31,7 @@ def by_name(sites: Mapping[str, Array], own: Mapping[int, Array]) -> Sums:
 def zero_sums(causal: CausalProgram, loss: Loss) -> Sums:
     """Those over no steps at all."""
     sites = causal.model.sites
-    zeros = {name: jnp.zeros(g.weight_shape, accumulator(g.weight_dtype)) for name, g in sites.items()}
+    zeros = {name: jnp.zeros(g.weight.shape, accumulator(g.weight.dtype)) for name, g in sites.items()}
     params = causal.model.analysis.model.params
     own = {k: jnp.zeros(params[k].aval.shape, params[k].aval.dtype) for k in loss.program.params}
     return by_name(causal.placement.hold_weights(zeros), own)

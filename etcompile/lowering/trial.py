@@ -35,7 +35,7 @@ def trial_gradients(
 
     def run(params: list, states: list, inputs: list, cotangents: list) -> list:
         weights = causal.model.hoist(params)
-        zeros = {name: jnp.zeros(g.weight_shape, g.weight_dtype) for name, g in causal.model.sites.items()}
+        zeros = {name: jnp.zeros(g.weight.shape, g.weight.dtype) for name, g in causal.model.sites.items()}
 
         def body(loop: tuple, item: tuple) -> tuple[tuple, None]:
             states, traces, total = loop
@@ -66,7 +66,7 @@ def _in_windows(causal: CausalProgram, drawn: tuple[list, list, list, list]) -> 
 
     def run(params: list, states: list, inputs: list, cotangents: list) -> list:
         weights = causal.model.hoist(params)
-        total = {name: jnp.zeros(g.weight_shape, g.weight_dtype) for name, g in causal.model.sites.items()}
+        total = {name: jnp.zeros(g.weight.shape, g.weight.dtype) for name, g in causal.model.sites.items()}
         traces = causal.init_traces()
         for steps in (slice(first, first + size) for first in range(0, _STEPS, size)):
             x, item = [v[steps] for v in inputs], [v[steps] for v in cotangents]

@@ -54,7 +54,7 @@ def updated_in_order(
             or not all(OPS[e.op].contracts for e in readers)
         ):
             continue
-        weight = step.tape.read(context.model.traces[relation.name].site.site.weight)
+        weight = step.tape.read(context.model.analysis.site(relation.site).weight)
         first = [e.name for e in readers if values.get(e.name) is not None]
         done = {name: computed_once(values[name], weight) for name in first}
         found.update(done)

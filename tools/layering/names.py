@@ -20,7 +20,7 @@ class Names:
     """The names of one table."""
 
     what: str
-    #: The file, and the function that is called with each name.
+    #: The file or folder, and the function that is called with each name.
     defined: str
     by: str
     #: What an expression that holds such a name is called: an attribute, a variable or a function.
@@ -44,10 +44,10 @@ TABLES = (
     ),
     Names(
         "kind of site",
-        "etcompile/analysis/sites.py",
+        "etcompile/sites",
         "",
-        ("kind", "site_kind"),
-        ("etcompile/lowering/geometry.py",),
+        ("kind",),
+        (),
         ("dot_general", "conv", "embedding", "generic", "opaque", "direct"),
     ),
 )
@@ -57,15 +57,7 @@ EXCEPTED: dict[str, str] = {
     "etcompile/viz/style.py": "nodes of the drawing",
     "etcompile/runtime/losses.py": "where a value that a loss reads comes from",
     # To be mended:
-    "etcompile/analysis/analysis.py": "",
-    "etcompile/analysis/constants.py": "",
-    "etcompile/analysis/headers.py": "",
-    "etcompile/analysis/loop_weights.py": "",
-    "etcompile/graph.py": "",
-    "etcompile/ir/header.py": "",
-    "etcompile/ir/kinds.py": "",
     "etcompile/lowering/causal.py": "",
-    "etcompile/lowering/feedback.py": "",
     "etcompile/lowering/functions.py": "",
     "etcompile/lowering/schedules": "",
     "etcompile/runtime/cost.py": "",

@@ -269,7 +269,7 @@ class ChunkProgram:
                 self._ask(one, relation, values, credits, added)
                 _add(
                     found,
-                    self.model.traces[relation].site.site.name,
+                    self.model.traces[relation].relation.site,
                     self._from_start(one, relation, traces, start),
                 )
                 ends.update(self._ends(one, relation, values, traces, left))
@@ -444,7 +444,7 @@ class ChunkProgram:
             for jacobian, credit in zip(values[value_key(f)], asked[lent.name], strict=True):
                 if jacobian is not None and credit is not None:
                     of_y = jax.vmap(geometry.place)(jax.vmap(geometry.from_positions)(credit) * jacobian)
-                    _add(credits, (value_key(x), geometry.site.site.name), of_y)
+                    _add(credits, (value_key(x), geometry.relation.site), of_y)
 
     def _from_start(
         self, one: TraceClass, relation: str, traces: Traces, asked: dict[str, Value]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from etcompile.frontend.jaxpr import Operation
-from etcompile.lowering.in_place import accumulator
+from etcompile.precision import accumulator
 
 __all__ = ["kernel_gradient", "patches"]
 
