@@ -53,7 +53,9 @@ def weight_operation(name: str) -> Callable[[_Subclass], _Subclass]:
     >>> @jax.custom_jvp
     ... def scaled_sum(w, x, z):  # y[b, i] = w[i, 0] x[b, i] + w[i, 1] z[b, i]
     ...     return w[:, 0] * x + w[:, 1] * z
-    >>> scaled_sum.defjvp(lambda values, tangents: jax.jvp(scaled_sum.fun, values, tangents))
+    >>> @scaled_sum.defjvp
+    ... def scaled_sum_jvp(values, tangents):
+    ...     return jax.jvp(scaled_sum.fun, values, tangents)
     >>> @etcompile.weight_operation("scaled_sum")
     ... class ScaledSum(etcompile.WeightOperation):
     ...     @classmethod
