@@ -69,6 +69,8 @@ class Op:
         The op that is the same of the group's old states, along paths that avoid the new ones.
     keyword : str
         The argument of a call that it reads.
+    within : bool
+        Whether it is credit within the step, which in a window is part of backpropagation.
     windowed : str
         The op that takes its place in a window, where credit inside is exact.
     vectors : bool
@@ -102,6 +104,7 @@ class Op:
     signal: str = ""
     of_old: str = ""
     keyword: str = ""
+    within: bool = False
     windowed: str = ""
     vectors: bool = False
     infix: str = ""
@@ -448,7 +451,7 @@ register_op(
 )  # fmt: skip
 register_op(
     "one_step", _of_symbol("credit", "one_step"), "one_step(s)", "dloss_t/dy_t by ordinary autodiff, h_{t-1} held constant",
-    prefix="q", **_LOSS,
+    within=True, prefix="q", **_LOSS,
 )  # fmt: skip
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------

@@ -58,8 +58,6 @@ EXCEPTED: dict[str, str] = {
     "etcompile/runtime/losses.py": "where a value that a loss reads comes from",
     # To be mended:
     "etcompile/lowering/causal.py": "",
-    "etcompile/lowering/functions.py": "",
-    "etcompile/lowering/schedules": "",
     "etcompile/runtime/cost.py": "",
     "etcompile/runtime/step.py": "",
 }

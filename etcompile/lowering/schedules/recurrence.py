@@ -7,7 +7,8 @@ class, and two questions are answered once for each class, on arrays over the gr
 * what do the gradients of the chunk ask of an addition made at step t (the credit that comes back from later steps)?
 * how much of an addition made at step t, or of a trace from before the chunk, is left at its end?
 
-Both are the recurrence transposed: one loop backwards in time, without weights in it.
+Both are the recurrence transposed: one loop backwards in time, without weights in it. The answers are a_t and r_t of
+:mod:`etcompile.lowering.schedules.chunked`.
 """
 
 from __future__ import annotations
@@ -22,19 +23,30 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from etcompile.ir.kinds import KINDS
+from etcompile.ir.ops import OPS
 from etcompile.ir.program import Argument, Equation, Ref, TraceProgram
 from etcompile.lowering.evaluate import EVALUATE, Context
 
-__all__ = ["Recurrence", "TraceClass", "trace_classes", "value_key", "weighted"]
+__all__ = ["Left", "Recurrence", "Rows", "TraceClass", "referred", "trace_classes", "value_key", "weighted"]
 
 Array = Any
 Value = Any
 Rows = tuple[Array | None, ...]
 
+#: Of a row at the end of a chunk: how much of each step's additions, and of the traces at the start, is in it. None: no such row.
+Left = tuple[dict[str, Rows], dict[str, Rows]] | None
+
 
 def value_key(ref: Ref) -> str:
     """The name under which a value, or the value of the step before, is kept for all steps of a chunk."""
     return f"{ref.name}'" if ref.delay else ref.name
+
+
+def referred(argument: Argument) -> Ref:
+    """An argument that is a reference."""
+    assert isinstance(argument, Ref)
+    return argument
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,23 +66,25 @@ def trace_classes(program: TraceProgram) -> tuple[TraceClass, ...]:
     """Relations with traces, by class."""
     found: dict[Any, dict[str, tuple[Equation, ...]]] = {}
     contracts: dict[Any, tuple[Equation, ...]] = {}
-    kinds = {e.name: e.type.kind for e in program.equations}
+    of_traces = {e.name for e in program.equations if KINDS[e.type.kind].trace}
     scaled = _scaled(program)
     for relation in program.header.relations:
-        traces = tuple(e for e in program.equations if e.type.kind == "trace" and e.type.of == relation.name)
+        traces = tuple(e for e in program.equations if e.name in of_traces and e.type.of == relation.name)
         if not traces:
             continue
         index = {e.name: k for k, e in enumerate(traces)}
-        asked = tuple(e for e in program.equations if e.op == "contract" and _trace_of(e) in index)
+        asked = tuple(
+            e for e in program.equations if OPS[e.op].contracts and referred(e.args[1]).name in index
+        )
 
         def seen(argument: Argument, index: dict[str, int] = index) -> Any:
-            if isinstance(argument, Ref) and kinds[argument.name] == "trace":
+            if isinstance(argument, Ref) and argument.name in of_traces:
                 return index[argument.name], argument.delay
             return str(argument)
 
         key = (
             relation.group,
-            tuple((e.op, () if e.op == "outer" else tuple(map(seen, e.args))) for e in traces),
+            tuple((e.op, () if OPS[e.op].injects else tuple(map(seen, e.args))) for e in traces),
             tuple((*map(seen, e.args), e.name if e.name in scaled else "") for e in asked),
         )
         found.setdefault(key, {})[relation.name] = traces
@@ -78,15 +92,9 @@ def trace_classes(program: TraceProgram) -> tuple[TraceClass, ...]:
     return tuple(TraceClass(key[0], traces, contracts[key]) for key, traces in found.items())
 
 
-def _trace_of(contract: Equation) -> str:
-    ref = contract.args[1]
-    assert isinstance(ref, Ref)
-    return ref.name
-
-
 def _scaled(program: TraceProgram) -> set[str]:
     """Gradient values that do not go straight into a gradient."""
-    return {r.name for e in program.equations if e.type.kind == "gradient" for r in e.refs}
+    return {r.name for e in program.equations if KINDS[e.type.kind].gradient for r in e.refs}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,14 +121,14 @@ class Recurrence:
     start: Mapping[str, Rows]
 
     def asked(self, weight: Mapping[str, Any]) -> tuple[dict[str, Rows], dict[str, Rows]]:
-        """What the chunk's gradients ask of each step's additions, and of the traces at its start.
+        """a_t and a_0: what the chunk's gradients ask of each step's additions, and of the traces at its start.
 
         ``weight`` is what a contraction counts in its gradient: a number, or one per step.
         """
         signals = {
             e.name: tuple(
                 None if s is None else weighted(s, weight[e.name])
-                for s in self.plain[value_key(_ref(e.args[0]))] or ()
+                for s in self.plain[value_key(referred(e.args[0]))] or ()
             )
             for e in self.traces.contracts
             if e.name in weight
@@ -129,6 +137,7 @@ class Recurrence:
         dtype = _widest(self.added, self.start)
 
         def total(added: dict[str, Rows], start: dict[str, Rows]) -> Array:
+            # sum_t contract(L_t, e_t), with the positions' share of a contraction alone: linear in what is added
             def contracted(found: dict[str, Rows], before: dict[str, Rows], signal: dict[str, Rows]) -> Array:
                 total = jnp.zeros((), dtype)
                 for e in self.traces.contracts:
@@ -143,8 +152,8 @@ class Recurrence:
 
         return jax.linear_transpose(total, dict(self.added), dict(self.start))(jnp.ones((), dtype))
 
-    def left(self) -> dict[str, list[tuple[dict[str, Rows], dict[str, Rows]] | None]]:
-        """Per carried trace and row: how much of each step's additions, and of the traces at the start, is in it at the end."""
+    def left(self) -> dict[str, list[Left]]:
+        """r_t and r_0, per carried trace and row: how much of each step's additions, and of the traces at the start, is in it."""
         seeds = [
             (name, k) for name, rows in self.start.items() for k, row in enumerate(rows) if row is not None
         ]
@@ -171,11 +180,11 @@ class Recurrence:
     def _run(
         self, added: dict[str, Rows], start: dict[str, Rows], signals: Any, contracted: Callable | None
     ) -> tuple[dict[str, Rows], Any]:
-        """The trace equations forward in time."""
+        """The trace equations forward in time, with what each step adds given: e_t = D_t e_{t-1} + added_t, for one."""
         plain = {
             key: self.plain[key]
             for e in self.traces.first
-            if e.op != "outer"
+            if not OPS[e.op].injects
             for key in map(value_key, e.refs)
             if key in self.plain
         }
@@ -184,7 +193,7 @@ class Recurrence:
             added, plain, signal = now
             found: dict[str, Rows] = {}
             for e in self.traces.first:
-                found[e.name] = added[e.name] if e.op == "outer" else self._value(e, plain, found, before)
+                found[e.name] = added[e.name] if OPS[e.op].injects else self._value(e, plain, found, before)
             kept = {name: _kept(rows, found[name]) for name, rows in before.items()}
             return kept, contracted(found, before, signal) if contracted else None
 
@@ -201,20 +210,15 @@ class Recurrence:
             else _trace(a, found, before)
             for a in e.args
         ]
-        if e.op == "matmul":
+        if OPS[e.op].couples:
             transition, rows = args
             return None if rows is None else tuple(_dot(line, rows) for line in transition)
         return EVALUATE[e.op](self.context, e, args)
 
 
 def _trace(argument: Argument, found: dict[str, Rows], before: dict[str, Rows]) -> Rows | None:
-    ref = _ref(argument)
+    ref = referred(argument)
     return before.get(ref.name) if ref.delay else found[ref.name]
-
-
-def _ref(argument: Argument) -> Ref:
-    assert isinstance(argument, Ref)
-    return argument
 
 
 def _kept(before: Rows, now: Rows | None) -> Rows:

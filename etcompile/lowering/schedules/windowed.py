@@ -114,7 +114,7 @@ def windows_refusal(causal: CausalProgram) -> UnsupportedError | None:
     """Why a program cannot run in windows: its loss part reads values of the step itself, which differ within a window."""
     late = {e.name: e for e in causal.late}
     fixed = {e.name for e in causal.early if OPS[e.op].fixed}
-    from_one_step = {name for name, e in late.items() if e.op == "one_step"}
+    from_one_step = {name for name, e in late.items() if OPS[e.op].within}
     for name, e in late.items():
         if any(ref.name in from_one_step for ref in e.refs):
             from_one_step.add(name)

@@ -1,0 +1,99 @@
+"""The traces of one relation over a chunk: what is asked of its y, and what is left at the end.
+
+In the words of :mod:`etcompile.lowering.schedules.chunked`: f_t a_t, a_0 e_0 and e_C. Answers a and r are over the group's
+positions (:mod:`etcompile.lowering.schedules.recurrence`); here they meet f, x and the relation's own traces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from etcompile.ir.ops import OPS
+from etcompile.ir.program import Equation, Ref
+from etcompile.lowering.causal import Traces
+from etcompile.lowering.geometry import TraceGeometry
+from etcompile.lowering.schedules.recurrence import Left, Rows, referred, value_key
+
+__all__ = ["RelationTraces"]
+
+Array = Any
+Value = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class RelationTraces:
+    """The trace equations of one relation, with the names that the first relation of its class lends them.
+
+    Attributes
+    ----------
+    geometry : TraceGeometry
+    equations : sequence of (Equation, str)
+        The relation's own equations, and under which name the answers for them stand.
+    """
+
+    geometry: TraceGeometry
+    equations: Sequence[tuple[Equation, str]]
+
+    @property
+    def _added(self) -> Iterator[tuple[Ref, Ref, str]]:
+        """F and x of what each step adds, and its lent name."""
+        for e, lent in self.equations:
+            if OPS[e.op].injects:
+                f, x = (referred(a) for a in e.args)
+                yield f, x, lent
+
+    def credits(self, values: Mapping[str, Value], asked: Mapping[str, Rows]) -> Iterator[tuple[str, Array]]:
+        """f_t a_t: what later steps ask of y_t through this step's additions, for each x_t that meets it."""
+        for f, x, lent in self._added:
+            for f_t, a_t in zip(values[value_key(f)], asked[lent], strict=True):
+                if f_t is not None and a_t is not None:
+                    of_window = jax.vmap(self.geometry.from_positions)(a_t) * f_t
+                    yield value_key(x), jax.vmap(self.geometry.place)(of_window)
+
+    def gradient_of_start(self, traces: Traces, asked: Mapping[str, Rows]) -> Array | None:
+        """a_0 e_0: what the chunk's gradients make of the traces from before it."""
+        pairs = [
+            (self.geometry.from_positions(a_0), e_0)
+            for e, lent in self.equations
+            if lent in asked
+            for a_0, e_0 in zip(asked[lent], traces[e.name], strict=True)
+            if a_0 is not None and e_0 is not None
+        ]
+        return self.geometry.contract(pairs) if pairs else None
+
+    def at_end(
+        self, values: Mapping[str, Value], traces: Traces, left: Mapping[str, Sequence[Left]]
+    ) -> Traces:
+        """e_C = r_0 e_0 + sum_t (r_t f_t) (x) x_t, for each trace that is carried."""
+        return {
+            e.name: tuple(
+                None if e_0 is None else self._row(e_0, values, traces, of_row)
+                for e_0, of_row in zip(traces[e.name], left[lent], strict=True)
+            )
+            for e, lent in self.equations
+            if lent in left
+        }
+
+    def _row(self, like: Array, values: Mapping[str, Value], traces: Traces, left: Left) -> Array:
+        """One row of a trace at the end: of all rows of all traces, and of all that was added, what is left in it."""
+        assert left is not None
+        r_t, r_0 = left
+        total = jnp.zeros(like.shape, like.dtype)
+        added = {lent: (f, x) for f, x, lent in self._added}
+        for e, lent in self.equations:
+            for r, e_0 in zip(r_0[lent], traces[e.name], strict=True) if lent in r_0 else ():
+                if r is not None and e_0 is not None:
+                    kept = self.geometry.spread(self.geometry.from_positions(r))
+                    total = total + (kept * e_0).astype(like.dtype)
+            if lent in added:
+                f, x = (values[value_key(ref)] for ref in added[lent])
+                for r, f_t in zip(r_t[lent], f, strict=True):
+                    if r is not None and f_t is not None:
+                        part = jax.vmap(self.geometry.from_positions)(r) * f_t
+                        total = total + self.geometry.accumulate(part, x).astype(like.dtype)
+        return total
