@@ -14,9 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from etcompile.errors import ProgramError
 from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operation, bind
 
-__all__ = ["CHEAP", "ELEMENTWISE", "MANY", "NONE", "collapse", "join", "operand_influence"]
+__all__ = [
+    "CHEAP",
+    "ELEMENTWISE",
+    "MANY",
+    "NONE",
+    "collapse",
+    "join",
+    "operand_influence",
+    "register_index_rule",
+]
 
 NONE = -1
 MANY = -2
@@ -365,3 +375,19 @@ _RULES: dict[str, Rule] = {
     "sort": _opaque,
     "while": _opaque,
 }
+
+
+def register_index_rule(primitive: str, move: Callable[..., Array]) -> None:
+    """Say how a primitive moves the elements of its first operand, and that it depends on no other.
+
+    Parameters
+    ----------
+    primitive : str
+        Its name.
+    move : callable
+        ``move(indices, **params) -> indices``: what the primitive with these parameters makes of an array of the shape of its
+        operand that holds integers, -1 where an element of the result comes from none.
+    """
+    if primitive in _RULES or primitive in ELEMENTWISE:
+        raise ProgramError(f"how {primitive!r} moves elements is defined twice.")
+    _RULES[primitive] = _moved(lambda operation, indices: move(indices, **operation.params))

@@ -15,7 +15,7 @@ from etcompile.errors import ProgramError
 from etcompile.ir.header import Effect, Group, Header, Layer, Relation, Site
 from etcompile.ir.types import Type
 
-__all__ = ["KINDS", "Kind", "type_of"]
+__all__ = ["KINDS", "Kind", "register_kind", "type_of"]
 
 Shape = tuple[int, ...]
 DtypeAndShape = tuple[str, Shape]
@@ -104,8 +104,16 @@ def type_of(header: Header, kind: str, of: str) -> Type:
     return Type(kind, of if row.owner else "", dtype, shape)
 
 
-def _kind(name: str, owner: str, doc: str, **flags: Any) -> Callable[[Callable], Callable]:
-    """Add a row to the table: the function says dtype and shape."""
+def register_kind(name: str, owner: str, doc: str, **flags: Any) -> Callable[[Callable], Callable]:
+    """Add a row to the table: the function that this decorates says dtype and shape; the fields are those of :class:`Kind`."""
+    if name in KINDS:
+        raise ProgramError(f"the kind of values {name!r} is defined twice.")
+    if owner not in _OWNERS:
+        raise ProgramError(
+            f"values of kind {name!r} belong to nothing that there is.",
+            got=f"owner {owner!r}",
+            expected=", ".join(map(repr, _OWNERS)),
+        )
 
     def add(infer: Callable[[Header, Any], DtypeAndShape]) -> Callable:
         KINDS[name] = Kind(name, owner, infer, doc, **flags)
@@ -117,22 +125,22 @@ def _kind(name: str, owner: str, doc: str, **flags: Any) -> Callable[[Callable],
 # --- of a group -------------------------------------------------------------------------------------------------------
 
 
-@_kind("transition", "group", "states x states x positions", rows=2, matrix=True)
+@register_kind("transition", "group", "states x states x positions", rows=2, matrix=True)
 def _transition(header: Header, group: Group) -> DtypeAndShape:
     return group.dtype, (len(group.states), len(group.states), *group.shape)
 
 
-@_kind("state", "group", "states x positions", rows=1)
+@register_kind("state", "group", "states x positions", rows=1)
 def _state(header: Header, group: Group) -> DtypeAndShape:
     return group.dtype, (len(group.states), *group.shape)
 
 
-@_kind("drive", "group", "positions")
+@register_kind("drive", "group", "positions")
 def _drive(header: Header, group: Group) -> DtypeAndShape:
     return group.dtype, group.shape
 
 
-@_kind(
+@register_kind(
     "feedback", "group", "positions, one row for each entry of the vector that it projects",
     every_example=True, carried="B",
 )  # fmt: skip
@@ -143,13 +151,15 @@ def _feedback(header: Header, group: Group) -> DtypeAndShape:
 # --- of a relation ----------------------------------------------------------------------------------------------------
 
 
-@_kind("immediate", "relation", "states x window of y", rows=1)
+@register_kind("immediate", "relation", "states x window of y", rows=1)
 def _immediate(header: Header, relation: Relation) -> DtypeAndShape:
     states = header.group(relation.group).states
     return header.site(relation.site).dtype, (len(states), *relation.shape)
 
 
-@_kind("trace", "relation", "states x window of y x contracted", rows=1, large=True, trace=True, carried="e")
+@register_kind(
+    "trace", "relation", "states x window of y x contracted", rows=1, large=True, trace=True, carried="e"
+)
 def _trace(header: Header, relation: Relation) -> DtypeAndShape:
     site = header.site(relation.site)
     if site.contracted is None:
@@ -161,22 +171,22 @@ def _trace(header: Header, relation: Relation) -> DtypeAndShape:
 # --- of a site --------------------------------------------------------------------------------------------------------
 
 
-@_kind("presynaptic", "site", "what the operation reads beside w", as_array="factor")
+@register_kind("presynaptic", "site", "what the operation reads beside w", as_array="factor")
 def _presynaptic(header: Header, site: Site) -> DtypeAndShape:
     return site.dtype, site.presynaptic[0] if site.presynaptic else ()
 
 
-@_kind("factor", "site", "x as a plain array, linear in y", filtered=True, carried="x")
+@register_kind("factor", "site", "x as a plain array, linear in y", filtered=True, carried="x")
 def _factor(header: Header, site: Site) -> DtypeAndShape:
     return site.dtype, site.factor
 
 
-@_kind("credit", "site", "y")
+@register_kind("credit", "site", "y")
 def _credit(header: Header, site: Site) -> DtypeAndShape:
     return site.dtype, site.y
 
 
-@_kind("gradient", "site", "weight", gradient=True, every_example=True)
+@register_kind("gradient", "site", "weight", gradient=True, every_example=True)
 def _gradient(header: Header, site: Site) -> DtypeAndShape:
     return site.dtype, site.weight
 
@@ -184,12 +194,12 @@ def _gradient(header: Header, site: Site) -> DtypeAndShape:
 # --- of a layer -------------------------------------------------------------------------------------------------------
 
 
-@_kind("hidden", "layer", "all elements of the layer's states", by_state=True)
+@register_kind("hidden", "layer", "all elements of the layer's states", by_state=True)
 def _hidden(header: Header, layer: Layer) -> DtypeAndShape:
     return layer.dtype, (layer.size,)
 
 
-@_kind("jacobian", "layer", "new states x old states, an operator", matrix=True)
+@register_kind("jacobian", "layer", "new states x old states, an operator", matrix=True)
 def _jacobian(header: Header, layer: Layer) -> DtypeAndShape:
     return layer.dtype, (layer.size, layer.size)
 
@@ -197,32 +207,32 @@ def _jacobian(header: Header, layer: Layer) -> DtypeAndShape:
 # --- of an effect -----------------------------------------------------------------------------------------------------
 
 
-@_kind("influence", "effect", "states x weight", large=True, by_state=True, carried="J")
+@register_kind("influence", "effect", "states x weight", large=True, by_state=True, carried="J")
 def _influence(header: Header, effect: Effect) -> DtypeAndShape:
     layer = header.layer(effect.layer)
     return layer.dtype, (layer.size, *header.site(effect.site).weight)
 
 
-@_kind("response", "effect", "states x y", large=True, by_state=True, carried="A")
+@register_kind("response", "effect", "states x y", large=True, by_state=True, carried="A")
 def _response(header: Header, effect: Effect) -> DtypeAndShape:
     layer = header.layer(effect.layer)
     return layer.dtype, (layer.size, *header.site(effect.site).y)
 
 
-@_kind("snap", "effect", "order n of the pattern", large=True, carried="J")
+@register_kind("snap", "effect", "order n of the pattern", large=True, carried="J")
 def _snap(header: Header, effect: Effect) -> DtypeAndShape:
     raise ProgramError(
         "the shape of a snap value follows from the order of its pattern: make it by snap_immediate."
     )
 
 
-@_kind("row_factor", "effect", "the rows of x, x contracted")
+@register_kind("row_factor", "effect", "the rows of x, x contracted")
 def _row_factor(header: Header, effect: Effect) -> DtypeAndShape:
     site = header.site(effect.site)
     return site.dtype, (*site.y, *(site.contracted or ()))
 
 
-@_kind("rows", "effect", "the rows of x")
+@register_kind("rows", "effect", "the rows of x")
 def _rows(header: Header, effect: Effect) -> DtypeAndShape:
     site = header.site(effect.site)
     return site.dtype, site.y
@@ -231,17 +241,17 @@ def _rows(header: Header, effect: Effect) -> DtypeAndShape:
 # --- of nothing -------------------------------------------------------------------------------------------------------
 
 
-@_kind("vector", "", "as many as outputs or targets")
+@register_kind("vector", "", "as many as outputs or targets")
 def _vector(header: Header, owner: None) -> DtypeAndShape:
     return _widest(header), ()
 
 
-@_kind("number", "", "()", number=True)
+@register_kind("number", "", "()", number=True)
 def _number(header: Header, owner: None) -> DtypeAndShape:
     return _widest(header), ()
 
 
-@_kind("count", "", "()", counts=True)
+@register_kind("count", "", "()", counts=True)
 def _count(header: Header, owner: None) -> DtypeAndShape:
     return "u32", ()
 

@@ -294,11 +294,10 @@ class CausalProgram:
             return rows_shape(self.model, of, kind), full_dtype(equation.type.dtype)
         if kind == "snap":
             return snap_shape(self.model, of, equation.type.shape[0])
-        if kind == "count":
-            return (), jnp.uint32
-        if kind in ("number", "vector"):
-            shape = (self.model.examples or 1, self._outputs_each()) if kind == "vector" else ()
-            return shape, full_dtype(equation.type.dtype)
+        if kind == "vector":
+            return (self.model.examples or 1, self._outputs_each()), full_dtype(equation.type.dtype)
+        if KINDS[kind].owner != "site":
+            return equation.type.shape[KINDS[kind].rows :], full_dtype(equation.type.dtype)
         site = self.model.sites[of]
         if kind == "presynaptic":
             return [a.shape for a in site.reads], [a.dtype for a in site.reads]

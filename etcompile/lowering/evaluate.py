@@ -24,7 +24,7 @@ from etcompile.lowering.feedback import FEEDBACK
 from etcompile.lowering.layers import LAYERS, Operator, args_by_rows, contract_layer, operate, pull_rows
 from etcompile.lowering.snap import advance, contract_snap, snap_immediate
 
-__all__ = ["EVALUATE", "Context", "Loss", "evaluate", "resolve_function"]
+__all__ = ["EVALUATE", "Context", "Loss", "evaluate", "register_evaluator", "resolve_function"]
 
 Value = Any
 
@@ -306,6 +306,13 @@ def _changed(context: Context, equation: Equation, args: Sequence[Value]) -> Val
     dtype = full_dtype(equation.type.dtype)
     leaves = jax.tree.leaves(args[0])
     return reduce(jnp.maximum, [jnp.any(v != 0).astype(dtype) for v in leaves], jnp.zeros((), dtype))
+
+
+def register_evaluator(op: str, rule: Rule) -> None:
+    """Say how an op is computed: ``rule(context, equation, args) -> value``."""
+    if op in EVALUATE:
+        raise ProgramError(f"how {op!r} is computed is defined twice.")
+    EVALUATE[op] = rule
 
 
 EVALUATE: dict[str, Rule] = {

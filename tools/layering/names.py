@@ -38,7 +38,7 @@ TABLES = (
     Names(
         "kind of value",
         "etcompile/ir/kinds.py",
-        "_kind",
+        "register_kind",
         ("kind", "kinds", "_kinds"),
         ("etcompile/ir/ops.py", *_EVALUATED),
     ),
