@@ -1,23 +1,20 @@
-"""The hidden-group graph: the only module of the core that uses networkx."""
+"""The hidden-group graph of a compiled step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import networkx as nx
-import numpy as np
 
+from etcompile.analysis.analysis import Analysis
+from etcompile.analysis.sites import Site
 from etcompile.frontend.jaxpr import Constant, Graph, Operation
+from etcompile.frontend.step_model import Leaf
+from etcompile.ir.program import TraceProgram
 from etcompile.paths import user_line
+from etcompile.report import parameter_lines
 
-if TYPE_CHECKING:
-    from etcompile.analysis.analysis import Analysis
-    from etcompile.analysis.sites import Site
-    from etcompile.frontend.step_model import Leaf
-    from etcompile.ir.program import TraceProgram
-
-__all__ = ["connected_components", "hidden_group_graph"]
+__all__ = ["hidden_group_graph"]
 
 _MOVES = {
     "broadcast_in_dim",
@@ -30,41 +27,6 @@ _MOVES = {
     "copy_p",
 }
 _SUMS = {"add", "sub", "add_any"}
-
-
-def connected_components(nodes: Sequence[int], edges: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """Connected components in the order of their first node, each in the order of ``nodes``."""
-    graph = nx.Graph()
-    graph.add_nodes_from(nodes)
-    graph.add_edges_from(edges)
-    rank = {node: k for k, node in enumerate(nodes)}
-    return sorted(
-        (sorted(c, key=rank.__getitem__) for c in nx.connected_components(graph)), key=lambda c: rank[c[0]]
-    )
-
-
-def strongly_connected_components(nodes: Sequence[int], edges: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """Strongly connected components in the order of their first node, each in the order of ``nodes``."""
-    graph = nx.DiGraph()
-    graph.add_nodes_from(nodes)
-    graph.add_edges_from(edges)
-    rank = {node: k for k, node in enumerate(nodes)}
-    return sorted(
-        (sorted(c, key=rank.__getitem__) for c in nx.strongly_connected_components(graph)),
-        key=lambda c: rank[c[0]],
-    )
-
-
-def color_columns(conflict: np.ndarray) -> np.ndarray:
-    """A color for every column, different for those in conflict; ``conflict`` is a symmetric bool matrix."""
-    size = len(conflict)
-    off = conflict & ~np.eye(size, dtype=bool)
-    if not off.any():
-        return np.zeros(size, np.int64)
-    if off.sum() == size * (size - 1):
-        return np.arange(size)
-    colors = nx.greedy_color(nx.from_numpy_array(off), strategy="largest_first")
-    return np.array([colors[k] for k in range(size)])
 
 
 def hidden_group_graph(analysis: Analysis, program: TraceProgram) -> nx.MultiDiGraph:
@@ -168,8 +130,6 @@ class _Builder:
             )  # fmt: skip
 
     def _parameters(self) -> None:
-        from etcompile.report import parameter_lines  # it imports the analysis, which imports this module
-
         lines = parameter_lines(self.analysis, self.program)
         for leaf, line in zip(self.model.params, lines, strict=True):
             how = line.how

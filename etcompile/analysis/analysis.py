@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from etcompile.analysis.components import connected_components
 from etcompile.analysis.constants import ConstantResponses, find_constant_responses
+from etcompile.analysis.cuts import find_cuts
 from etcompile.analysis.dependence import Dependence, dependence
 from etcompile.analysis.groups import HiddenGroup, Link, align, consistent
 from etcompile.analysis.hidden import StateRole, require_hidden, state_roles
 from etcompile.analysis.index_rules import NONE
 from etcompile.analysis.influence import Influence, influence_on
-from etcompile.analysis.layers import Effect, Layer, find_effects, find_layers
+from etcompile.analysis.layers import Layer, find_effects, find_layers
 from etcompile.analysis.loop_weights import take_weights_out
-from etcompile.analysis.loops import ROUNDS_LIMIT, located
 from etcompile.analysis.relations import Relation, relate
 from etcompile.analysis.silence import find_silent
 from etcompile.analysis.sites import (
@@ -28,13 +29,11 @@ from etcompile.analysis.sites import (
     split_step,
 )
 from etcompile.analysis.underivable import refuse_without_derivative
-from etcompile.analysis.unfollowed import Unfollowed, find_unfollowed, with_reasons
+from etcompile.analysis.unfollowed import find_unfollowed, with_reasons
 from etcompile.errors import ModelError
-from etcompile.frontend.jaxpr import Graph
 from etcompile.frontend.loops import Use
 from etcompile.frontend.step_model import StepModel
-from etcompile.graph import connected_components
-from etcompile.ir.header import Cut
+from etcompile.ir.header import Cut, Effect
 from etcompile.paths import natural_key
 
 __all__ = ["Analysis", "analyse"]
@@ -59,6 +58,12 @@ class Analysis:
         Per hidden state, the operand uses where its local derivative stops.
     dependence : Dependence
         Which parameters and states every variable depends on.
+    layers : tuple of Layer
+        Layers of hidden states, the network last.
+    effects : tuple of Effect
+        Which sites reach which layers.
+    constants : mapping of str to ConstantResponses
+        Relations whose response is constant in time.
     """
 
     model: StepModel
@@ -69,6 +74,9 @@ class Analysis:
     cuts: tuple[Cut, ...]
     uses_cut: Mapping[int, Mapping[Use, Array]]
     dependence: Dependence
+    layers: tuple[Layer, ...]
+    effects: tuple[Effect, ...]
+    constants: Mapping[str, ConstantResponses]
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -78,21 +86,6 @@ class Analysis:
     def exact(self) -> bool:
         """Whether nothing is cut: the gradient then equals backpropagation through time."""
         return not self.cuts
-
-    @cached_property
-    def layers(self) -> tuple[Layer, ...]:
-        """Layers of hidden states, the network last."""
-        return find_layers(self)
-
-    @cached_property
-    def effects(self) -> tuple[Effect, ...]:
-        """Which sites reach which layers."""
-        return find_effects(self, self.layers)
-
-    @cached_property
-    def constants(self) -> Mapping[str, ConstantResponses]:
-        """Relations whose response is constant in time."""
-        return find_constant_responses(self)
 
     def layer(self, name: str) -> Layer:
         return next(x for x in self.layers if x.name == name)
@@ -145,9 +138,14 @@ def analyse(model: StepModel, exclude: Sequence[str] = ()) -> Analysis:
             groups.append(group)
             misplaced += moved
     relations, misfits = _relations(split, groups, found)
-    cuts = _cuts(model, split.body, dep, roles, groups, found, misplaced, misfits, unfollowed)
+    cuts = find_cuts(model, split.body, dep, roles, groups, found, misplaced, misfits, unfollowed)
     uses_cut = {k: influence.cuts for k, influence in found.items()}
-    return Analysis(model, roles, tuple(groups), split, tuple(relations), cuts, uses_cut, dep)
+    layers = find_layers(model, groups, dep)
+    effects = find_effects(model, split, layers)
+    constants = find_constant_responses(model, split, groups, relations, uses_cut, dep)
+    return Analysis(
+        model, roles, tuple(groups), split, tuple(relations), cuts, uses_cut, dep, layers, effects, constants
+    )
 
 
 def require_trained(model: StepModel, dep: Dependence) -> None:
@@ -246,123 +244,3 @@ def _relations(
             if related[1]:
                 misfits.append((site, group))
     return relations, misfits
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# cuts in words
-
-_WEIGHTS = {"dot_general", "conv_general_dilated"}
-_SHARED = {"broadcast_in_dim", "reduce_sum", "reduce_max", "cumsum", "sort", "reduce_window_sum"}
-
-
-def _cuts(
-    model: StepModel,
-    body: Graph,
-    dep: Dependence,
-    roles: Sequence[StateRole],
-    groups: Sequence[HiddenGroup],
-    found: Mapping[int, Influence],
-    misplaced: Sequence[Link],
-    misfits: Sequence[tuple[Site, HiddenGroup]],
-    unfollowed: Sequence[Unfollowed],
-) -> tuple[Cut, ...]:
-    n = len(model.params)
-    cuts: list[Cut] = []
-    names = {s: g.name for g in groups for s in g.states}
-
-    def add(**fields: Any) -> None:
-        cuts.append(Cut(f"c{len(cuts)}", **fields))
-
-    for group in groups:
-        merged: dict[Use, Array] = {}
-        for s in group.states:
-            for use, mask in found[s].cuts.items():
-                merged[use] = mask | merged.get(use, False)
-        for use, mask in sorted(merged.items(), key=lambda item: item[0]):
-            operation, _, bits = located(body, dep, use)
-            states = [j for j in names if bits >> (n + j) & 1]
-            params = [leaf.path for j, leaf in enumerate(model.params) if bits >> j & 1]
-            share = float(mask.mean())
-            add(
-                group=group.name,
-                primitive=operation.name,
-                source=operation.source,
-                origins=tuple([model.states[j].path for j in states] + params),
-                meaning=_meaning(operation.name, group.name, {names[j] for j in states}, params),
-                part="all" if share == 1.0 else f"{100 * share:.0f} % of {mask.size} elements",
-            )
-    for link in misplaced:
-        add(
-            group=names[link.target],
-            primitive="positions",
-            source=_computed_at(body, model.new_state_vars[link.target]),
-            origins=(model.states[link.origin].path,),
-            meaning=f"{model.states[link.origin].path} moves to another position of {model.states[link.target].path}: "
-            "its memory ends after one step",
-        )
-    for site, group in misfits:
-        add(
-            group=group.name,
-            primitive=site.record.primitive,
-            source=site.record.source,
-            origins=site.params,
-            meaning="part of the weight's effect reaches another position than the group's: it counts within the step only",
-        )
-    for role in roles:
-        if role.excluded:
-            add(
-                group="",
-                primitive="exclude",
-                source="?",
-                origins=(role.path,),
-                meaning="left out by exclude=: credit through this state ends after one step",
-            )
-    for loop in unfollowed:
-        add(
-            group="",
-            primitive=loop.primitive,
-            source=loop.source,
-            origins=tuple(model.states[k].path for k in loop.states),
-            meaning="a while loop has no reverse derivative: whatever the rule, no credit passes it; "
-            "a loop of fixed length (lax.scan, lax.fori_loop) is followed",
-        )
-    return tuple(cuts)
-
-
-def _meaning(primitive: str, group: str, origin_groups: set[str], params: Sequence[str]) -> str:
-    """What a cut loses, in words: for the group's own states, for those of other groups, and for parameters."""
-    weights = primitive in _WEIGHTS
-    how = (
-        "weights"
-        if weights
-        else f"a loop whose rounds reach different positions, or go on differing after {ROUNDS_LIMIT} of them"
-        if primitive == "scan"
-        else "a value shared by several units"
-        if primitive in _SHARED
-        else "an operation over several units"
-    )
-    losses = []
-    if group in origin_groups:
-        own = "recurrent weights" if weights else f"recurrence through {how}"
-        losses.append(
-            f"{own}: credit through them ends after one step"
-            if weights
-            else f"{own}: its credit ends after one step"
-        )
-    others = sorted(origin_groups - {group}, key=natural_key)
-    if others:
-        losses.append(
-            f"{', '.join(others)} reaches {group} through {how}: within the step only, no memory of it in {group}"
-        )
-    if params:
-        losses.append(
-            f"{', '.join(params)} reaches {group} through {how}: this part of its credit counts within the step only"
-        )
-    return "; ".join(losses)
-
-
-def _computed_at(body: Graph, variable: Any) -> str:
-    for operation in body.operations:
-        if variable in operation.outputs:
-            return operation.source
-    return "?"

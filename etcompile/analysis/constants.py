@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from etcompile.analysis.dependence import dependence
+from etcompile.analysis.dependence import Dependence, dependence
 from etcompile.analysis.groups import HiddenGroup
 from etcompile.analysis.relations import Relation
+from etcompile.analysis.sites import SplitStep
 from etcompile.frontend.jaxpr import Constant, Graph, Operand, bind, has_effects, vjp_graph
-from etcompile.frontend.loops import within
+from etcompile.frontend.loops import Use, within
+from etcompile.frontend.step_model import StepModel
 from etcompile.ir.header import Response
-
-if TYPE_CHECKING:
-    from etcompile.analysis.analysis import Analysis
 
 __all__ = ["ConstantResponses", "find_constant_responses"]
 
@@ -64,36 +63,41 @@ class _Pull:
     moving: tuple[int, ...]
 
 
-def find_constant_responses(analysis: Analysis) -> dict[str, ConstantResponses]:
+def find_constant_responses(
+    model: StepModel,
+    split: SplitStep,
+    groups: Sequence[HiddenGroup],
+    relations: Sequence[Relation],
+    uses_cut: Mapping[int, Mapping[Use, Array]],
+    dep: Dependence,
+) -> dict[str, ConstantResponses]:
     """For each relation whose f is constant in time its classes; D is among them where it is constant as well."""
-    walk = _Walk(analysis)
-    relations = [r for r in analysis.relations if _of_one_dtype(analysis, r) and walk.immediate(r)]
+    walk = _Walk(model, split, groups, uses_cut, dep)
+    relations = [r for r in relations if walk.of_one_dtype(r) and walk.immediate(r)]
     if not relations:
         return {}
-    fading = {name: walk.transition(analysis.group(name)) for name in {r.group: None for r in relations}}
+    fading = {name: walk.transition(walk.groups[name]) for name in {r.group: None for r in relations}}
     with jax.ensure_compile_time_eval():
         known = jax.device_get(jax.jit(walk.values)())
-    found = {r.name: _responses(analysis, r, fading[r.group], known) for r in relations}
+    found = {r.name: _responses(walk, r, fading[r.group], known) for r in relations}
     return {name: responses for name, responses in found.items() if responses is not None}
-
-
-def _of_one_dtype(analysis: Analysis, relation: Relation) -> bool:
-    """Whether a filtered x has the precision of the trace that it stands for."""
-    body, site = analysis.split.body, analysis.site(relation.site)
-    dtypes = {analysis.model.states[s].aval.dtype for s in analysis.group(relation.group).states}
-    dtypes.add(body.avals[site.y].dtype)
-    dtypes.add(site.does.x_dtype)
-    return len(dtypes) == 1 and bool(jnp.issubdtype(dtypes.pop(), jnp.floating))
 
 
 class _Walk:
     """Paths along which derivatives are constant."""
 
-    def __init__(self, analysis: Analysis) -> None:
-        self.analysis = analysis
-        self.body = analysis.split.body
-        self.frozen = analysis.split.frozen
-        self.fixed = [not bits for bits in analysis.dependence.value]
+    def __init__(
+        self,
+        model: StepModel,
+        split: SplitStep,
+        groups: Sequence[HiddenGroup],
+        uses_cut: Mapping[int, Mapping[Use, Array]],
+        dep: Dependence,
+    ) -> None:
+        self.model, self.body, self.uses_cut, self.frozen = model, split.body, uses_cut, split.frozen
+        self.groups = {g.name: g for g in groups}
+        self.sites = {s.name: s for s in split.sites}
+        self.fixed = [not bits for bits in dep.value]
         for operation in self.body.operations:
             if has_effects(operation) or not all(map(self._known, operation.inputs)):
                 for v in operation.outputs:
@@ -102,9 +106,16 @@ class _Walk:
         self.read: dict[int, list[bool]] = {}
         self.paths: dict[tuple[int, int], list[_Pull] | None] = {}
 
+    def of_one_dtype(self, relation: Relation) -> bool:
+        """Whether a filtered x has the precision of the trace that it stands for."""
+        site = self.sites[relation.site]
+        dtypes = {self.model.states[s].aval.dtype for s in self.groups[relation.group].states}
+        dtypes |= {self.body.avals[site.y].dtype, site.does.x_dtype}
+        return len(dtypes) == 1 and bool(jnp.issubdtype(dtypes.pop(), jnp.floating))
+
     def transition(self, group: HiddenGroup) -> bool:
         """Whether every entry of D is constant."""
-        variables = self.analysis.model.state_vars
+        variables = self.model.state_vars
         return all(
             self.path(new, variables[old]) is not None
             for row, new in zip(group.pattern, group.states, strict=True)
@@ -114,8 +125,8 @@ class _Walk:
 
     def immediate(self, relation: Relation) -> bool:
         """Whether every entry of f is constant."""
-        y = self.analysis.site(relation.site).y
-        states = self.analysis.group(relation.group).states
+        y = self.sites[relation.site].y
+        states = self.groups[relation.group].states
         return all(
             self.path(s, y) is not None for s, reached in zip(states, relation.rows, strict=True) if reached
         )
@@ -128,8 +139,8 @@ class _Walk:
         return self.paths[key]
 
     def _path(self, state: int, target: int) -> list[_Pull] | None:
-        new = self.analysis.model.new_state_vars[state]
-        cuts = self.analysis.uses_cut[state]
+        new = self.model.new_state_vars[state]
+        cuts = self.uses_cut[state]
         reach = self._reach(target)
         live, pulls = {new}, []
         for number in range(len(self.body.operations) - 1, -1, -1):
@@ -210,8 +221,8 @@ class _Walk:
         return {key: self._pulled(*key, pulls, get) for key, pulls in self.paths.items() if pulls is not None}
 
     def _pulled(self, state: int, target: int, pulls: list[_Pull], get: Any) -> Array:
-        new = self.analysis.model.new_state_vars[state]
-        cuts = self.analysis.uses_cut[state]
+        new = self.model.new_state_vars[state]
+        cuts = self.uses_cut[state]
         avals = self.body.avals
         cotangents = {new: jnp.ones(avals[new].shape, avals[new].dtype)}
         for pull in pulls:
@@ -241,13 +252,13 @@ class _Walk:
 
 
 def _responses(
-    analysis: Analysis, relation: Relation, constant_decay: bool, known: Mapping[tuple[int, int], Array]
+    walk: _Walk, relation: Relation, constant_decay: bool, known: Mapping[tuple[int, int], Array]
 ) -> ConstantResponses | None:
-    group = analysis.group(relation.group)
-    n, y = len(group.states), analysis.site(relation.site).y
+    group = walk.groups[relation.group]
+    n, y = len(group.states), walk.sites[relation.site].y
     parts = [_immediate(relation, k, known.get((s, y))) for k, s in enumerate(group.states)]
     if constant_decay:
-        olds = [analysis.model.state_vars[s] for s in group.states]
+        olds = [walk.model.state_vars[s] for s in group.states]
         for k, s in enumerate(group.states):
             for j, old in enumerate(olds):
                 value = known[s, old] if group.pattern[k][j] else None
@@ -259,7 +270,7 @@ def _responses(
     acts = (table[:, :n] != 0).any(axis=1)
     first = np.argmax(table[:, :n] != 0, axis=1)
     scale = np.where(acts, np.take_along_axis(table[:, :n], first[:, None], 1)[:, 0], 1)
-    dtype = analysis.split.body.avals[y].dtype
+    dtype = walk.body.avals[y].dtype
     table = np.concatenate([table[:, :n] / scale[:, None], table[:, n:]], axis=1).astype(dtype)
     if not acts.any():
         return None

@@ -11,8 +11,8 @@ import dataclasses
 import numpy as np
 
 from etcompile.analysis.analysis import Analysis
-from etcompile.analysis.index_rules import MANY, NONE, collapse, join, operand_influence
-from etcompile.analysis.influence import _inner
+from etcompile.analysis.index_rules import MANY, NONE, collapse, join
+from etcompile.analysis.influence import through_operation
 from etcompile.frontend.jaxpr import Constant, Operation
 
 __all__ = ["Examples", "find_examples", "leading_is_examples"]
@@ -143,4 +143,4 @@ def _label(
     if operation.name in _ALONG and operation.params[_ALONG[operation.name]] != 0:
         known = [r for r in results if r is not None]
         return known[0] if len(known) == 1 else None
-    return operand_influence(body, operation, operand, results, _inner)
+    return through_operation(body, operation, operand, results)

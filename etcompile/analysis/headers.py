@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.groups import HiddenGroup
-from etcompile.analysis.layers import Layer
 from etcompile.analysis.relations import Relation
 from etcompile.analysis.within_step import carries_whole_credit, reached_beside
 from etcompile.frontend.jaxpr import Constant, short_dtype
@@ -33,8 +32,8 @@ def program_header(analysis: Analysis, windows: bool = False) -> ir.Header:
         tuple(s.record for s in analysis.sites),
         tuple(_relation(analysis, r, windows) for r in analysis.relations),
         analysis.cuts,
-        tuple(_layer(analysis, layer) for layer in analysis.layers),
-        tuple(ir.Effect(e.name, e.site, e.layer) for e in analysis.effects),
+        tuple(layer.record for layer in analysis.layers),
+        analysis.effects,
     )
 
 
@@ -45,12 +44,6 @@ def _relation(analysis: Analysis, relation: Relation, windows: bool) -> ir.Relat
     return ir.Relation(
         relation.name, relation.site, relation.group, relation.window, relation.rows, constant, whole=whole
     )
-
-
-def _layer(analysis: Analysis, layer: Layer) -> ir.Layer:
-    avals = [analysis.model.states[s].aval for s in layer.states]
-    dtype = short_dtype(jnp.result_type(*[a.dtype for a in avals]))
-    return ir.Layer(layer.name, layer.groups, sum(a.size for a in avals), dtype)
 
 
 def group_dtype(analysis: Analysis, group: HiddenGroup) -> Any:

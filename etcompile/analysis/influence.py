@@ -20,7 +20,7 @@ from etcompile.analysis.loops import moving_inside, through_rounds
 from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operation, jvp_graph, vjp_graph
 from etcompile.frontend.loops import Loop, Use, within
 
-__all__ = ["Influence", "Use", "influence_on"]
+__all__ = ["Influence", "Use", "influence_on", "spreads", "through_operation"]
 
 Array = Any
 
@@ -112,7 +112,7 @@ def influence_on(
             operand = operation.inputs[k]
             assert isinstance(operand, int)
             found = (
-                operand_influence(graph, operation, k, results, _inner)
+                through_operation(graph, operation, k, results)
                 if operation.loop is None
                 else of_operands.get(k)
             )
@@ -178,6 +178,20 @@ def _shape_of(loop: Loop, operand: int) -> tuple[int, ...]:
     aval = loop.body.avals[loop.body.inputs[operand]]
     sliced = operand >= loop.constants + loop.carried
     return (loop.length, *aval.shape) if sliced else aval.shape
+
+
+def through_operation(
+    graph: Graph, operation: Operation, operand: int, results: list[Array | None]
+) -> Array | None:
+    """Influence of one operand of an operation, given that of its results; None where it has none."""
+    return operand_influence(graph, operation, operand, results, _inner)
+
+
+def spreads(graph: Graph, operation: Operation, operand: int) -> bool:
+    """Whether an operation takes elements of an operand to several elements of its results."""
+    avals = [graph.avals[v] for v in operation.outputs]
+    found = through_operation(graph, operation, operand, [np.arange(a.size).reshape(a.shape) for a in avals])
+    return found is not None and bool((found == MANY).any())
 
 
 def _inner(

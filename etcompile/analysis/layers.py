@@ -8,72 +8,70 @@ to a layer whose new states its y reaches without passing the new states of anot
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from etcompile.analysis.dependence import NO_DERIVATIVE, NO_REVERSE
-from etcompile.frontend.jaxpr import Constant
-from etcompile.graph import strongly_connected_components
+import jax.numpy as jnp
 
-if TYPE_CHECKING:
-    from etcompile.analysis.analysis import Analysis
+from etcompile.analysis.components import strongly_connected_components
+from etcompile.analysis.dependence import NO_DERIVATIVE, NO_REVERSE, Dependence
+from etcompile.analysis.groups import HiddenGroup
+from etcompile.analysis.sites import SplitStep
+from etcompile.frontend.jaxpr import Constant, short_dtype
+from etcompile.frontend.step_model import StepModel
+from etcompile.ir import header as ir
 
-__all__ = ["NETWORK", "Effect", "Layer", "find_effects", "find_layers"]
+__all__ = ["NETWORK", "Layer", "find_effects", "find_layers"]
 
 #: Name of the layer of all hidden states.
 NETWORK = "network"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """Hidden states by number, and the groups that they form."""
+    """What programs say of a layer, and its hidden states by number."""
 
-    name: str
+    record: ir.Layer
     states: tuple[int, ...]
-    groups: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.record.name
 
 
-@dataclasses.dataclass(frozen=True)
-class Effect:
-    """A site whose y reaches the new states of a layer."""
-
-    name: str
-    site: str
-    layer: str
-
-
-def find_layers(analysis: Analysis) -> tuple[Layer, ...]:
+def find_layers(model: StepModel, groups: Sequence[HiddenGroup], dep: Dependence) -> tuple[Layer, ...]:
     """The layers in the order of their first group, and last the network."""
-    first = len(analysis.model.params)
-    reaches = {g.name: 0 for g in analysis.groups}
-    for group in analysis.groups:
+    first = len(model.params)
+    reaches = [0] * len(groups)
+    for k, group in enumerate(groups):
         for s in group.states:
-            new = analysis.model.new_state_vars[s]
+            new = model.new_state_vars[s]
             if not isinstance(new, Constant):
-                reaches[group.name] |= analysis.dependence.derivative[new]
-    order = list(range(len(analysis.groups)))
+                reaches[k] |= dep.derivative[new]
+    order = list(range(len(groups)))
     edges = [
-        (j, k)
-        for k in order
-        for j in order
-        if any(reaches[analysis.groups[k].name] >> (first + s) & 1 for s in analysis.groups[j].states)
+        (j, k) for k in order for j in order if any(reaches[k] >> (first + s) & 1 for s in groups[j].states)
     ]
-    layers = []
-    for members in strongly_connected_components(order, edges):
-        groups = [analysis.groups[k] for k in members]
-        states = tuple(s for g in groups for s in g.states)
-        layers.append(Layer(f"l{len(layers)}", states, tuple(g.name for g in groups)))
-    everything = tuple(s for g in analysis.groups for s in g.states)
-    return (*layers, Layer(NETWORK, everything, tuple(g.name for g in analysis.groups)))
+    components = strongly_connected_components(order, edges)
+    layers = [_layer(model, f"l{n}", [groups[k] for k in found]) for n, found in enumerate(components)]
+    return (*layers, _layer(model, NETWORK, groups))
 
 
-def find_effects(analysis: Analysis, layers: tuple[Layer, ...]) -> tuple[Effect, ...]:
-    body, model = analysis.split.body, analysis.model
-    all_new = {model.new_state_vars[s] for g in analysis.groups for s in g.states}
+def _layer(model: StepModel, name: str, groups: Sequence[HiddenGroup]) -> Layer:
+    states = tuple(s for g in groups for s in g.states)
+    avals = [model.states[s].aval for s in states]
+    dtype = short_dtype(jnp.result_type(*[a.dtype for a in avals]))
+    return Layer(ir.Layer(name, tuple(g.name for g in groups), sum(a.size for a in avals), dtype), states)
+
+
+def find_effects(model: StepModel, split: SplitStep, layers: Sequence[Layer]) -> tuple[ir.Effect, ...]:
+    """Which sites reach which layers."""
+    body = split.body
+    all_new = {model.new_state_vars[s] for s in layers[-1].states}
     effects = []
     for layer in layers:
         own = {model.new_state_vars[s] for s in layer.states}
         others = all_new - own
-        for site in analysis.sites:
+        for site in split.sites:
             reached = {site.y}
             for operation in body.operations:
                 if operation.name not in NO_DERIVATIVE | NO_REVERSE and any(
@@ -81,5 +79,5 @@ def find_effects(analysis: Analysis, layers: tuple[Layer, ...]) -> tuple[Effect,
                 ):
                     reached |= {v for v in operation.outputs if body.avals[v].differentiable}
             if reached & own:
-                effects.append(Effect(f"j{len(effects)}", site.name, layer.name))
+                effects.append(ir.Effect(f"j{len(effects)}", site.name, layer.name))
     return tuple(effects)

@@ -15,8 +15,8 @@ import numpy as np
 
 from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.groups import HiddenGroup
-from etcompile.analysis.index_rules import MANY, NONE, operand_influence
-from etcompile.analysis.influence import _inner, influence_on
+from etcompile.analysis.index_rules import NONE
+from etcompile.analysis.influence import influence_on, spreads
 from etcompile.frontend.jaxpr import Constant
 from etcompile.frontend.loops import Use
 
@@ -67,7 +67,7 @@ def shown_by(analysis: Analysis, group: HiddenGroup) -> tuple[Shown, ...]:
             continue
         for k, v in enumerate(operation.inputs):
             if not isinstance(v, Constant) and v in reached and v in live and (number, k) not in frozen:
-                if _spreads(analysis, number, k):
+                if spreads(body, operation, k):
                     readers.setdefault(v, []).append(number)
     found = []
     for variable, numbers in readers.items():
@@ -86,12 +86,3 @@ def shown_by(analysis: Analysis, group: HiddenGroup) -> tuple[Shown, ...]:
         if (position >= 0).any():
             found.append(Shown(variable, position.reshape(aval.shape), influence.cuts, tuple(numbers)))
     return tuple(found)
-
-
-def _spreads(analysis: Analysis, number: int, operand: int) -> bool:
-    """Whether an operation takes elements of an operand to several elements of its result."""
-    body = analysis.split.body
-    operation = body.operations[number]
-    results = [np.arange(body.avals[v].size).reshape(body.avals[v].shape) for v in operation.outputs]
-    found = operand_influence(body, operation, operand, list(results), _inner)
-    return found is not None and bool((found == MANY).any())

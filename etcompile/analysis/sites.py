@@ -10,12 +10,10 @@ import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
 
-import numpy as np
 from jax import lax
 
 from etcompile.analysis.dependence import Dependence
-from etcompile.analysis.index_rules import MANY, operand_influence
-from etcompile.analysis.influence import _inner
+from etcompile.analysis.influence import spreads
 from etcompile.analysis.loops import everywhere
 from etcompile.errors import ModelError
 from etcompile.frontend.jaxpr import Constant, Graph, Operand, Operation, short_dtype
@@ -211,9 +209,5 @@ def weight_operation_at(graph: Graph, operation: Operation, operand: int) -> typ
 
 
 def _spreads(graph: Graph, operation: Operation, operand: int) -> bool:
-    """Whether an operation takes elements of an operand to several elements of its results."""
-    if operation.loop is not None:
-        return False  # what spreads in a loop was taken out of it, or is cut there
-    results = [np.arange(graph.avals[v].size).reshape(graph.avals[v].shape) for v in operation.outputs]
-    found = operand_influence(graph, operation, operand, list(results), _inner)
-    return found is not None and bool((found == MANY).any())
+    """Whether a weight reaches several elements of a result; in a loop what does was taken out of it, or is cut there."""
+    return operation.loop is None and spreads(graph, operation, operand)

@@ -7,17 +7,15 @@ are known when the model is compiled count: a constant mask on a weight, fixed i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
-from etcompile.analysis.index_rules import ELEMENTWISE, MANY, operand_influence
-from etcompile.analysis.influence import _inner
+from etcompile.analysis.analysis import Analysis
+from etcompile.analysis.index_rules import ELEMENTWISE, MANY
+from etcompile.analysis.influence import through_operation
 from etcompile.frontend.jaxpr import Constant, Graph, Operand, Operation, bind
-
-if TYPE_CHECKING:
-    from etcompile.analysis.analysis import Analysis
 
 __all__ = ["dependence_table", "weight_patterns"]
 
@@ -186,7 +184,7 @@ def _through(
             return np.moveaxis(applied[place], 0, -1)
     results: list[Array | None] = [None] * len(operation.outputs)
     results[place] = np.arange(aval.size).reshape(aval.shape)
-    found = operand_influence(body, operation, k, results, _inner)
+    found = through_operation(body, operation, k, results)
     if found is None:
         return np.zeros((*aval.shape, count), bool)
     flat, table = found.ravel(), table.reshape(found.size, count)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from etcompile.analysis.groups import HiddenGroup
-from etcompile.analysis.index_rules import MANY, NONE, join, operand_influence
-from etcompile.analysis.influence import _inner
+from etcompile.analysis.index_rules import MANY, NONE, join
+from etcompile.analysis.influence import through_operation
 from etcompile.frontend.jaxpr import Constant
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class ModelAxes:
             for k, v in enumerate(operation.inputs):
                 if isinstance(v, Constant) or not graph.avals[v].differentiable:
                     continue
-                found = operand_influence(graph, operation, k, results, _inner)
+                found = through_operation(graph, operation, k, results)
                 if found is not None:
                     labels[v] = found if v not in labels else join(labels[v], found)
         return tuple(

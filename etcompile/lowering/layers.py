@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from etcompile.analysis.layers import Effect, Layer
+from etcompile.analysis.layers import Layer
 from etcompile.analysis.relations import Relation
+from etcompile.ir.header import Effect
 from etcompile.ir.program import Equation, Ref
 from etcompile.lowering.geometry import TraceGeometry, trace_geometry
 from etcompile.lowering.mapped import mapped
@@ -223,7 +224,7 @@ def _to_layer(context: Context, equation: Equation, args: Sequence[Value]) -> Va
     analysis = context.model.analysis
     layer = analysis.layer(equation.type.of)
     found: dict[int, Array] = {}
-    for name, rows in zip(layer.groups, args[1:], strict=True):
+    for name, rows in zip(layer.record.groups, args[1:], strict=True):
         group = analysis.group(name)
         for k, s in enumerate(group.states):
             aval = context.step.tape.graph.avals[analysis.model.state_vars[s]]

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from etcompile.analysis.layers import Effect, Layer
+from etcompile.analysis.components import color_columns
+from etcompile.analysis.layers import Layer
 from etcompile.analysis.sparsity import dependence_table
-from etcompile.graph import color_columns
+from etcompile.ir.header import Effect
 from etcompile.ir.program import Equation
 from etcompile.lowering.layers import at_once, full_geometry, other_states, push_from
 

@@ -13,9 +13,6 @@ __all__ = ["ALLOWED", "circles", "stale_imports"]
 #: Imports that close a circle on purpose, with the reason: ``(importer, imported)``.
 ALLOWED: dict[tuple[str, str], str] = {
     ("etcompile.registry", "etcompile.passes"): "rules are found by name when they are asked for",
-    # To be mended:
-    ("etcompile.graph", "etcompile.analysis.analysis"): "",
-    ("etcompile.report", "etcompile.analysis.analysis"): "",
 }
 
 #: Module to imported module to line.

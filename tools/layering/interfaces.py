@@ -64,7 +64,11 @@ RULES = (
         ),
     ),
     # Users meet the graph as a networkx graph, and so does the code that draws it for them.
-    Rule(what="networkx", names=("networkx",), allowed=("etcompile/graph.py", "etcompile/viz/graph.py")),
+    Rule(
+        what="networkx",
+        names=("networkx",),
+        allowed=("etcompile/analysis/components.py", "etcompile/graph.py", "etcompile/viz/graph.py"),
+    ),
     Rule(what="graphviz", names=("graphviz", "pygraphviz"), allowed=("etcompile/viz",)),
     Rule(
         what="etcompile beyond the pass API",

@@ -15,11 +15,6 @@ ALLOWED: dict[str, set[str]] = {
     "etcompile/frontend/implementations.py": {"_lowerings", "_platform_specific_lowerings", "_kernels"},
     "etcompile/runtime/foreign_writes.py": {"_getframe"},  # of sys: documented, though named so
     # To be mended:
-    "etcompile/analysis/examples.py": {"_inner"},
-    "etcompile/analysis/shown.py": {"_inner"},
-    "etcompile/analysis/sites.py": {"_inner"},
-    "etcompile/analysis/sparsity.py": {"_inner"},
-    "etcompile/lowering/axes.py": {"_inner"},
     "etcompile/runtime/checkpoints.py": {"_access", "_carry", "_compiled", "_set_carry"},
     "etcompile/runtime/cost.py": {"_access", "_build", "_functions", "_resized_inputs"},
     "etcompile/runtime/progress.py": {"_access", "_carry", "_functions", "_jit", "_set_carry"},

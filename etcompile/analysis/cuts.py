@@ -1,0 +1,140 @@
+"""Cuts in words: where credit ends, and what is lost there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etcompile.analysis.dependence import Dependence
+from etcompile.analysis.groups import HiddenGroup, Link
+from etcompile.analysis.hidden import StateRole
+from etcompile.analysis.influence import Influence
+from etcompile.analysis.loops import ROUNDS_LIMIT, located
+from etcompile.analysis.sites import Site
+from etcompile.analysis.unfollowed import Unfollowed
+from etcompile.frontend.jaxpr import Graph
+from etcompile.frontend.loops import Use
+from etcompile.frontend.step_model import StepModel
+from etcompile.ir.header import Cut
+from etcompile.paths import natural_key
+
+__all__ = ["find_cuts"]
+
+Array = Any
+
+_WEIGHTS = {"dot_general", "conv_general_dilated"}
+_SHARED = {"broadcast_in_dim", "reduce_sum", "reduce_max", "cumsum", "sort", "reduce_window_sum"}
+
+
+def find_cuts(
+    model: StepModel,
+    body: Graph,
+    dep: Dependence,
+    roles: Sequence[StateRole],
+    groups: Sequence[HiddenGroup],
+    found: Mapping[int, Influence],
+    misplaced: Sequence[Link],
+    misfits: Sequence[tuple[Site, HiddenGroup]],
+    unfollowed: Sequence[Unfollowed],
+) -> tuple[Cut, ...]:
+    """Where credit ends, group by group, and then for every rule."""
+    n = len(model.params)
+    cuts: list[Cut] = []
+    names = {s: g.name for g in groups for s in g.states}
+
+    def add(**fields: Any) -> None:
+        cuts.append(Cut(f"c{len(cuts)}", **fields))
+
+    for group in groups:
+        merged: dict[Use, Array] = {}
+        for s in group.states:
+            for use, mask in found[s].cuts.items():
+                merged[use] = mask | merged.get(use, False)
+        for use, mask in sorted(merged.items(), key=lambda item: item[0]):
+            operation, _, bits = located(body, dep, use)
+            states = [j for j in names if bits >> (n + j) & 1]
+            params = [leaf.path for j, leaf in enumerate(model.params) if bits >> j & 1]
+            share = float(mask.mean())
+            add(
+                group=group.name,
+                primitive=operation.name,
+                source=operation.source,
+                origins=tuple([model.states[j].path for j in states] + params),
+                meaning=_meaning(operation.name, group.name, {names[j] for j in states}, params),
+                part="all" if share == 1.0 else f"{100 * share:.0f} % of {mask.size} elements",
+            )
+    for link in misplaced:
+        add(
+            group=names[link.target],
+            primitive="positions",
+            source=_computed_at(body, model.new_state_vars[link.target]),
+            origins=(model.states[link.origin].path,),
+            meaning=f"{model.states[link.origin].path} moves to another position of {model.states[link.target].path}: "
+            "its memory ends after one step",
+        )
+    for site, group in misfits:
+        add(
+            group=group.name,
+            primitive=site.record.primitive,
+            source=site.record.source,
+            origins=site.params,
+            meaning="part of the weight's effect reaches another position than the group's: it counts within the step only",
+        )
+    for role in roles:
+        if role.excluded:
+            add(
+                group="",
+                primitive="exclude",
+                source="?",
+                origins=(role.path,),
+                meaning="left out by exclude=: credit through this state ends after one step",
+            )
+    for loop in unfollowed:
+        add(
+            group="",
+            primitive=loop.primitive,
+            source=loop.source,
+            origins=tuple(model.states[k].path for k in loop.states),
+            meaning="a while loop has no reverse derivative: whatever the rule, no credit passes it; "
+            "a loop of fixed length (lax.scan, lax.fori_loop) is followed",
+        )
+    return tuple(cuts)
+
+
+def _meaning(primitive: str, group: str, origin_groups: set[str], params: Sequence[str]) -> str:
+    """What a cut loses, in words: for the group's own states, for those of other groups, and for parameters."""
+    weights = primitive in _WEIGHTS
+    how = (
+        "weights"
+        if weights
+        else f"a loop whose rounds reach different positions, or go on differing after {ROUNDS_LIMIT} of them"
+        if primitive == "scan"
+        else "a value shared by several units"
+        if primitive in _SHARED
+        else "an operation over several units"
+    )
+    losses = []
+    if group in origin_groups:
+        own = "recurrent weights" if weights else f"recurrence through {how}"
+        losses.append(
+            f"{own}: credit through them ends after one step"
+            if weights
+            else f"{own}: its credit ends after one step"
+        )
+    others = sorted(origin_groups - {group}, key=natural_key)
+    if others:
+        losses.append(
+            f"{', '.join(others)} reaches {group} through {how}: within the step only, no memory of it in {group}"
+        )
+    if params:
+        losses.append(
+            f"{', '.join(params)} reaches {group} through {how}: this part of its credit counts within the step only"
+        )
+    return "; ".join(losses)
+
+
+def _computed_at(body: Graph, variable: Any) -> str:
+    for operation in body.operations:
+        if variable in operation.outputs:
+            return operation.source
+    return "?"
