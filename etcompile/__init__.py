@@ -33,6 +33,7 @@ from etcompile.pass_manager import Pass, PassManager
 from etcompile.registry import algorithm, algorithm_names
 from etcompile.report import Report
 from etcompile.runtime.checkpoints import Checkpoints
+from etcompile.runtime.executor import Executor
 from etcompile.runtime.step import Step
 from etcompile.runtime.step_data import MultiStepData, SingleStepData, extract_y_target
 from etcompile.runtime.synthetic import SyntheticGradient
@@ -44,7 +45,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlgorithmError", "Carry", "CarryError", "CheckpointError", "Checkpoints", "Cost", "DependencyError",
-    "EnvironmentWarning", "EtcompileError", "EtcompileWarning", "FixedRandomFeedback", "FunctionModel", "GradExpon", "InputError",
+    "EnvironmentWarning", "EtcompileError", "EtcompileWarning", "Executor",
+    "FixedRandomFeedback", "FunctionModel", "GradExpon", "InputError",
     "KappaFilter",
     "LeakyRateReadout", "ModelError", "MultiStepData", "OptionError", "Pass", "PassError", "PassManager",
     "PresynapticTrace", "ProgramError", "Report", "Schedule", "SequenceSchedule", "SingleStepData", "Step", "SyntheticGradient",

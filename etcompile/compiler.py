@@ -22,7 +22,9 @@ from etcompile.lowering.functions import StepFunctions
 from etcompile.lowering.trial import trial_backpropagation, trial_gradients
 from etcompile.pass_manager import Pass, PassManager, PassRecord
 from etcompile.registry import Algorithm, Mixed, pipeline
+from etcompile.runtime.executor import Executor
 from etcompile.runtime.model_states import ModelAccess, access
+from etcompile.runtime.shapes import shapes_of
 from etcompile.runtime.step import Step
 from etcompile.schedule import Schedule, as_schedule
 
@@ -107,13 +109,14 @@ def compile(
     request = _requested(algo, options, how, within, exclude, manager, optimise)
     live = access(model)
     refuse_iterators(example_inputs)
-    inputs = tuple(jax.tree.map(as_array, x) for x in example_inputs)
+    inputs = shapes_of(tuple(jax.tree.map(as_array, x) for x in example_inputs))
     if batch_size is not None:
         batch_size = positive_integer("batch_size", batch_size, error=InputError)
     with live.unchanged_on_error():
         if batch_size is not None:
             live.initialise(batch_size)
-        return Step(live, functools.partial(lower_model, request=request), inputs)
+        compiled = lower_model(live, inputs, request)
+        return Step(Executor(live, functools.partial(lower_model, request=request), inputs, compiled))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -54,8 +54,8 @@ def data(steps=STEPS):
 def everything(learn):
     """All numbers that a run ends with."""
     step = learn.step
-    states = {k: v for k, v in step._access.states().items() if k != "random"}
-    key = jax.random.key_data(step._access.states()["random"])
+    states = {k: v for k, v in step.executor.live.states().items() if k != "random"}
+    key = jax.random.key_data(step.executor.live.states()["random"])
     params = {k: s.value for k, s in step.param_states.items()}
     optimiser = {k: s.value for k, s in learn.saved_states().items()}
     return [np.asarray(v) for v in jax.tree.leaves((params, states, key, step.traces, optimiser))]

@@ -140,4 +140,4 @@ def _relative(a, b):
 
 def states(step):
     """Traces and model states as they stand."""
-    return jax.tree.map(np.asarray, [step.traces, step._carry().states])
+    return jax.tree.map(np.asarray, [step.traces, step.executor.carry().states])

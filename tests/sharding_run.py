@@ -113,9 +113,9 @@ def collectives(model, shape, chunk, examples=8, **options):
         for leaf in jax.tree.leaves(step.traces[e.name])
     ]
     xs, ys = (jnp.asarray(v) for v in data(model, examples))
-    functions = step._functions
+    functions = step.executor.functions
     run = functools.partial(functions.sequence, functions.plan(etcompile.Schedule(), len(xs), chunk))
-    params, carry, (inputs, targets) = step._placed(step._carry(), ((xs,), (ys,)), 1)
+    params, carry, (inputs, targets) = step.executor.placed(step.executor.carry(), ((xs,), (ys,)), 1)
     items = ((targets, None), None)
     text = jax.jit(run).lower(Loss.plain(square), params, carry, inputs, items, {}).compile().as_text()
     pattern = r"= (\(.*?\)|\S+) (?:all-gather|all-to-all|collective-permute)(?:-start)?\("

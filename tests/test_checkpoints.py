@@ -46,7 +46,7 @@ def leaky_step(batch=2, units=4, fn=leaky, **options):
 
 
 def numbers(step):
-    kept = (step._access.params(), step._carry(), step._access.initial)
+    kept = (step.executor.live.params(), step.executor.carry(), step.executor.live.initial)
     return [np.array(v) for v in jax.tree.leaves(kept)]
 
 
@@ -142,9 +142,9 @@ def test_a_step_with_an_optimiser_of_ones_own(tmp_path):
     def train(step, saves, first, last, extra):
         for k in range(first, last):
             losses, grads = step.scan_value_and_grad(square, chunk=1)(xs, jnp.sin(k + ys))
-            params = step._access.params()
+            params = step.executor.live.params()
             changes, opt = optimizer.update(grads, extra["opt"], params)
-            step._access.set_params(optax.apply_updates(params, changes))
+            step.executor.live.set_params(optax.apply_updates(params, changes))
             rows = jax.random.normal(extra["key"], (2,))
             extra = {
                 "opt": opt,
@@ -158,7 +158,12 @@ def test_a_step_with_an_optimiser_of_ones_own(tmp_path):
         return extra
 
     def start(step):
-        return {"opt": optimizer.init(step._access.params()), "key": key, "best": 0, "rows": jnp.zeros(2)}
+        return {
+            "opt": optimizer.init(step.executor.live.params()),
+            "key": key,
+            "best": 0,
+            "rows": jnp.zeros(2),
+        }
 
     whole, other = (leaky_step(units=3) for _ in range(2))
     saves = etcompile.Checkpoints(tmp_path, every=2, keep=1)
@@ -190,7 +195,7 @@ def test_initial_states_and_arrays_of_no_size_are_kept(tmp_path):
     assert same(numbers(other), numbers(saved))
     other.reset()
     np.testing.assert_array_equal(other.init_carry().states["h"], 0.5)
-    np.testing.assert_array_equal(other._carry().states["h"], 0.5)
+    np.testing.assert_array_equal(other.executor.carry().states["h"], 0.5)
 
 
 def test_restored_traces_are_the_step_s_own(tmp_path):
@@ -276,7 +281,7 @@ K = {"k": jnp.zeros(2)}
 def test_a_checkpoint_that_does_not_fit_a_step(saved, make, extra, message):
     run = make()
     step = getattr(run, "step", run)
-    step.scan(jnp.ones((1, *jax.tree.leaves(step._inputs)[0].shape)))
+    step.scan(jnp.ones((1, *jax.tree.leaves(step.executor.inputs)[0].shape)))
     before = numbers(step)
     with pytest.raises(etcompile.CheckpointError, match=f"(?s){message}"):
         etcompile.Checkpoints(saved["step"]).restore(run, extra)

@@ -77,7 +77,7 @@ def test_the_size_of_a_chunk_leaves_no_rest_where_it_can():
     _, step = built_and_step("gru_no_batch", "d_rtrl")
 
     def size(steps, memory=1 << 28):
-        plan = step._functions.plan(etcompile.Schedule(memory=memory), steps)
+        plan = step.executor.functions.plan(etcompile.Schedule(memory=memory), steps)
         return plan.together(steps)
 
     assert size(5000) == size(500) == 125

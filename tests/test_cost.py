@@ -99,18 +99,20 @@ SCHEDULES = {"step": (None, 1), "scan": (20, 1), "chunk": (20, 20), "chunks_and_
 
 def of_xla(step, steps, chunk):
     """What XLA says of the function that the step runs."""
-    model = step._functions.model
+    model = step.executor.functions.model
     out = Shape(model.outputs[0].aval.shape, model.outputs[0].aval.dtype)
-    inputs, targets, fn = step._inputs, (out,), one_step(step._functions)
+    inputs, targets, fn = step.executor.inputs, (out,), one_step(step.executor.functions)
     if steps is not None:
         over_time = jax.tree.map(lambda v: Shape((steps, *v.shape), v.dtype), (inputs, targets))
         (inputs, targets), fn = (
             over_time,
-            sequence(step._functions, step._functions.plan(etcompile.Schedule(), steps, chunk)),
+            sequence(
+                step.executor.functions, step.executor.functions.plan(etcompile.Schedule(), steps, chunk)
+            ),
         )
-    traces = step._compiled.causal.init_traces_shapes()
+    traces = step.executor.compiled.causal.init_traces_shapes()
     given = (Loss.plain(loss), inputs, ((targets, None), None), {})
-    args = (step._access.params(), step._access.states(), traces, *given)
+    args = (step.executor.live.params(), step.executor.live.states(), traces, *given)
     found = jax.jit(apart(fn), donate_argnums=(DONATED,)).lower(*args).compile()
     memory, count = found.memory_analysis(), found.cost_analysis()
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -124,7 +126,7 @@ def test_within_a_quarter_of_what_xla_says(model, algo, schedule):
     step = compiled(model, algo)
     steps, chunk = SCHEDULES[schedule]
     flops, moved, peak = of_xla(step, steps, chunk)
-    target = Shape((step._functions.causal.model.examples, OUT), jnp.float32)
+    target = Shape((step.executor.functions.causal.model.examples, OUT), jnp.float32)
     # XLA counts the body of a loop once.
     cost = step_cost(step, None, steps, chunk if steps else None, loss, (target,), every_trip=False)
     each = steps or 1
@@ -180,9 +182,13 @@ def test_looking_at_a_cost_changes_nothing_of_what_runs():
     step = compiled("gru", "d_rtrl", batch=40, n=16)
 
     def program():
-        args = (step._access.params(), step._access.states(), step._compiled.causal.init_traces_shapes())
-        fn = apart(one_step(step._functions))
-        given = (Loss.plain(loss), step._inputs, (((Shape((40, OUT), jnp.float32),), None), None), {})
+        args = (
+            step.executor.live.params(),
+            step.executor.live.states(),
+            step.executor.compiled.causal.init_traces_shapes(),
+        )
+        fn = apart(one_step(step.executor.functions))
+        given = (Loss.plain(loss), step.executor.inputs, (((Shape((40, OUT), jnp.float32),), None), None), {})
         return str(jax.make_jaxpr(fn)(*args, *given))
 
     before = program()

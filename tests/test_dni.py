@@ -151,12 +151,12 @@ def zero_helper(step, **options):
 def test_predictors_of_zero_give_truncated_backpropagation(case, hidden, stream):
     plain = compiled(case, "bptt", window=C)
     wanted = plain.scan_value_and_grad(squared)(XS, YS)
-    ended = plain._access.states()
+    ended = plain.executor.live.states()
     plain.reset()
     step = compiled(case)
     got = zero_helper(step, hidden=hidden, stream=stream).scan_value_and_grad(squared)(XS, YS)
     assert relative_error(got, wanted) < TOLERANCE
-    assert relative_error(step._access.states(), ended) < TOLERANCE
+    assert relative_error(step.executor.live.states(), ended) < TOLERANCE
 
 
 @dataclasses.dataclass
@@ -329,9 +329,9 @@ def test_models_without_a_batch(batch):
 def test_fit_leaves_model_and_carry_as_they_were(case):
     step = compiled(case)
     helper = etcompile.SyntheticGradient(step, squared)
-    before = jax.tree.map(np.array, (step._access.params(), step._access.states(), step.traces))
+    before = jax.tree.map(np.array, (step.executor.live.params(), step.executor.live.states(), step.traces))
     helper.fit(XS, YS, optimizer=optax.adam(0.1), epochs=2)
-    after = (step._access.params(), step._access.states(), step.traces)
+    after = (step.executor.live.params(), step.executor.live.states(), step.traces)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, after))
 
 
@@ -351,11 +351,11 @@ def test_update_is_a_gradient_and_a_step_of_the_predictors():
     for helper in (first, second):
         helper.fit(XS, YS, optimizer=optax.adam(0.05), epochs=3)
     wanted = first.scan_value_and_grad(squared)(XS, YS)
-    ended = jax.tree.map(np.array, first.step._access.states())
+    ended = jax.tree.map(np.array, first.step.executor.live.states())
     first.step.reset()
     first.fit(XS, YS)
     assert relative_error(second.update(XS, YS), wanted) < TOLERANCE
-    assert relative_error(second.step._access.states(), ended) < TOLERANCE
+    assert relative_error(second.step.executor.live.states(), ended) < TOLERANCE
     assert relative_error(second.params, first.params) < TOLERANCE
     assert relative_error(second.prediction_loss, first.prediction_loss) < TOLERANCE
 
@@ -491,7 +491,7 @@ def test_another_batch_size():
 def test_another_window():
     step = compiled(rate())
     helper = zero_helper(step)
-    step._install(compiled(rate(), window=C + 1)._compiled, (XS[0],))
+    step.executor.install(compiled(rate(), window=C + 1).executor.compiled, (XS[0],))
     with pytest.raises(etcompile.AlgorithmError, match="windows of 4"):
         helper.scan_value_and_grad(squared)
 

@@ -205,29 +205,29 @@ def test_arrays_that_a_function_reads_are_inputs():
         h = scale * h + x @ jnp.ones((3, 4))
         wanted.append(h)
     close(outs, jnp.stack(wanted))
-    assert step.compilation is step.compilation
-    made = step._variants.made
+    assert step.executor.compilation is step.executor.compilation
+    made = step.executor.compilations.made
     with environ.context(scale=jnp.asarray(0.9)):
         step(xs[0])
-    assert step._variants.made == made
+    assert step.executor.compilations.made == made
 
 
 def test_a_number_that_changed_is_compiled_for_and_kept():
     xs, _ = data()
     with environ.context(scale=0.5):
         step = etcompile.compile(function_model(), xs[0])
-        first = step.compilation
+        first = step.executor.compilation
     with environ.context(scale=0.25):
         step(xs[0])
         close(step(xs[0]), 1.25 * (xs[0] @ jnp.ones((3, 4))))
     step.reset()
     with environ.context(scale=0.5):
         close(step(xs[0]), xs[0] @ jnp.ones((3, 4)))
-        assert step.compilation is first
+        assert step.executor.compilation is first
     step.reset()
     with environ.context(scale=0.5, gain=2.0):  # it was asked for, and was not there
         close(step(xs[0]), 2 * (xs[0] @ jnp.ones((3, 4))))
-    assert step._variants.made == 3
+    assert step.executor.compilations.made == 3
 
 
 def test_what_the_model_never_reads_compiles_nothing():
@@ -236,7 +236,7 @@ def test_what_the_model_never_reads_compiles_nothing():
         step = etcompile.compile(function_model(), xs[0])
         with environ.context(other=3, fit=True, epoch=jnp.ones(2)):
             step(xs[0])
-    assert step._variants.made == 1
+    assert step.executor.compilations.made == 1
 
 
 def test_an_array_that_the_model_needs_as_a_size_is_compiled_for():
@@ -292,7 +292,7 @@ def test_dropout_follows_fit():
     with environ.context(fit=False):
         learner(xs, ys)
         assert not (step.scan(xs) == 0).any()
-    assert step._variants.made == 2
+    assert step.executor.compilations.made == 2
 
 
 def test_a_switch_in_a_transformation_is_followed():
@@ -345,7 +345,7 @@ def test_a_switch_that_is_no_longer_set_stays_where_the_model_needs_it():
         close(step.scan(xs), by_hand(xs, ys, first=2)[0])
         step.reset()
         close(step.learn(squared, optax.sgd(0.0))(xs, ys), by_hand(xs, ys, first=2)[1])
-    assert step._variants.made == 1
+    assert step.executor.compilations.made == 1
     with at(0):
         step = compiled(Clocked(), xs[0])  # it does not read dt, but time cannot advance without
     with environ.context(i=0, t=0 * u.ms), pytest.raises(InputError, match=r"dt=0.1"):

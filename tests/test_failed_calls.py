@@ -90,7 +90,7 @@ class Prepared:
 
     def held(self):
         """Copies: what is compared with must not be what a call gives away."""
-        access = self.step._access
+        access = self.step.executor.live
         return jax.tree.map(np.array, (access.params(), access.states(), self.step.traces))
 
 
@@ -375,7 +375,7 @@ def test_traces_that_a_failure_takes_along_are_said_at_the_next_call():
     """A failure that nobody can expect, such as too little memory; here it stands in that the host is not known to be asked."""
     model = etcompile.from_function(leaky, {"w": W, "u": U}, {"h": jnp.zeros((BATCH, 4))})
     step = etcompile.compile(model, XS[0])
-    step.compilation.functions.asks_host = False
+    step.executor.compilation.functions.asks_host = False
     wanted = step.scan_value_and_grad(squared)(XS, YS)
     with pytest.raises(HostError, match="host refuses"):
         jax.block_until_ready(step.scan_value_and_grad(squared)(TOO_MUCH, YS))

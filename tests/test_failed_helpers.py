@@ -43,7 +43,7 @@ class Taught:
         return self
 
     def held(self):
-        access = self.step._access
+        access = self.step.executor.live
         mine = self.helper.params, self.helper.prediction_loss
         return jax.tree.map(np.array, (access.params(), access.states(), mine))
 

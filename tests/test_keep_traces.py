@@ -106,7 +106,7 @@ def test_shorter_chunks_than_the_sequence_would_store_it():
     for chunk in (1, T - 1):
         with pytest.raises(etcompile.UnsupportedError, match="cannot be stored"):
             step.scan_value_and_grad(loss, chunk=chunk)(xs, targets)
-    assert not np.any(step._access.states()["h"])
+    assert not np.any(step.executor.live.states()["h"])
 
 
 def test_nothing_learns_step_by_step():

@@ -73,7 +73,7 @@ def test_a_sparse_network_has_a_small_pattern_and_few_products():
     for n in (1, 2, 12):
         step = etcompile.compile(model, jnp.ones((2, 3)), algo="snap", n=n)
         shapes[n] = {name: v.shape for name, v in step.traces.items()}
-        lowered = step._compiled.causal.model
+        lowered = step.executor.compiled.causal.model
         effect = next(e for e in lowered.analysis.effects if e.layer == "network")
         pattern = snap_pattern(lowered, effect, n)
         assert pattern.colors.max() + 1 <= 2  # two columns meet in a row at most

@@ -121,11 +121,11 @@ def test_single_steps_read_what_is_around_the_call(step):
 
 def test_python_numbers_are_inputs_as_well(step):
     """``i`` and ``t`` are never part of a compilation."""
-    before = len(step.compilation._jitted)
+    before = len(step.executor.compilation.jitted)
     for k in range(STEPS):
         with environ.context(i=k, t=k * 0.5 * u.ms):
             step.value_and_grad(weighs)(XS[k], YS[k])
-    assert len(step.compilation._jitted) <= before + 1
+    assert len(step.executor.compilation.jitted) <= before + 1
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_windows_count_as_well():
 def test_the_gradient_is_that_of_backpropagation_in_one_step(step):
     with environ.context(**START):
         _, grads = step.value_and_grad(weighs)(XS[0], YS[0])
-        shift = jnp.sin(2.0) if step._access.module.timed else 0.0
+        shift = jnp.sin(2.0) if step.executor.live.module.timed else 0.0
         wanted = jax.grad(lambda w: given(jnp.tanh(XS[0] @ w + shift), YS[0], 3, 2.0))(W)
     np.testing.assert_allclose(grads["w"], wanted, rtol=1e-10)
 

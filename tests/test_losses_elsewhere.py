@@ -87,7 +87,7 @@ def test_a_cost_refuses_the_losses_that_a_gradient_refuses():
 
     assert step.cost(loss_fn=counts, steps=3).flops > 0
     assert count.value == 0
-    assert np.all(step._access.module.h.value == 0)
+    assert np.all(step.executor.live.module.h.value == 0)
 
 
 def windows(**options):
@@ -144,7 +144,7 @@ def test_predictors_are_taught_the_credit_of_states_that_the_loss_reads():
 
 def test_synthetic_gradients_refuse_the_losses_that_a_gradient_refuses():
     step = windows(algo="dni", window=WINDOW)[1]
-    before = step.params, step._access.states()
+    before = step.params, step.executor.live.states()
     for loss, text in (
         (lambda o: jnp.mean(o), "1 target"),
         (lambda o, y: o - y, "one number per step"),
@@ -153,4 +153,4 @@ def test_synthetic_gradients_refuse_the_losses_that_a_gradient_refuses():
         helper = etcompile.SyntheticGradient(step, loss)
         with pytest.raises(InputError, match=text):
             helper.fit(XS, YS, optimizer=optax.sgd(0.1))
-    same((step.params, step._access.states()), before)
+    same((step.params, step.executor.live.states()), before)

@@ -58,7 +58,7 @@ def test_arrays_taken_before_a_call_stay():
     step = fresh()
     run = step.value_and_grad(squared)
     run(XS[0], YS[0])
-    taken = step.traces_state.value, step._access.states(), step.params
+    taken = step.traces_state.value, step.executor.live.states(), step.params
     before = jax.tree.map(np.array, taken)
     run(XS[1], YS[1])
     step.scan_value_and_grad(squared)(XS, YS)
@@ -73,7 +73,7 @@ def test_loops_of_calls_still_give_their_traces_away():
     step = fresh()
     run = step.value_and_grad(squared)
     run(XS[0], YS[0])
-    old = jax.tree.leaves(step._now.traces.own())
+    old = jax.tree.leaves(step.executor.traces.own())
     run(XS[1], YS[1])
     assert all(v.is_deleted() for v in old)
 
@@ -84,7 +84,7 @@ def test_a_step_whose_arrays_were_donated_says_which(which):
     step(XS[0])
     tree = {
         "parameter w": lambda: step.params["w"],
-        "state h": lambda: step._access.states()["h"],
+        "state h": lambda: step.executor.live.states()["h"],
         "trace ": lambda: step.traces_state.value,
     }[which]()
     jax.jit(lambda v: jax.tree.map(lambda a: a + 1, v), donate_argnums=0)(tree)
@@ -165,7 +165,7 @@ def test_a_state_may_be_a_python_number(start):
         again()
         same(step.scan_value_and_grad(squared)(XS, YS), reference)
     carry, _ = jax.lax.scan(lambda c, x: step.apply(step.params, c, x), step.init_carry(), XS)
-    assert relative_error(carry.states["h"], step._access.states()["h"]) < 1e-10
+    assert relative_error(carry.states["h"], step.executor.live.states()["h"]) < 1e-10
 
 
 # --- transformations of JAX's own -----------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_a_state_may_be_a_python_number(start):
 def test_the_stateful_step_inside_jax_names_apply_and_changes_nothing(method, plain):
     step = fresh()
     step(XS[0])
-    before = jax.tree.map(np.array, (step._carry(), step.params))
+    before = jax.tree.map(np.array, (step.executor.carry(), step.params))
     optax = pytest.importorskip("optax")
     run = {
         "call": step,
@@ -191,7 +191,7 @@ def test_the_stateful_step_inside_jax_names_apply_and_changes_nothing(method, pl
             "vmap": lambda: jax.vmap(run)(XS),
             "grad": lambda: jax.grad(lambda x: jnp.sum(run(x)))(XS[0]),
         }[plain]()
-    same((step._carry(), step.params), before)
+    same((step.executor.carry(), step.params), before)
 
 
 def test_a_reset_inside_plain_jit_is_refused():

@@ -75,7 +75,7 @@ def test_gradients_of_a_sequence_in_pieces(options, chunk):
         step = fresh(**options)
         run = step.scan_value_and_grad(square, chunk=chunk)
         losses, grads = zip(*[run(XS, YS, progress=shown, **given) for _ in range(2)], strict=True)
-        found.append(((losses, step._carry()), grads))
+        found.append(((losses, step.executor.carry()), grads))
     assert bits(found[0][0]) == bits(found[1][0])
     # XLA may round otherwise where the sums over steps become gradients of the parameters: that is a program of its own here.
     assert relative_error(found[0][1], found[1][1]) < 1e-14
@@ -84,7 +84,7 @@ def test_gradients_of_a_sequence_in_pieces(options, chunk):
 def test_outputs_of_a_sequence_in_pieces():
     one, other = fresh(), fresh()
     assert bits(one.scan(XS)) == bits(other.scan(XS, progress=quiet()))
-    assert bits(one._carry()) == bits(other._carry())
+    assert bits(one.executor.carry()) == bits(other.executor.carry())
 
 
 @pytest.mark.parametrize("update_every", [1, 3])
@@ -93,7 +93,7 @@ def test_learning_in_pieces(update_every):
     for shown in (False, quiet()):
         learn = fresh().learn(square, optax.adam(1e-2), update_every=update_every)
         losses = learn(XS, YS, progress=shown)
-        found.append((losses, learn.step._access.params(), learn.step._carry()))
+        found.append((losses, learn.step.executor.live.params(), learn.step.executor.carry()))
     assert bits(found[0]) == bits(found[1])
 
 
@@ -154,7 +154,7 @@ def test_a_bar_among_others():
 def test_mistakes_leave_states_and_traces_as_they_were(monkeypatch):
     step = fresh(algo="three_factor")
     run, learn = step.scan_value_and_grad(square), step.learn(square, optax.sgd(1e-2))
-    before = bits(step._carry())
+    before = bits(step.executor.carry())
     calls = [
         (lambda: run(XS, YS, progress=1), etcompile.OptionError, "progress must be"),
         (lambda: learn(XS, YS, progress="yes"), etcompile.OptionError, "progress must be"),
@@ -178,4 +178,4 @@ def test_mistakes_leave_states_and_traces_as_they_were(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     with pytest.raises(etcompile.DependencyError, match=r"pip install 'etcompile\[train\]'"):
         run(XS, YS, progress=True)
-    assert bits(step._carry()) == before
+    assert bits(step.executor.carry()) == before

@@ -109,7 +109,7 @@ def test_a_compiled_reset_goes_back_to_what_is_initial_now():
     jitted = brainstate.transform.jit(step.reset)
     for _ in range(2):
         jitted()
-        same(step.init_carry().states["h"], step._access.states()["h"])
+        same(step.init_carry().states["h"], step.executor.live.states()["h"])
         step.reset(batch_size=B)
 
 
@@ -174,8 +174,8 @@ def test_the_count_of_random_draws_goes_on_through_resets():
         lambda: step.reset(batch_size=B),
     ):
         reset()
-        step(XS[0] if step._inputs[0].shape[0] == B else jnp.concatenate([XS[0]] * 2))
-        counts.append([int(v) for k, v in step._counts().items()])
+        step(XS[0] if step.executor.inputs[0].shape[0] == B else jnp.concatenate([XS[0]] * 2))
+        counts.append([int(v) for k, v in step.executor.counts().items()])
     assert counts[0] != [] and [c[0] - counts[0][0] for c in counts] == [0, 1, 2, 3]
 
 
@@ -208,11 +208,11 @@ class Picky(Net):
 def test_a_refused_reset_leaves_everything_as_it_was(batch_size):
     step = fresh(Picky)
     step.scan(XS)
-    held, objects = (step._carry(), step._access.initial), step._access._states.states["h"]
+    held, objects = (step.executor.carry(), step.executor.live.initial), step.executor.live.state_objects["h"]
     with pytest.raises(EtcompileError):
         step.reset(batch_size=batch_size)
-    same((step._carry(), step._access.initial), held)
-    assert step._access._states.states["h"] is objects
+    same((step.executor.carry(), step.executor.live.initial), held)
+    assert step.executor.live.state_objects["h"] is objects
     other = fresh(Picky)
     other.scan(XS)
     same(step.scan_value_and_grad(squared)(XS, YS), other.scan_value_and_grad(squared)(XS, YS))
@@ -239,7 +239,7 @@ def test_constants_of_units_keys_and_delay_lines_of_a_function_are_no_batch(batc
     step = build(batch)
     step.reset(batch_size=3)
     other = build(3)
-    found, right = step._access.states(), other._access.states()
+    found, right = step.executor.live.states(), other.executor.live.states()
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, right)
     x, gain, y = draw(6, 3, 3), draw(7, 4), draw(8, 3, 4)
     same(step.value_and_grad(squared)((x, gain), y), other.value_and_grad(squared)((x, gain), y))

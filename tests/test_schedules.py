@@ -47,7 +47,7 @@ def test_it_is_what_runs_and_what_a_cost_is_of():
     built = fresh(by_name("gru_no_batch"))
     step = compiled(built, schedule=etcompile.Schedule(how="two_steps"))
     assert step.cost(steps=6).chunk == 2
-    plan = step._functions.plan(etcompile.Schedule(), 7)
+    plan = step.executor.functions.plan(etcompile.Schedule(), 7)
     assert isinstance(plan.how, TwoSteps) and plan.size == 2
 
 
@@ -67,7 +67,7 @@ def test_it_goes_on_from_piece_to_piece():
 def test_one_place_chooses(algo, options, how, size):
     schedule = etcompile.Schedule(**options)
     step = compiled(fresh(by_name("indrnn")), algo, schedule=schedule)
-    plan = step._functions.plan(schedule, 7)
+    plan = step.executor.functions.plan(schedule, 7)
     assert (plan.how.name, plan.size) == (how, size)
 
 

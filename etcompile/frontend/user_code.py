@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import sysconfig
 import traceback
+import warnings
 from collections.abc import Iterable
 
-__all__ = ["is_users", "user_frame", "user_line"]
+__all__ = ["is_users", "user_frame", "user_line", "warn"]
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _STANDARD = tuple(
@@ -58,6 +60,14 @@ def user_frame(error: Exception) -> str | None:
     frames = [(f.filename, f.lineno or 0) for f in reversed(traceback.extract_tb(error.__traceback__))]
     found = user_line(frames)
     return None if found is None else found.split(" (")[0]
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line from which this package was called."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_code.co_filename.startswith(_HERE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def is_users(name: str) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import operator
 import types
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 from etcompile.errors import PlainAttributeWarning
 from etcompile.frontend.code_names import code_names
 from etcompile.frontend.jaxpr import is_traced
+from etcompile.frontend.user_code import warn
 
 __all__ = ["PlainAttributes"]
 
@@ -74,12 +74,11 @@ class PlainAttributes:
         changed = list(self._changed())
         self._remember()
         for path, then, now in changed:
-            warnings.warn(
+            warn(
                 f"{path} of {self._name} was {_told(then)} when the step was compiled and is {_told(now)} now: the step goes on "
                 "with the old value. Compile again; or make it a brainstate state, or an entry of brainstate.environ, to change "
                 "it between calls.",
                 PlainAttributeWarning,
-                stacklevel=5,
             )
 
     def _changed(self) -> Iterator[tuple[str, Any, Any]]:

@@ -221,8 +221,9 @@ class Checkpoints:
 
     def _about(self, step: Step) -> dict[str, Any]:
         """What a step computes; found once, since constants may be large."""
-        if self._described is None or self._described[0] is not step._compiled:
-            self._described = step._compiled, _about(step._compiled)
+        compiled = step.executor.compiled
+        if self._described is None or self._described[0] is not compiled:
+            self._described = compiled, _about(compiled)
         return self._described[1]
 
 
@@ -241,12 +242,12 @@ def _parts(run: Step | Learner, extra: Any) -> tuple[Step, dict[str, Any]]:
             expected="what etcompile.compile(...) or step.learn(...) returned",
         )
     step = run.step if isinstance(run, Learner) else run
-    carry = step._carry()
+    carry, live = step.executor.carry(), step.executor.live
     parts = {
-        "params": step._access.params(),
+        "params": live.params(),
         "states": carry.states,
         "traces": carry.traces,
-        "initial": step._access.initial,
+        "initial": live.initial,
         "learner": {k: s.value for k, s in run.saved_states().items()} if isinstance(run, Learner) else {},
         "extra": extra,
     }
@@ -262,18 +263,19 @@ def _parts(run: Step | Learner, extra: Any) -> tuple[Step, dict[str, Any]]:
 def _set(run: Step | Learner, parts: dict[str, Any]) -> None:
     from etcompile.runtime.learn import Learner
 
-    step = run.step if isinstance(run, Learner) else run
+    executor = (run.step if isinstance(run, Learner) else run).executor
+    live = executor.live
     learner = run.saved_states() if isinstance(run, Learner) else {}
-    before, initial = {name: state.value for name, state in learner.items()}, step._access.initial
+    before, initial = {name: state.value for name, state in learner.items()}, live.initial
     try:
-        with step.unchanged_on_error():
-            step._access.set_params(parts["params"])
-            step._set_carry(Carry(parts["states"], parts["traces"]))
-            step._access.initial = parts["initial"]
+        with executor.unchanged_on_error():
+            live.set_params(parts["params"])
+            executor.commit(Carry(parts["states"], parts["traces"]))
+            live.initial = parts["initial"]
             for name, state in learner.items():
                 state.value = parts["learner"][name]
     except BaseException:
-        step._access.initial = initial
+        live.initial = initial
         for name, state in learner.items():
             if state.value is not before[name]:
                 state.value = before[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,11 @@ from etcompile.lowering.functions import StepFunctions
 from etcompile.lowering.in_place import undivided_sums
 from etcompile.lowering.losses import Loss
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence
+from etcompile.runtime.compilations import Compilation
+from etcompile.runtime.executor import Executor
 from etcompile.runtime.losses import LossOptions, check_callable, join_loss
-from etcompile.runtime.resizing import batch_leaves
-from etcompile.runtime.trace_state import TraceState
-from etcompile.runtime.variants import Variant
+from etcompile.runtime.shapes import shapes_of
 from etcompile.schedule import Schedule, check_chunk
-
-if TYPE_CHECKING:
-    from etcompile.runtime.step import Step
 
 __all__ = ["step_cost"]
 
@@ -33,7 +30,7 @@ Shapes = Any
 
 
 def step_cost(
-    step: Step,
+    executor: Executor,
     batch: int | None,
     steps: int | None,
     chunk: int | str | None,
@@ -56,14 +53,14 @@ def step_cost(
             )
     targets = tuple(jax.tree.map(lambda v: v if hasattr(v, "shape") else as_array(v, "a target"), targets))
     loss = _Wanted(loss_fn, targets, LossOptions(has_aux))
-    now, schedule = step._functions.causal.model.examples, step._compiled.schedule
-    here = _compiled(step, step.compilation, loss)
+    now, schedule = executor.compiled.causal.model.examples, executor.compiled.schedule
+    here = _compiled(executor, executor.compilation, loss)
     if batch is None or batch == now:
         found, together = here.measured(schedule, steps, chunk)
         return priced(found, steps, together, now, every_trip)
     if now is None:
         raise InputError(
-            f"{step._functions.model.name} has no batch axis that could change.",
+            f"{executor.model.name} has no batch axis that could change.",
             got=f"batch={batch}",
             expected="states, inputs and outputs whose leading axis numbers independent examples",
             hint="compile the model for that batch size and ask for its cost there.",
@@ -77,13 +74,13 @@ def step_cost(
     pair = (now, now + 1) if now > 1 else (2, 3)
     graphs = []
     for size in pair:
-        there = here if size == now else _at_batch(step, size, loss)
+        there = here if size == now else _at_batch(executor, size, loss)
         share = dataclasses.replace(schedule, memory=max(1, schedule.memory * size // batch))
         graphs.append(there.measured(share, steps, chunk))
     (first, together), (second, other) = graphs
     found = scaled(first, second, pair, batch) if together == other else None
     if found is None:  # not the same program at every batch size: look at this one itself
-        there = _at_batch(step, batch, loss)
+        there = _at_batch(executor, batch, loss)
         found, together = there.measured(schedule, steps, chunk)
     return priced(found, steps, together, batch, every_trip)
 
@@ -134,39 +131,30 @@ class _Compiled:
         return measured(closed, range(start, start + counts[DONATED])), together
 
 
-def _compiled(step: Step, variant: Variant, wanted: _Wanted) -> _Compiled:
+def _compiled(executor: Executor, compilation: Compilation, wanted: _Wanted) -> _Compiled:
     """What runs in a compilation, with the loss as it is traced for it and for the states as they are."""
-    model = variant.functions.model
+    model = compilation.functions.model
     loss_fn, targets = wanted.loss_fn, wanted.targets
     if loss_fn is None:
         loss_fn = _squared_error
         outputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in model.outputs]
         targets = (jax.tree.unflatten(model.output_tree, outputs),)
     check_callable(loss_fn)
-    targets = _shapes(targets)
-    step._access.look_up()
+    targets, live = shapes_of(targets), executor.live
+    live.look_up()
     with model.environment.supplied():
-        joined = join_loss(step._access, variant, loss_fn, wanted.options, targets, None, steps=None)
-    params, states = _shapes((step._access.params(), step._access.states()))
+        joined = join_loss(live, compilation, loss_fn, wanted.options, targets, None, steps=None)
+    params, states = shapes_of((live.params(), live.states()))
     args = (targets, None, joined.environment.shapes())
-    return _Compiled(variant.functions, params, states, variant.inputs, _shapes(joined.loss()), args)
-
-
-def _at_batch(step: Step, batch: int, wanted: _Wanted) -> _Compiled:
-    """The step for another batch size, from shapes; the model stays as it is."""
-    inputs = step._resized_inputs(batch)
-    with step._access.resized(batch, batch_leaves(step._compiled.analysis)[0]):
-        with step._functions.model.environment.supplied():
-            compiled = step._build(step._access, inputs)
-        traces = TraceState(compiled.causal.init_traces_shapes())
-        return _compiled(step, Variant(compiled, inputs, None, None, traces), wanted)
-
-
-def _shapes(tree: Any) -> Shapes:
-    return jax.tree.map(
-        lambda v: jax.ShapeDtypeStruct(jnp.shape(v), v.dtype if hasattr(v, "dtype") else jnp.result_type(v)),
-        tree,
+    return _Compiled(
+        compilation.functions, params, states, compilation.inputs, shapes_of(joined.loss()), args
     )
+
+
+def _at_batch(executor: Executor, batch: int, wanted: _Wanted) -> _Compiled:
+    """The step for another batch size, from shapes; the model stays as it is."""
+    with executor.at_batch(batch) as there:
+        return _compiled(executor, there, wanted)
 
 
 def _squared_error(outputs: Any, target: Any) -> Any:

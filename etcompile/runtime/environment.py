@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,9 +12,11 @@ import jax.numpy as jnp
 
 from etcompile.errors import EnvironmentWarning
 from etcompile.frontend.jaxpr import in_transformation
-from etcompile.runtime.variants import Variant, Variants
+from etcompile.frontend.user_code import warn
+from etcompile.ir.program import TraceProgram
+from etcompile.runtime.trace_state import TraceState
 
-__all__ = ["alike", "completed", "give_up_traces", "warn_of_many"]
+__all__ = ["carried_alike", "completed", "give_up_traces", "warn_of_many"]
 
 #: So many compilations of one step are worth a word.
 _MANY = 8
@@ -28,35 +29,29 @@ def completed(values: Mapping[str, Any]) -> AbstractContextManager[Any]:
     return brainstate.environ.context(**missing) if missing else nullcontext()
 
 
-def alike(before: Variant, after: Variant) -> bool:
-    """Whether the traces of one compilation are those of the other."""
-    return before is after or (before.traces is after.traces and _carried(before) == _carried(after))
+def carried_alike(before: TraceProgram, after: TraceProgram) -> bool:
+    """Whether what one program carries is what the other does: each trace by its type, weight and group."""
+    return _carried(before) == _carried(after)
 
 
-def _carried(variant: Variant) -> Any:
-    """What is carried: for each trace its equation's type and the weight and group that it belongs to."""
-    program = variant.compiled.program
-    header = program.header
-    return [(name, str(program.equation(name).type)) for name in program.carried], (
-        header.groups,
-        header.relations,
-    )
+def _carried(program: TraceProgram) -> Any:
+    types = [(name, str(program.equation(name).type)) for name in program.carried]
+    return types, (program.header.groups, program.header.relations)
 
 
-def give_up_traces(name: str, before: Variant, after: Variant) -> None:
+def give_up_traces(name: str, before: TraceState, after: TraceState) -> None:
     """Start with zero traces, and say so where there were others."""
-    moved = in_transformation() or (before.traces.allocated and _any(before.traces.value))
-    for state in {id(v.traces): v.traces for v in (before, after)}.values():
+    moved = in_transformation() or (before.allocated and _any(before.value))
+    for state in {id(v): v for v in (before, after)}.values():
         if in_transformation():
             state.value = state.zeros()
         else:
             state.release()
     if moved:
-        warnings.warn(
+        warn(
             f"{name!r} in brainstate.environ changed within a sequence, and the program for its new value has other traces: they "
             "start from zero, so gradients leave out the steps before. Call step.reset() where a new sequence starts.",
             EnvironmentWarning,
-            stacklevel=4,
         )
 
 
@@ -64,12 +59,11 @@ def _any(traces: Any) -> bool:
     return any(bool(jnp.any(v != 0)) for v in jax.tree.leaves(traces))
 
 
-def warn_of_many(name: str, variants: Variants) -> None:
+def warn_of_many(name: str, made: int) -> None:
     """Say that an entry changes so often that compiling takes the time."""
-    if variants.made == _MANY:
-        warnings.warn(
+    if made == _MANY:
+        warn(
             f"this step was compiled {_MANY} times, the last time since {name!r} in brainstate.environ changed. Give a value "
             f"that changes often as an array, and it becomes an input: brainstate.environ.context({name}=jnp.asarray(...)).",
             EnvironmentWarning,
-            stacklevel=4,
         )

@@ -14,6 +14,14 @@ from etcompile.errors import OptionError
 from etcompile.frontend.captured import Same
 from etcompile.frontend.jaxpr import in_transformation, is_traced
 from etcompile.integers import positive_integer
+from etcompile.runtime.checks import as_inputs, check_sequence, stacked_steps, steps_of
+from etcompile.runtime.gradients import (
+    environment_of,
+    environments,
+    joined_loss,
+    sequence_gradients,
+    step_gradients,
+)
 from etcompile.runtime.losses import JoinedLoss, LossOptions, check_mask, loss_key
 from etcompile.runtime.progress import in_pieces, piece_lengths, segment_lengths
 from etcompile.runtime.step_data import over_time
@@ -131,15 +139,19 @@ class Learner:
                 "the callback must be a function.", got=repr(callback), expected="callback(steps, losses)"
             )
         xs, targets, mask = over_time((xs, targets, mask))
-        xs, targets = self._step.stacked(xs, targets)
-        self._step.check_sequence(xs, targets)
-        steps = len(jax.tree.leaves(xs)[0])
+        run = self._step.executor
+        xs, targets = stacked_steps(run.model, xs, targets)
+        run.refuse_unrecorded((xs, targets))
+        run.follow_environment()
+        check_sequence(run.model, as_inputs(run.model, xs), targets)
+        steps = steps_of(xs)
         mask = check_mask(mask, steps)
         every = jax.tree.map(lambda m: m if jnp.ndim(m) else jnp.full(steps, m), modulator)
-        self._step.place_states()
-        joined = self._step.joined_loss(self._loss_fn, self._options, targets, mask, steps)
-        around = self._step.environment(joined, steps)
-        data = self._step.place_data((xs, targets, every, mask, around), time=1)
+        run.place_states()
+        run.live.look_up()
+        joined = joined_loss(run, self._loss_fn, self._options, targets, mask, steps)
+        around = environments(run, joined, steps)
+        data = run.placement.put_batch((xs, targets, every, mask, around), 1)
         if progress is False and checkpoints is None and callback is None:
             return self._as_asked(self._run(joined, *data))
         if checkpoints is None:
@@ -151,7 +163,7 @@ class Learner:
             lengths = segment_lengths(steps, checkpoints.at, checkpoints.every, fine=progress is not False)
         done = 0
 
-        def run(*piece: Any) -> Any:
+        def of_piece(*piece: Any) -> Any:
             nonlocal done
             found = self._run(joined, *piece)
             done += len(found[0])
@@ -164,7 +176,7 @@ class Learner:
                 checkpoints.save(self, checkpoints.at + steps)
 
         found = in_pieces(
-            self._step, run, data, lengths, progress, "learning", shown=lambda found: found[0], after=after
+            run, of_piece, data, lengths, progress, "learning", shown=lambda found: found[0], after=after
         )
         return self._as_asked(found)
 
@@ -184,12 +196,13 @@ class Learner:
 
         A program that asks the host may fail there, when some of its parts have run: everything is then put back.
         """
-        if not self._step.asks_host(joined.program) or in_transformation():
+        run = self._step.executor
+        if not run.asks_host(joined.program) or in_transformation():
             return self._run_parts(joined, *data)
         own = list(self.saved_states().values())
         before = [s.value for s in own]
         try:
-            with self._step.unchanged_on_error():
+            with run.unchanged_on_error():
                 return jax.block_until_ready(self._run_parts(joined, *data))
         except BaseException:
             for state, value in zip(own, before, strict=True):
@@ -233,7 +246,7 @@ class Learner:
     def _loop(self, one: Callable, joined: JoinedLoss) -> Callable:
         """A compiled loop over ``one``; another one where the compilation, or what the loss closes over or reads, is another."""
         read = Same(joined.environment) if joined.environment.reads else None
-        key = (one.__name__, Same(self._step.compilation), read, *loss_key(self._loss_fn))
+        key = (one.__name__, Same(self._step.executor.compilation), read, *loss_key(self._loss_fn))
         if key not in self._loops:
             while len(self._loops) >= _KEPT:
                 self._loops.pop(next(iter(self._loops)))
@@ -266,11 +279,10 @@ class Learner:
         mask: Any,
         around: tuple[Any, ...],
     ) -> Any:
-        with self._step.environment_of(joined, around):
-            found, grads = self._step.step_gradients(
-                self._loss_fn, self._options, x, targets, modulator, mask
-            )
-        keyed = self._step.by_param_state(grads)
+        run = self._step.executor
+        with environment_of(run, joined, around):
+            found, grads = step_gradients(run, self._loss_fn, self._options, x, targets, modulator, mask)
+        keyed = run.live.by_param_state(grads)
         if self._every == 1:
             self._update(_uphill(keyed))
             return found.value, found.aux
@@ -294,10 +306,10 @@ class Learner:
         around: tuple[Any, ...],
     ) -> Any:
         """All steps from one update to the next; none waits."""
-        gradients = self._step.sequence_gradients(self._loss_fn, self._options)
-        with self._step.environment_of(joined, around):
-            found, grads = gradients(xs, *targets, modulator=modulator, mask=mask)
-        self._update(_uphill(self._step.by_param_state(grads)))
+        run = self._step.executor
+        with environment_of(run, joined, around):
+            found, grads = sequence_gradients(run, self._loss_fn, self._options, xs, targets, modulator, mask)
+        self._update(_uphill(run.live.by_param_state(grads)))
         return found.value, found.aux
 
 

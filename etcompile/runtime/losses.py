@@ -22,9 +22,10 @@ from etcompile.ir.ops import OPS
 from etcompile.ir.program import Ref, TraceProgram
 from etcompile.lowering.functions import Item
 from etcompile.lowering.losses import Loss, LossProgram, LossValue, checked_loss
+from etcompile.runtime.compilations import Compilation
 from etcompile.runtime.model_states import ModelAccess
+from etcompile.runtime.shapes import kinds_of
 from etcompile.runtime.trace_state import TraceState
-from etcompile.runtime.variants import Variant, kinds_of
 
 __all__ = ["BoundLoss", "JoinedLoss", "LossOptions", "check_mask", "join_loss", "loss_key", "one_step_shapes"]
 
@@ -114,7 +115,7 @@ def one_step_shapes(tree: Any, time: bool) -> Any:
 
 def join_loss(
     access: ModelAccess,
-    variant: Variant,
+    compilation: Compilation,
     loss_fn: Callable,
     options: LossOptions,
     targets: Any,
@@ -131,13 +132,13 @@ def join_loss(
     except TypeError:  # something that is no array
         kinds = kinds_of(one_step_shapes(given, time))
     key = (*loss_key(loss_fn), options, kinds, Same(access.holders))
-    kept: tuple[JoinedLoss, ...] = variant.losses.get(key, ())
+    kept: tuple[JoinedLoss, ...] = compilation.losses.get(key, ())
     joined = next((one for one in kept if one.environment.differs() is None), None)
     if joined is None:
         with at_one_step(steps):
-            joined = _joined(access, variant, loss_fn, options, *one_step_shapes(given, time))
+            joined = _joined(access, compilation, loss_fn, options, *one_step_shapes(given, time))
         if not any(is_traced(v) for v in joined.traced.constants):
-            variant.keep_loss(key, (*kept[1 - _ENVIRONMENTS :], joined))
+            compilation.keep_loss(key, (*kept[1 - _ENVIRONMENTS :], joined))
     return joined
 
 
@@ -168,9 +169,14 @@ class JoinedLoss:
 
 
 def _joined(
-    access: ModelAccess, variant: Variant, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any
+    access: ModelAccess,
+    compilation: Compilation,
+    loss_fn: Callable,
+    options: LossOptions,
+    targets: Any,
+    mask: Any,
 ) -> JoinedLoss:
-    model = variant.functions.model
+    model = compilation.functions.model
     outputs = jax.tree.unflatten(
         model.output_tree, [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in model.outputs]
     )
@@ -242,7 +248,7 @@ def _joined(
 
     read_states = [p for kind, p in sources if kind == "state"]
     read_params = [p for kind, p in sources if kind == "param"]
-    _say_what_ends_within_the_step(variant, read_states)
+    _say_what_ends_within_the_step(compilation.compiled.program, read_states)
     program = LossProgram(
         source,
         _split_leaves(_numbered(model.state_tree, access.by_state, read_states), model),
@@ -259,9 +265,8 @@ def _joined(
     return JoinedLoss(traced, program, of_kind["fixed"], of_kind["carried"])
 
 
-def _say_what_ends_within_the_step(variant: Variant, states: Sequence[str]) -> None:
+def _say_what_ends_within_the_step(program: TraceProgram, states: Sequence[str]) -> None:
     """Warn where a loss reads states, and weights take their learning signal from the outputs or a modulator alone."""
-    program = variant.compiled.program
     if not states or program.window is not None:
         return
     deaf = []

@@ -29,9 +29,9 @@ from etcompile.frontend.module import (
 )
 from etcompile.frontend.step_model import TracedStep
 from etcompile.frontend.user_code import user_frame
-from etcompile.runtime.variants import kinds_of
+from etcompile.runtime.shapes import kinds_of
 
-__all__ = ["ModelAccess", "access", "shapes_alone"]
+__all__ = ["ModelAccess", "access"]
 
 
 class ModelAccess(Protocol):
@@ -381,10 +381,3 @@ def _resized(value: Any, batch_size: int) -> Any:
             hint="build the model again with from_function(fn, params, state) for this batch size.",
         )
     return jnp.broadcast_to(value[:1], (batch_size, *rows.shape[1:]))
-
-
-def shapes_alone(tree: Any) -> str | None:
-    """The path of a leaf that is a shape without an array, or None if there is none."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    found = (jax.tree_util.keystr(path) for path, v in leaves if isinstance(v, jax.ShapeDtypeStruct))
-    return next(found, None)

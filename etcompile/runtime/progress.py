@@ -20,11 +20,10 @@ from etcompile.errors import DependencyError, InputError, OptionError
 from etcompile.frontend.jaxpr import is_traced
 from etcompile.lowering.functions import Carry
 from etcompile.lowering.losses import Loss, LossValue
+from etcompile.runtime.executor import Executor
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-    from etcompile.runtime.step import Step
 
 __all__ = ["gradients_in_pieces", "in_pieces", "piece_lengths", "refuse_traced", "segment_lengths"]
 
@@ -78,7 +77,7 @@ def segment_lengths(steps: int, at: int, every: int, fine: bool) -> list[int]:
 
 
 def in_pieces(
-    step: Step,
+    executor: Executor,
     run: Callable[..., Any],
     args: tuple[Any, ...],
     lengths: Sequence[int],
@@ -91,7 +90,7 @@ def in_pieces(
 
     Parameters
     ----------
-    step : Step
+    executor : Executor
         What runs.
     run : callable
     args : tuple of pytrees
@@ -111,7 +110,7 @@ def in_pieces(
     """
     _check_progress(progress)
     refuse_traced(
-        (args, step._access.params(), step._carry()), "running in pieces, for progress or checkpoints,"
+        (args, executor.live.params(), executor.carry()), "running in pieces, for progress or checkpoints,"
     )
     steps = sum(lengths)
     for path, leaf in jax.tree_util.tree_leaves_with_path(args):
@@ -133,7 +132,7 @@ def in_pieces(
 
 
 def gradients_in_pieces(
-    step: Step,
+    executor: Executor,
     key: tuple[Any, ...],
     fn: Callable[..., tuple[LossValue, Any, Carry]],
     chunk: int,
@@ -142,34 +141,36 @@ def gradients_in_pieces(
     progress: bool | Progress,
     wrote: Callable[[Any], None],
 ) -> tuple[LossValue, Any]:
-    """Losses and summed gradients of ``fn(params, carry, loss, inputs, items, call, sums)`` over a sequence; the step advances.
+    """Losses and summed gradients of ``fn(params, carry, loss, inputs, items, call, sums)`` over a sequence.
 
     The sums go from piece to piece inside of the loops, so they are added up in the order of one call. States and traces are
     written after every piece, and what the loss carries is given to ``wrote``: an interrupted call leaves them as they were
     after its last whole one.
     """
-    run = step._jit(
+    run = executor.jit(
         (*key, "pieces"),
         lambda p, s, t, g, n, i, y, c: fn(p, Carry(s, t), n, i, y, c, g),
-        donate=(3,) if step.asks_host(loss.program) else (2, 3),
+        donate=(3,) if executor.asks_host(loss.program) else (2, 3),
     )
-    sums, now = step._functions.zero_sums(loss), loss
+    sums, now = executor.functions.zero_sums(loss), loss
 
     def piece(inputs: Any, items: Any, call: Any) -> tuple[Array, Any]:
         nonlocal sums, now
-        carry = step._carry(give_away=True)
-        found, sums, carry = step.ran(
-            run, step._access.params(), carry.states, carry.traces, sums, now, inputs, items, call, loss=now
+        carry = executor.carry(give_away=True)
+        found, sums, carry = executor.call(
+            run, executor.live.params(), carry.states, carry.traces, sums, now, inputs, items, call, loss=now
         )
-        step._set_carry(carry)
+        executor.commit(carry)
         wrote(found.carried)
         now = dataclasses.replace(now, carried=found.carried)
         return found.value, found.aux
 
     steps = jax.tree.leaves(args[0])[0].shape[0]
-    lengths = piece_lengths(steps, chunk) if step._functions.causal.keeps else [steps]
-    losses, aux = in_pieces(step, piece, args, lengths, progress, "gradients", shown=lambda found: found[0])
-    gradients = step._jit("gradients", step._functions.gradients)(step._access.params(), sums)
+    lengths = piece_lengths(steps, chunk) if executor.functions.causal.keeps else [steps]
+    losses, aux = in_pieces(
+        executor, piece, args, lengths, progress, "gradients", shown=lambda found: found[0]
+    )
+    gradients = executor.jit("gradients", executor.functions.gradients)(executor.live.params(), sums)
     return LossValue(losses, aux, now.carried), gradients
 
 

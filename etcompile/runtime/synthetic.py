@@ -22,6 +22,8 @@ from etcompile.lowering.functions import Carry, Item
 from etcompile.lowering.losses import Loss, LossValue
 from etcompile.lowering.schedules.base import Found, Loop, Plan, Run, Steps, in_parts
 from etcompile.lowering.schedules.windowed import Windowed, window, windows_refusal
+from etcompile.runtime.checks import steps_of
+from etcompile.runtime.gradients import bound_loss, sequence_inputs
 from etcompile.runtime.losses import BoundLoss, LossOptions, as_asked, check_callable, check_mask
 from etcompile.runtime.step_data import over_time
 
@@ -111,7 +113,7 @@ class SyntheticGradient:
                 got=f"algo={step.program.name!r}",
                 expected="algo='dni'",
             )
-        refusal = windows_refusal(step._compiled.causal)
+        refusal = windows_refusal(step.executor.compiled.causal)
         if refusal is not None:
             raise refusal
         self.step = step
@@ -172,13 +174,13 @@ class SyntheticGradient:
                 self._gradients,
                 bound,
                 self._params.value,
-                self.step._access.params(),
+                self.step.executor.live.params(),
                 carry,
                 bound.loss,
                 inputs,
                 items,
             )
-            self.step._set_carry(carry)
+            self.step.executor.commit(carry)
             bound.write(found.carried)
             return as_asked(found, self._options), grads
 
@@ -230,7 +232,7 @@ class SyntheticGradient:
         self._check_same_step()
         carry, inputs, bound, items = self._start(xs, targets, mask)
         self._check_several(inputs)
-        values = self.step._access.params()
+        values = self.step.executor.live.params()
         losses = []
         for epoch in range(epochs):
             with self._with_optimizer(optimizer):
@@ -282,14 +284,14 @@ class SyntheticGradient:
                 bound,
                 self._params.value,
                 self._optimizer_state.value,
-                self.step._access.params(),
+                self.step.executor.live.params(),
                 carry,
                 bound.loss,
                 inputs,
                 items,
             )
         self._params.value, self._optimizer_state.value, self._loss.value = params, state, loss
-        self.step._set_carry(carry)
+        self.step.executor.commit(carry)
         bound.write(found.carried)
         self._fitted = True
         return as_asked(found, self._options), grads
@@ -334,20 +336,21 @@ class SyntheticGradient:
 
     def _bind(self) -> None:
         """Take the step as it is compiled now."""
-        self._compiled = self.step._compiled
-        self._functions = self.step._functions
+        self._compiled = self.step.executor.compiled
+        self._functions = self._compiled.functions
         self._predictors = Predictors.of(self._compiled.causal.model, self._hidden)
         self._made_for = self._signature()
         self._jitted: dict[str, Callable] = {}
 
     def _signature(self) -> tuple[Any, ...]:
         """What the predictors depend on: the window, the inputs of a step, the groups."""
-        shapes = tuple((leaf.path, leaf.aval.shape) for leaf in self.step._functions.model.inputs)
-        return self.step.program.window, shapes, Predictors.of(self.step._compiled.causal.model, self._hidden)
+        causal = self.step.executor.compiled.causal
+        shapes = tuple((leaf.path, leaf.aval.shape) for leaf in causal.model.analysis.model.inputs)
+        return self.step.program.window, shapes, Predictors.of(causal.model, self._hidden)
 
     def _check_same_step(self) -> None:
-        self.step._follow_environment()
-        if self.step._compiled is self._compiled:
+        self.step.executor.follow_environment()
+        if self.step.executor.compiled is self._compiled:
             return
         now, then = self._signature(), self._made_for
         if now != then:
@@ -370,7 +373,7 @@ class SyntheticGradient:
             )
 
     def _check_several(self, inputs: tuple) -> None:
-        steps, window = jax.tree.leaves(inputs)[0].shape[0], self.step.program.window
+        steps, window = steps_of(inputs), self.step.program.window
         if not self.stream and steps <= (window or steps):
             raise InputError(
                 "the sequence is one window, so there is no credit from beyond it to predict.",
@@ -403,18 +406,17 @@ class SyntheticGradient:
 
     def _start(self, xs: Any, targets: tuple, mask: Any) -> tuple[Carry, Any, BoundLoss, Item]:
         """What a run over a sequence takes: states and traces, inputs, and the loss with its arguments at each step."""
+        run = self.step.executor
         xs, targets, mask = over_time((xs, targets, mask))
-        xs, targets = self.step.stacked(xs, targets)
-        inputs = self.step._sequence(xs, targets)
-        steps = jax.tree.leaves(inputs)[0].shape[0]
-        mask = check_mask(mask, steps)
-        bound = self.step.bound_loss(self.loss_fn, self._options, targets, mask, steps)
-        return self.step._carry(), inputs, bound, bound.item(targets, mask, 1)
+        inputs, targets = sequence_inputs(run, xs, targets)
+        mask = check_mask(mask, steps_of(inputs))
+        bound = bound_loss(run, self.loss_fn, self._options, targets, mask, steps_of(inputs))
+        return run.carry(), inputs, bound, bound.item(targets, mask, 1)
 
     def _ran(self, name: str, fn: Callable, bound: BoundLoss, *args: Any) -> Any:
         if name not in self._jitted:
             self._jitted[name] = jax.jit(fn)
-        return self.step.ran(self._jitted[name], *args, loss=bound.loss)
+        return self.step.executor.call(self._jitted[name], *args, loss=bound.loss)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,11 @@ ALLOWED: dict[str, set[str]] = {
     "etcompile/runtime/cost.py": {"_access", "_build", "_functions", "_resized_inputs"},
     "etcompile/runtime/progress.py": {"_access", "_carry", "_functions", "_jit", "_set_carry"},
     "etcompile/runtime/synthetic.py": {"_access", "_carry", "_follow_environment", "_sequence", "_set_carry"},
+    "etcompile/analysis/examples.py": {"_inner"},
+    "etcompile/analysis/shown.py": {"_inner"},
+    "etcompile/analysis/sites.py": {"_inner"},
+    "etcompile/analysis/sparsity.py": {"_inner"},
+    "etcompile/lowering/axes.py": {"_inner"},
 }
 
 

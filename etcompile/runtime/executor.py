@@ -1,0 +1,404 @@
+"""The thin executor under a step: what is kept from call to call, and the compiled functions that change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from etcompile.compiled import Compiled
+from etcompile.errors import CarryError, ModelError, OptionError, UnsupportedError
+from etcompile.frontend.function import own_copy
+from etcompile.frontend.jaxpr import in_transformation, is_traced
+from etcompile.frontend.module import not_recorded
+from etcompile.frontend.step_model import StepModel, leaf_names
+from etcompile.ir.kinds import KINDS
+from etcompile.lowering.functions import Carry, StepFunctions
+from etcompile.lowering.losses import Loss, LossProgram
+from etcompile.lowering.placement import Placement
+from etcompile.runtime.compilations import Compilation, Compilations, Lower
+from etcompile.runtime.foreign_writes import ForeignWrites
+from etcompile.runtime.model_states import ModelAccess
+from etcompile.runtime.resizing import batch_leaves
+from etcompile.runtime.shapes import kinds_of, shapes_alone, shapes_of
+from etcompile.runtime.trace_state import TraceState
+from etcompile.schedule import require_divisible_batch
+
+__all__ = ["Executor"]
+
+
+class Executor:
+    """Runs a compiled model; what stands between calls stands here.
+
+    A program is pure functions of parameters, carry and data. The executor has the rest: the compilations, by shapes and by
+    what the model reads in ``brainstate.environ``; the carry, which is the model's own states and the traces; and where arrays
+    lie. A call takes the carry, runs a jitted function, and commits the carry that comes out. What fails in between leaves
+    parameters, states and traces as they were.
+
+    :class:`Step` and all drivers are written with it, and a driver of yours can be.
+
+    Parameters
+    ----------
+    live : ModelAccess
+        The model's parameters and states.
+    lower : callable
+        ``lower(live, inputs) -> Compiled``, for other shapes or another environment.
+    inputs : tuple of pytrees
+        Shapes of the inputs of one step.
+    compiled : Compiled
+        The model as it is now, compiled for these.
+
+    Attributes
+    ----------
+    live : ModelAccess
+    compilations : Compilations
+
+    Examples
+    --------
+    What ``step(x)`` does, but for its checks:
+
+    >>> import etcompile, jax.numpy as jnp
+    >>> def leaky(params, state, x):
+    ...     h = jnp.tanh(0.9 * state["h"] + x @ params["w"])
+    ...     return {"h": h}, h
+    >>> model = etcompile.from_function(leaky, {"w": jnp.ones((3, 4))}, {"h": jnp.zeros((2, 4))})
+    >>> run = etcompile.compile(model, jnp.ones((2, 3))).executor
+    >>> run.follow_environment()
+    >>> params, carry, inputs = run.placed(run.carry(), (jnp.ones((2, 3)),))
+    >>> carry, out = run.call(run.jit("apply", run.functions.apply), params, carry, inputs)
+    >>> run.commit(carry)
+    >>> out.shape
+    (2, 4)
+    """
+
+    def __init__(self, live: ModelAccess, lower: Lower, inputs: tuple[Any, ...], compiled: Compiled) -> None:
+        self.live = live
+        self._writes = ForeignWrites(self._clear_for_others)
+        self.compilations = Compilations(live, lower, self._writes)
+        self._lost = ""
+        self._watched: tuple[Any, Any] | None = None
+        self._left_by: Compilation | None = None
+        self.compilations.follow_attributes(compiled)
+        first = self.compilations.of(compiled, inputs)
+        self.compilations.keep(first)
+        self.compilations.take(first)
+        live.remember()
+        self._watch()
+        self.place_states()
+
+    def copied(self, memo: dict[int, Any]) -> Executor:
+        """The same for a deep copy of the model, with states and traces as they stand; nothing is analysed again."""
+        now, live = self.compilation, self.live.copied(memo)
+        new = Executor(live, self.compilations.lower, now.inputs, now.compiled)
+        new.compilation.kinds = now.kinds
+        new.compilations.goes_on_from(self.compilations)
+        live.initial = self.live.initial
+        if now.traces.allocated:
+            new.traces.set_own(jax.tree.map(jnp.copy, now.traces.own()))
+        new._writes.copied(self._writes)
+        return new
+
+    # -- what runs ----------------------------------------------------------------------------------------------
+
+    @property
+    def compilation(self) -> Compilation:
+        """What runs now: one of the compilations that are kept by shapes and environment."""
+        return self.compilations.now
+
+    @property
+    def compiled(self) -> Compiled:
+        return self.compilations.now.compiled
+
+    @property
+    def functions(self) -> StepFunctions:
+        """The pure functions of the program."""
+        return self.compilations.now.compiled.functions
+
+    @property
+    def model(self) -> StepModel:
+        """The traced model."""
+        return self.compilations.now.compiled.functions.model
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """Shapes of the inputs of one step."""
+        return self.compilations.now.inputs
+
+    @property
+    def placement(self) -> Placement:
+        """Where arrays lie."""
+        return self.compilations.now.compiled.causal.placement
+
+    @property
+    def traces(self) -> TraceState:
+        """The state that holds the traces."""
+        return self.compilations.now.traces
+
+    def follow_environment(self) -> None:
+        """Be the compilation for ``brainstate.environ`` as it is now; at the start of every call."""
+        self.compilations.follow_environment()
+
+    def with_environment(self, inputs: Any, steps: int | None = None) -> Any:
+        """Inputs with what the step takes from ``brainstate.environ``; with ``steps``, for each of so many steps."""
+        return self.compilations.with_environment(inputs, steps)
+
+    def install(self, compiled: Compiled, inputs: tuple[Any, ...]) -> None:
+        """Run something else that was compiled for the same states."""
+        self.compilations.take(self.compilations.of(compiled, shapes_of(inputs)))
+
+    # -- the carry ----------------------------------------------------------------------------------------------
+
+    def carry(self, give_away: bool = False) -> Carry:
+        """States and traces as they stand; to ``give_away`` are buffers of traces that nobody else holds.
+
+        Raises
+        ------
+        CarryError
+            States of other shapes than the compiled ones, arrays that were deleted, states that somebody else has moved.
+        ModelError
+            The model is shapes alone.
+        """
+        self.require_arrays()
+        states = self.live.states()
+        leaves, tree = jax.tree.flatten(states)
+        if self._left_by is not self.compilation or not self._writes.as_left(leaves, tree):
+            kinds = kinds_of(states)
+            if kinds != self.compilation.kinds:
+                raise self._other_states(states, kinds)
+        self._watch()
+        held = self.traces
+        self._writes.check(leaves, through=held.shared)
+        traces = self._alive(held.own(), "trace ")
+        return Carry(self._alive(states, "state "), held.own(give_away=True) if give_away else traces)
+
+    def commit(self, carry: Carry) -> None:
+        """States and traces after a call."""
+        self.refuse_unrecorded(carry)
+        with self._writes.own():
+            self.live.set_states(carry.states)
+            self.traces.set_own(carry.traces)
+        self._writes.left(carry.states)
+        self._left_by = self.compilation
+
+    def initial_carry(self) -> Carry:
+        """The model's initial states and zero traces; copies."""
+        self.require_arrays()
+        states, initial = self.live.states(), getattr(self.live, "initial", None)
+        states = {**states, **initial} if isinstance(states, dict) and isinstance(initial, dict) else initial
+        states = jax.tree.map(own_copy, self._alive(states, "initial state "))
+        place = self.placement
+        held = place.put_states(states, self.model.complex_states)
+        return Carry(held, dict(place.put_traces(self.compiled.causal.init_traces())))
+
+    def require_arrays(self) -> None:
+        """Raise :class:`ModelError` where parameters or states are shapes alone."""
+        if not self.compilations.abstract:
+            return
+        path = shapes_alone({"params": self.live.params(), "state": self.live.states()})
+        if path is not None:
+            raise ModelError(
+                f"{self.model.name} was given by shapes alone: it can be analysed, but not run.",
+                got=f"a jax.ShapeDtypeStruct at {path}",
+                expected="arrays",
+                hint="report() and cost() need no arrays; to run, compile a model that has its parameters and states.",
+            )
+
+    def refuse_unrecorded(self, values: Any) -> None:
+        """Raise :class:`UnsupportedError` in a transformation of JAX's own, in which writes of states would be lost."""
+        if not_recorded(values):
+            raise UnsupportedError(
+                f"a step of {self.model.name} is called inside of jax.jit, jax.lax.scan, jax.vmap or jax.grad.",
+                got="a transformation of JAX's own, which does not see the states",
+                expected="brainstate's, which do: brainstate.transform.jit, for_loop, grad",
+                hint="or use the pure function: carry, out = step.apply(step.params, carry, x) from step.init_carry().",
+            )
+
+    def _alive(self, tree: Any, what: str) -> Any:
+        """The tree; :class:`CarryError` where an array of it was given away."""
+        for k, leaf in enumerate(jax.tree.leaves(tree)):
+            gone = getattr(leaf, "is_deleted", None)
+            if gone is not None and not is_traced(leaf) and gone():
+                raise CarryError(
+                    f"{what}{leaf_names(tree)[k]} of {self.model.name} is an array that was deleted.",
+                    got="a buffer that was donated to a jitted function"
+                    + (
+                        f", or was lost in a call that failed while it ran ({self._lost})"
+                        if self._lost
+                        else ""
+                    ),
+                    expected="arrays of the model's own",
+                    hint="step.reset() brings states and traces back; what is donated elsewhere has to be a copy "
+                    "(step.init_carry(), jnp.copy).",
+                )
+        return tree
+
+    def _other_states(self, states: Any, kinds: Any) -> CarryError:
+        (tree, leaves), (now, found) = self.compilation.kinds, kinds
+        path, got, expected = "", str(now), str(tree)
+        if tree == now:
+            name, a, b = next(
+                (n, a, b) for n, a, b in zip(leaf_names(states), leaves, found, strict=True) if a != b
+            )
+            path, got, expected = f" {name}", *(f"{dtype} {shape}" for shape, dtype in (b, a))
+        return CarryError(
+            f"state{path} of {self.model.name} is not what it was when the model was compiled.",
+            got=got,
+            expected=expected,
+            hint="call step.reset(batch_size=...) to change the batch size; compile again for another dtype.",
+        )
+
+    def _watch(self) -> None:
+        """Follow who else writes the states that traces belong to, in the objects that were last looked up."""
+        now = (self.live.holders, self.compilation)
+        if self._watched is not None and all(a is b for a, b in zip(now, self._watched, strict=True)):
+            return
+        self._watched = now
+        model = self.model
+        carried = [model.states[k].path for g in self.compiled.analysis.groups for k in g.states]
+        states = {
+            path: state
+            for path, state in self.live.hidden_states().items()
+            if any(path in ("", name) or name.startswith(path + ".") for name in carried)
+        }
+        self._writes.watch(model.name, states)
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def jit(self, key: Any, fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
+        """``fn`` jitted, or what was jitted before for this compilation under the same key."""
+        return self.compilation.jit(key, fn, donate)
+
+    def placed(self, carry: Carry, data: Any, time: int = 0) -> tuple[Any, Carry, Any]:
+        """Parameters, carry and the data of a call on the schedule's mesh; all as they are where there is none.
+
+        The data's examples are on axis ``time``.
+        """
+        self.refuse_unrecorded(data)
+        place = self.placement
+        moved = Carry(
+            place.put_states(carry.states, self.model.complex_states), dict(place.put_traces(carry.traces))
+        )
+        params = self._alive(self.live.params(looked_up=True), "parameter ")
+        return place.put_params(params), moved, place.put_batch(data, time)
+
+    def call(self, fn: Callable, *args: Any, loss: Loss | None = None) -> Any:
+        """What a compiled function gives; where it asks the host, once it is there, since until then it may still fail."""
+        try:
+            found = fn(*args)
+            if self.asks_host(None if loss is None else loss.program) and not in_transformation():
+                jax.block_until_ready(found)
+        except BaseException as error:
+            self._lost = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise
+        return found
+
+    def asks_host(self, loss: LossProgram | None = None) -> bool:
+        """Whether the step, or a loss, calls back to Python while it runs; it may fail there, so traces are not given away."""
+        return self.functions.asks_host or (loss is not None and loss.asks_host)
+
+    @contextmanager
+    def unchanged_on_error(self) -> Iterator[None]:
+        """An exception meanwhile leaves parameters, states and traces as they were; for calls of several compiled functions."""
+        held, traces = self.traces, self.traces.own()
+        params, states = self.live.params(), self.live.states()
+        try:
+            yield
+        except BaseException:
+            with self._writes.own():
+                self.live.set_params(params)
+                self.live.set_states(states)
+                held.set_own(traces)
+            self._writes.left(states)
+            raise
+
+    def place_states(self) -> None:
+        """Put the model's parameters and states and the traces where the schedule's mesh wants them; nothing without a mesh."""
+        if self.placement.mesh is None:
+            return
+        params, carry, _ = self.placed(self.carry(), ())
+        self.live.set_params(params)
+        self.commit(carry)
+
+    # -- starting anew ------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """States back to their initial values, and traces to zero; a rule's counts of steps go on."""
+        self.refuse_unrecorded(())
+        with self._writes.own():
+            self.live.restart()
+        self._clear_traces(self.counts())
+        self._writes.settled()
+        self.place_states()
+
+    def resize(self, batch_size: int) -> None:
+        """States made anew for another batch size, and traces of zero; an error leaves everything as it was."""
+        self.refuse_unrecorded(())
+        require_divisible_batch(self.compiled.schedule, batch_size)
+        if in_transformation():
+            raise OptionError(
+                "step.reset(batch_size=...) does not work inside of jit and other transformations: it makes other states.",
+                got=f"batch_size={batch_size}",
+                expected="step.reset() there",
+                hint="call step.reset(batch_size=...) outside, before the transformed function.",
+            )
+        before, counts = self.compilation, self.counts()
+        try:
+            with self._writes.own(), self.live.unchanged_on_error():
+                self.live.resize(batch_size, batch_leaves(self.compiled.analysis)[0])
+                with self.model.environment.supplied():
+                    self.compilations.use(self._inputs_at(batch_size))
+                self.live.remember()
+                if self.compilation is not before:
+                    before.traces.release()
+                self._clear_traces(counts)
+                self._writes.settled()
+                self.place_states()
+        except BaseException:
+            self.compilations.now = before
+            raise
+
+    @contextmanager
+    def at_batch(self, batch_size: int) -> Iterator[Compilation]:
+        """A compilation for another batch size, from shapes; the model has these meanwhile, and nothing is kept."""
+        inputs = self._inputs_at(batch_size)
+        with self.live.resized(batch_size, batch_leaves(self.compiled.analysis)[0]):
+            with self.model.environment.supplied():
+                compiled = self.compilations.lowered(inputs)
+            traces = TraceState(compiled.causal.init_traces_shapes())
+            yield Compilation(compiled, inputs, None, None, traces)
+
+    def _inputs_at(self, batch_size: int) -> Any:
+        """Shapes of the inputs at another batch size."""
+        leaves, tree = jax.tree.flatten(self.inputs)
+        along = batch_leaves(self.compiled.analysis)[1]
+        resized = [
+            jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) if b else v
+            for v, b in zip(leaves, along, strict=True)
+        ]
+        return jax.tree.unflatten(tree, resized)
+
+    def counts(self) -> dict[str, Any]:
+        """Counts of steps by which the rule draws random numbers, as they stand; nothing before the first use."""
+        names = [e.name for e in self.compiled.program.equations if KINDS[e.type.kind].counts]
+        if not names or self.compilations.abstract or not (self.traces.allocated or in_transformation()):
+            return {}
+        traces = self.traces.own()
+        return {name: traces[name] for name in names if name in traces}
+
+    def _clear_for_others(self) -> None:
+        self._clear_traces(self.counts())
+
+    def _clear_traces(self, counts: dict[str, Any]) -> None:
+        """Zero traces, with these counts of steps."""
+        if self.compilations.abstract:
+            return
+        state = self.traces
+        if in_transformation():  # what a compiled function does at its first call it does at every one
+            state.set_own({**state.zeros(), **counts})
+            return
+        state.release()  # zeros at the next use
+        if counts:
+            state.set_own({**state.own(), **counts})

@@ -1,0 +1,86 @@
+"""Running without gradients: one step, a call of many steps, a sequence."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from etcompile.lowering.functions import Carry
+from etcompile.runtime.checks import check_one, given_with, steps_of
+from etcompile.runtime.executor import Executor
+from etcompile.runtime.gradients import sequence_inputs
+from etcompile.runtime.progress import in_pieces, piece_lengths
+from etcompile.runtime.step_data import MultiStepData, over_time, split
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+__all__ = ["one_step", "run_sequence", "run_steps"]
+
+
+def one_step(run: Executor, inputs: tuple[Any, ...], target: Any, modulator: Any) -> Any:
+    """Outputs of one step."""
+    run.follow_environment()
+    carry = run.carry()
+    run.model.flatten_given(inputs)
+    given = run.with_environment(inputs)
+    call = given_with(run.compiled.program, target, modulator)
+    params, carry, data = run.placed(carry, (given, call))
+    carry, out = run.call(run.jit("apply", run.functions.apply), params, carry, *data)
+    run.commit(carry)
+    return out
+
+
+def run_steps(run: Executor, args: tuple[Any, Any, Any]) -> Any:
+    """Outputs of all steps of multi-step arguments ``(inputs, target, modulator)``, time on axis 0."""
+    run.follow_environment()
+    per_step, join = split(args)
+    check_one(run.model, join(_one(per_step))[0])
+    around = run.with_environment((), len(jax.tree.leaves(per_step)[0]))
+    functions, program = run.functions, run.compiled.program
+
+    def steps(params: Any, carry: Carry, args: tuple[Any, Any, Any], around: Any) -> tuple[Carry, Any]:
+        # Split again: what is the same at every step must come in as an argument, not be baked in.
+        xs, join = split(args)
+
+        def body(carry: Carry, item: tuple[Any, Any]) -> tuple[Carry, Any]:
+            x, now = item
+            inputs, target, modulator = join(x)
+            given = inputs if now == () else dataclasses.replace(now, given=inputs)
+            return functions.apply(params, carry, given, given_with(program, target, modulator))
+
+        return jax.lax.scan(body, carry, (xs, around))
+
+    params, carry, _ = run.placed(run.carry(), ())
+    args = jax.tree.map(
+        lambda v: run.placement.put_batch(v, 1 if isinstance(v, MultiStepData) else 0),
+        args,
+        is_leaf=lambda v: isinstance(v, MultiStepData),
+    )
+    carry, out = run.call(run.jit("steps", steps), params, carry, args, around)
+    run.commit(carry)
+    return out
+
+
+def _one(per_step: Any) -> Any:
+    """Shapes of one step."""
+    return jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v)[1:], jnp.result_type(v)), per_step)
+
+
+def run_sequence(run: Executor, xs: Any, progress: bool | Progress) -> Any:
+    """Outputs of a sequence, time on axis 0."""
+    inputs, _ = sequence_inputs(run, over_time(xs), ())
+
+    def forward(inputs: Any) -> Any:
+        params, carry, (placed,) = run.placed(run.carry(), (inputs,), time=1)
+        outputs, carry = run.call(run.jit("forward", run.functions.scan), params, carry, placed)
+        run.commit(carry)
+        return outputs
+
+    if progress is False:
+        return forward(inputs)
+    lengths = piece_lengths(steps_of(inputs))
+    return in_pieces(run, forward, (inputs,), lengths, progress, "steps", shown=None)

@@ -1,0 +1,166 @@
+"""Losses and gradients of one step and of a sequence, as the executor runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from etcompile.errors import EtcompileWarning, OptionError
+from etcompile.frontend.user_code import warn
+from etcompile.lowering.losses import LossValue
+from etcompile.lowering.schedules.base import Plan
+from etcompile.runtime.calls import DONATED, apart, one_step, sequence
+from etcompile.runtime.checks import as_inputs, check_sequence, given_with, stacked_steps, steps_of
+from etcompile.runtime.executor import Executor
+from etcompile.runtime.losses import BoundLoss, JoinedLoss, LossOptions, check_mask, join_loss
+from etcompile.runtime.progress import gradients_in_pieces
+from etcompile.runtime.step_data import over_time
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+__all__ = [
+    "bound_loss",
+    "environment_of",
+    "environments",
+    "joined_loss",
+    "sequence_gradients",
+    "sequence_inputs",
+    "step_gradients",
+]
+
+#: What a model takes from the environment, and what a loss does.
+Environments = tuple[tuple[Any, ...], tuple[Any, ...]]
+
+
+def step_gradients(
+    run: Executor,
+    loss_fn: Callable,
+    options: LossOptions,
+    x: Any,
+    targets: tuple[Any, ...],
+    modulator: Any,
+    mask: Any,
+) -> tuple[LossValue, Any]:
+    """All that the loss of one step gives, and its gradients; the step is taken."""
+    run.follow_environment()
+    inputs, mask = as_inputs(run.model, x), check_mask(mask, None)
+    run.model.flatten_given(inputs)
+    inputs = run.with_environment(inputs)
+    carry = run.carry(give_away=True)
+    bound = bound_loss(run, loss_fn, options, targets, mask, None)
+    data = inputs, bound.item(targets, mask, 0), given_with(run.compiled.program, None, modulator)
+    key = "value_and_grad", bound.loss.program
+    return _advanced(run, key, one_step(run.functions), bound, carry, data, time=0)
+
+
+def sequence_gradients(
+    run: Executor,
+    loss_fn: Callable,
+    options: LossOptions,
+    xs: Any,
+    targets: tuple[Any, ...],
+    modulator: Any = None,
+    mask: Any = None,
+    *,
+    chunk: int | str | None = None,
+    reduction: str = "sum",
+    progress: bool | Progress = False,
+) -> tuple[LossValue, Any]:
+    """All that the losses of a sequence give, and the summed gradients; time is axis 0."""
+    program = run.compiled.program
+    if modulator is not None and program.window is not None:
+        raise OptionError(
+            f"{program.name} runs in windows, which read no modulator.",
+            got="modulator=...",
+            expected="no modulator",
+        )
+    xs, targets, mask = over_time((xs, targets, mask))
+    inputs, targets = sequence_inputs(run, xs, targets)
+    steps = steps_of(inputs)
+    mask = check_mask(mask, steps)
+    carry = run.carry(give_away=True)
+    bound = bound_loss(run, loss_fn, options, targets, mask, steps)
+    plan = _plan(run, steps, chunk)
+    key, whole = ("sequence", bound.loss.program, plan), sequence(run.functions, plan)
+    data = inputs, bound.item(targets, mask, 1), given_with(program, None, modulator)
+    if progress is not False:
+        together = plan.together(steps)
+        found, grads = gradients_in_pieces(run, key, whole, together, bound.loss, data, progress, bound.write)
+    else:
+        found, grads = _advanced(run, key, whole, bound, carry, data, time=1)
+    if reduction == "mean":
+        count = steps if mask is None else jnp.maximum(jnp.sum(mask), 1)
+        grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
+    return found, grads
+
+
+def _advanced(
+    run: Executor, key: Any, whole: Callable, bound: BoundLoss, carry: Any, data: tuple[Any, ...], time: int
+) -> tuple[LossValue, Any]:
+    """What ``whole(params, carry, loss, *data)`` gives, jitted; its carry is committed, and what the loss writes."""
+    donated = () if run.asks_host(bound.loss.program) else (DONATED,)
+    fn = run.jit(key, apart(whole), donate=donated)
+    params, carry, data = run.placed(carry, data, time)
+    found, grads, carry = run.call(fn, params, carry.states, carry.traces, bound.loss, *data, loss=bound.loss)
+    run.commit(carry)
+    bound.write(found.carried)
+    return found, grads
+
+
+def _plan(run: Executor, steps: int, chunk: int | str | None) -> Plan:
+    """How a sequence is run; what there is to say of it is said."""
+    plan = run.functions.plan(run.compiled.schedule, steps, chunk)
+    if caution := plan.how.caution(plan.together(steps), steps):
+        warn(caution, EtcompileWarning)
+    return plan
+
+
+# -- what a loss and a sequence take ----------------------------------------------------------------------------------
+
+
+def sequence_inputs(run: Executor, xs: Any, targets: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """The inputs of a sequence, checked and joined with the environment of each step, and its targets."""
+    xs, targets = stacked_steps(run.model, xs, targets)
+    run.follow_environment()
+    inputs = as_inputs(run.model, xs)
+    check_sequence(run.model, inputs, targets)
+    return run.with_environment(inputs, steps_of(inputs)), targets
+
+
+def joined_loss(
+    run: Executor, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, steps: int | None
+) -> JoinedLoss:
+    """A loss function as it is traced for the compilation and the environment as they are.
+
+    With ``steps`` it is one over so many steps: axis 0 of ``targets`` and ``mask`` is time.
+    """
+    with run.compilations.completed():
+        return join_loss(run.live, run.compilation, loss_fn, options, targets, mask, steps)
+
+
+def bound_loss(
+    run: Executor, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, steps: int | None
+) -> BoundLoss:
+    """A loss function for a call over ``steps`` steps, or of one, with what it reads as it is now."""
+    joined = joined_loss(run, loss_fn, options, targets, mask, steps)
+    with run.compilations.completed():
+        return joined.now(steps)
+
+
+def environments(run: Executor, joined: JoinedLoss, steps: int) -> Environments:
+    """What the model and a loss take from ``brainstate.environ`` at each of ``steps`` steps, time on axis 0."""
+    with run.compilations.completed():
+        return run.model.environment.values(steps), joined.environment.values(steps)
+
+
+@contextmanager
+def environment_of(run: Executor, joined: JoinedLoss, arrays: Environments) -> Iterator[None]:
+    """The environment of some steps of a sequence, from their share of :func:`environments`."""
+    of_model, of_loss = arrays
+    with run.model.environment.around(of_model), joined.environment.around(of_loss):
+        yield
