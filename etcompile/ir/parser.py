@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable
+from typing import Any
 from urllib.parse import unquote
 
 from etcompile.errors import ProgramError
@@ -15,7 +17,7 @@ from etcompile.ir.types import Type
 __all__ = ["parse_program"]
 
 _HEAD = re.compile(
-    r"program (?P<name>\S+)  model=(?P<model>.+)  exact=(?P<exact>yes|no)"
+    r"(?P<name>\S+)  model=(?P<model>.+)  exact=(?P<exact>yes|no)"
     r"(?:  window=(?P<window>all|\d+))?(?:  end=(?P<end>\w+))?$"
 )
 _GROUP = re.compile(
@@ -50,60 +52,35 @@ def parse_program(text: str) -> TraceProgram:
     ProgramError
         With the number and the text of the line that does not parse or has the wrong type.
     """
-    groups: list[Group] = []
-    sites: list[Site] = []
-    relations: list[Relation] = []
-    cuts: list[Cut] = []
-    layers: list[Layer] = []
-    effects: list[Effect] = []
-    equations: list[Equation] = []
-    gradients: list[Gradient] = []
-    head: re.Match[str] | None = None
-    for number, line in enumerate(text.splitlines(), 1):
-        stripped = line.strip()
-        if not stripped:
+    found: dict[str, list] = {name: [] for name in (*_LINES, "equation")}
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+        if not line:
             continue
+        name, _, rest = line.partition(" ")
         try:
-            if head is None:
-                head = _match(_HEAD, stripped)
-            elif stripped.startswith("group "):
-                groups.append(_group(_match(_GROUP, stripped[6:])))
-            elif stripped.startswith("site "):
-                sites.append(_site(_match(_SITE, stripped[5:])))
-            elif stripped.startswith("relation "):
-                relations.append(_relation(_match(_RELATION, stripped[9:])))
-            elif stripped.startswith("cut "):
-                cuts.append(_cut(_match(_CUT, stripped[4:])))
-            elif stripped.startswith("layer "):
-                m = _match(_LAYER, stripped[6:])
-                layers.append(Layer(m["name"], tuple(m["groups"].split(", ")), int(m["size"]), m["dtype"]))
-            elif stripped.startswith("effect "):
-                m = _match(_EFFECT, stripped[7:])
-                effects.append(Effect(m["name"], m["site"], m["layer"]))
-            elif stripped.startswith("grad "):
-                site, value = stripped[5:].split(" += ")
-                gradients.append(Gradient(site, _reference(ast.parse(value, mode="eval").body)))
+            if (name == "program") == bool(found["program"]):
+                raise ProgramError("unknown form")
+            if name in _LINES:
+                found[name].append(_LINES[name](rest))
             else:
-                equations.append(_equation(stripped))
+                found["equation"].append(_equation(line))
         except (ProgramError, ValueError, SyntaxError) as error:
-            raise ProgramError(
-                f"line {number} of the program does not parse: {error}", got=stripped
-            ) from error
-    if head is None:
+            raise ProgramError(f"line {number} of the program does not parse: {error}", got=line) from error
+    if not found["program"]:
         raise ProgramError("the program is empty.", expected="a line 'program NAME  model=...  exact=...'")
+    (head,) = found["program"]
     header = Header(
-        head["model"],
-        tuple(groups),
-        tuple(sites),
-        tuple(relations),
-        tuple(cuts),
-        tuple(layers),
-        tuple(effects),
+        head["model"], *[tuple(found[n]) for n in ("group", "site", "relation", "cut", "layer", "effect")]
     )
     window = None if head["window"] is None else 0 if head["window"] == "all" else int(head["window"])
-    program = TraceProgram(
-        head["name"], header, tuple(equations), tuple(gradients), head["exact"] == "yes", window, head["end"]
+    equations, gradients = tuple(found["equation"]), tuple(found["grad"])
+    _check_types(header, equations)
+    return TraceProgram(
+        head["name"], header, equations, gradients, head["exact"] == "yes", window, head["end"]
     )
+
+
+def _check_types(header: Header, equations: tuple[Equation, ...]) -> None:
     types = {e.name: e.type for e in equations}
     for equation in equations:
         for ref in equation.refs:
@@ -116,7 +93,6 @@ def parse_program(text: str) -> TraceProgram:
                 got=str(equation.type),
                 expected=str(found),
             )
-    return program
 
 
 def _match(pattern: re.Pattern[str], text: str) -> re.Match[str]:
@@ -180,6 +156,36 @@ def _cut(m: re.Match[str]) -> Cut:
         m["meaning"],
         m["part"],
     )
+
+
+def _layer(m: re.Match[str]) -> Layer:
+    return Layer(m["name"], tuple(m["groups"].split(", ")), int(m["size"]), m["dtype"])
+
+
+def _effect(m: re.Match[str]) -> Effect:
+    return Effect(m["name"], m["site"], m["layer"])
+
+
+def _gradient(text: str) -> Gradient:
+    site, value = text.split(" += ")
+    return Gradient(site, _reference(ast.parse(value, mode="eval").body))
+
+
+def _line(pattern: re.Pattern[str], build: Callable[[re.Match[str]], Any]) -> Callable[[str], Any]:
+    return lambda text: build(_match(pattern, text.strip()))
+
+
+#: How a line is read, by its first word; any other is an equation.
+_LINES: dict[str, Callable[[str], Any]] = {
+    "program": _line(_HEAD, lambda m: m),
+    "group": _line(_GROUP, _group),
+    "site": _line(_SITE, _site),
+    "relation": _line(_RELATION, _relation),
+    "cut": _line(_CUT, _cut),
+    "layer": _line(_LAYER, _layer),
+    "effect": _line(_EFFECT, _effect),
+    "grad": _gradient,
+}
 
 
 _SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.MatMult: "@"}
