@@ -28,6 +28,7 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import brainstate
 import jax
+from numpy_evaluation import interpreted
 from shared import forget_if_much
 
 jax.config.update("jax_enable_x64", True)
@@ -53,6 +54,11 @@ def pytest_addoption(parser):
         "--every-rule",
         action="store_true",
         help="run every rule in chunks on every model of the zoo, where otherwise they take turns",
+    )
+    parser.addoption(
+        "--by-xla",
+        action="store_true",
+        help="compile also what tests run by numpy, where the numbers are the question and not what XLA makes of them",
     )
     parser.addoption(
         "--quick",
@@ -123,6 +129,13 @@ def _is_quick(item):
         and item.get_closest_marker("slow") is None
         and (not of_the_zoo or _model(item) in QUICK_MODELS | {None})
     )
+
+
+@pytest.fixture
+def by_numpy(request, monkeypatch):
+    """What a test jits is traced, and run by numpy: it takes a third less time."""
+    if not request.config.getoption("--by-xla"):
+        monkeypatch.setattr(jax, "jit", interpreted)
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,9 @@ class interpreted:
         self._fn = fn
         self._traced: dict[Any, tuple[Any, Any]] = {}
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if named:
+            return self._jitted(*arguments, **named)
         leaves, tree = jax.tree.flatten(arguments)
         if not self._plain or any(isinstance(leaf, Tracer) for leaf in leaves) or in_transformation():
             return self._jitted(*arguments)
@@ -133,10 +135,14 @@ def _scan(params: Params, values: list[Any]) -> list[Any]:
     for t in reversed(steps) if params["reverse"] else steps:
         out = _closed(body, [*values[:fixed], *carry, *(_array(v[t]) for v in values[fixed + count :])])
         carry, rows[t] = out[:count], out[count:]
-    kept = [np.stack(v) for v in zip(*(rows[t] for t in steps), strict=True)] if steps else []
+    kept = [_stack(v) for v in zip(*(rows[t] for t in steps), strict=True)] if steps else []
     if not steps:
         kept = [np.zeros((0, *a.shape), a.dtype) for a in body.out_avals[count:]]
     return [*carry, *kept]
+
+
+def _stack(rows: Sequence[Any]) -> Any:
+    return np.stack(rows) if isinstance(rows[0], np.ndarray) else jax.numpy.stack(rows)
 
 
 def _while(params: Params, values: list[Any]) -> list[Any]:
@@ -232,10 +238,10 @@ def _dot(p: Params, a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
         a, b = a.astype(wanted), b.astype(wanted)
     fa = [d for d in range(a.ndim) if d not in (*ca, *ba)]
     fb = [d for d in range(b.ndim) if d not in (*cb, *bb)]
-    left = a.transpose(*ba, *fa, *ca).reshape(*(a.shape[d] for d in ba), _size(a, fa), _size(a, ca))
-    right = b.transpose(*bb, *cb, *fb).reshape(*(b.shape[d] for d in bb), _size(b, cb), _size(b, fb))
+    left = a.transpose((*ba, *fa, *ca)).reshape((*(a.shape[d] for d in ba), _size(a, fa), _size(a, ca)))
+    right = b.transpose((*bb, *cb, *fb)).reshape((*(b.shape[d] for d in bb), _size(b, cb), _size(b, fb)))
     rest = (*(a.shape[d] for d in fa), *(b.shape[d] for d in fb))
-    return (left @ right).reshape(*(a.shape[d] for d in ba), *rest)
+    return (left @ right).reshape((*(a.shape[d] for d in ba), *rest))
 
 
 def _size(v: np.ndarray, axes: Sequence[int]) -> int:

@@ -120,6 +120,7 @@ def step_by_step(name, algo, calls, **options):
         return pytest.skip(f"refused step by step as well: {error}")
 
 
+@pytest.mark.usefixtures("by_numpy")
 @pytest.mark.parametrize(("name", "algo", "options"), list(models_and_rules()))
 def test_other_rules_in_chunks(name, algo, options):
     calls = TWO_CALLS if name in FULLY else ONE_CALL

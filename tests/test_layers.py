@@ -14,6 +14,8 @@ from zoo import CASES, by_name
 import etcompile
 from etcompile.lowering.snap import snap_pattern
 
+pytestmark = pytest.mark.usefixtures("by_numpy")
+
 
 @pytest.mark.parametrize("case", zoo_cases(CASES))
 def test_rtrl_equals_bptt(case):

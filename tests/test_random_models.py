@@ -6,6 +6,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from numpy_evaluation import op_by_op
 from oracles import dense_d_rtrl, relative_error
@@ -14,6 +15,7 @@ from random_models import build, loss_fn, recipes
 import etcompile
 from etcompile import PassManager, parse_program
 
+pytestmark = pytest.mark.usefixtures("by_numpy")
 EXAMPLES = int(os.environ.get("ETCOMPILE_RANDOM_MODELS", "200"))
 TOLERANCE = 1e-10
 

@@ -41,6 +41,8 @@ from shared import shared
 import etcompile
 from etcompile.lowering.layers import random_signs
 
+pytestmark = pytest.mark.usefixtures("by_numpy")
+
 ALL = {**MODELS, **EXTRA}
 TOLERANCE = 1e-10
 #: Steps without a loss, in runs that have some: traces and filters must go on.
