@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from functools import cached_property
 from typing import Any
 
@@ -47,11 +48,19 @@ class ModuleStates:
 
     def refreshed(self, model: Any) -> ModuleStates:
         """The same paths with the ``State`` objects that the model holds now."""
+        owners, names, found = self._links or ((), (), ())
+        try:  # at every call: in C, where all that lies on the way are attributes
+            if owners and owners[0] is model and all(map(operator.is_, map(getattr, owners, names), found)):
+                return self
+        except AttributeError:
+            pass
         for owner, held in self._places:
-            found = _lies_at(model, owner)
-            if found is None or not all(_part(found, name) is state for name, state in held):
+            there = _lies_at(model, owner)
+            if there is None or not all(_part(there, name) is state for name, state in held):
                 break
         else:
+            if self._links is None or (owners and owners[0] is not model):
+                vars(self)["_links"] = self._attributes(model)
             return self
         now = {".".join(map(str, path)): state for path, state in model.states().items()}
         return ModuleStates(
@@ -59,6 +68,31 @@ class ModuleStates:
             {p: now.get(p, s) for p, s in self.states.items()},
             self.inside,
         )
+
+    @cached_property
+    def _links(self) -> tuple[list[Any], list[str], list[Any]] | None:
+        """Owner, name and value of every attribute between a model and its ``State`` objects; None before it was looked at."""
+        return None
+
+    def _attributes(self, model: Any) -> tuple[list[Any], list[str], list[Any]]:
+        """:attr:`_links` for a model; nothing where a list, dict or tuple lies on the way."""
+        owners, names, found = [], [], []
+        for path, held in self._places:
+            there = model
+            for part in path:
+                if _is_container(there):
+                    return [], [], []
+                owners.append(there)
+                names.append(part)
+                there = getattr(there, part)
+                found.append(there)
+            if _is_container(there):
+                return [], [], []
+            for name, state in held:
+                owners.append(there)
+                names.append(name)
+                found.append(state)
+        return owners, names, found
 
     @cached_property
     def _places(self) -> list[tuple[list[str], list[tuple[str, Any]]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,9 @@ from etcompile.runtime.trace_state import TraceState
 from etcompile.schedule import require_divisible_batch
 
 __all__ = ["Executor"]
+
+#: Of an array; what is none has no such method.
+_is_deleted = operator.methodcaller("is_deleted")
 
 
 class Executor:
@@ -218,7 +222,13 @@ class Executor:
 
     def _alive(self, tree: Any, what: str) -> Any:
         """The tree; :class:`CarryError` where an array of it was given away."""
-        for k, leaf in enumerate(jax.tree.leaves(tree)):
+        leaves = jax.tree.leaves(tree)
+        try:
+            if not any(map(_is_deleted, leaves)):
+                return tree
+        except (AttributeError, jax.errors.ConcretizationTypeError):  # numbers, or tracers
+            pass
+        for k, leaf in enumerate(leaves):
             gone = getattr(leaf, "is_deleted", None)
             if gone is not None and not is_traced(leaf) and gone():
                 raise CarryError(
@@ -277,11 +287,12 @@ class Executor:
         The data's examples are on axis ``time``.
         """
         self.refuse_unrecorded(data)
-        place = self.placement
+        place, params = self.placement, self._alive(self.live.params(looked_up=True), "parameter ")
+        if place.mesh is None:
+            return params, carry, data
         moved = Carry(
             place.put_states(carry.states, self.model.complex_states), dict(place.put_traces(carry.traces))
         )
-        params = self._alive(self.live.params(looked_up=True), "parameter ")
         return place.put_params(params), moved, place.put_batch(data, time)
 
     def call(self, fn: Callable, *args: Any, loss: Loss | None = None) -> Any:

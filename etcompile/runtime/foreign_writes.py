@@ -7,6 +7,7 @@ is. What a transformation writes when it ends is the outcome of writes that were
 
 from __future__ import annotations
 
+import operator
 import sys
 import warnings
 import weakref
@@ -178,7 +179,7 @@ class _Notice:
 
 
 def _differ(now: Sequence[Any], then: Sequence[Any]) -> bool:
-    return len(now) != len(then) or any(a is not b for a, b in zip(now, then, strict=True))
+    return len(now) != len(then) or not all(map(operator.is_, now, then))
 
 
 def _watching(state: Any) -> list[ForeignWrites]:

@@ -9,21 +9,11 @@ from layering.sources import Breach, Source
 
 __all__ = ["ALLOWED", "private_reads", "stale_reads"]
 
-#: File to the private names that it reads of others. Those of other libraries have a reason; the rest is to be mended.
+#: File to the private names that it reads of others. All are of other libraries.
 ALLOWED: dict[str, set[str]] = {
     # Where kernels of other libraries keep what they compute (jax has no public way to ask).
     "etcompile/frontend/implementations.py": {"_lowerings", "_platform_specific_lowerings", "_kernels"},
     "etcompile/runtime/foreign_writes.py": {"_getframe"},  # of sys: documented, though named so
-    # To be mended:
-    "etcompile/runtime/checkpoints.py": {"_access", "_carry", "_compiled", "_set_carry"},
-    "etcompile/runtime/cost.py": {"_access", "_build", "_functions", "_resized_inputs"},
-    "etcompile/runtime/progress.py": {"_access", "_carry", "_functions", "_jit", "_set_carry"},
-    "etcompile/runtime/synthetic.py": {"_access", "_carry", "_follow_environment", "_sequence", "_set_carry"},
-    "etcompile/analysis/examples.py": {"_inner"},
-    "etcompile/analysis/shown.py": {"_inner"},
-    "etcompile/analysis/sites.py": {"_inner"},
-    "etcompile/analysis/sparsity.py": {"_inner"},
-    "etcompile/lowering/axes.py": {"_inner"},
 }
 
 
