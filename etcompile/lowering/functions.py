@@ -194,13 +194,13 @@ class StepFunctions:
     def _enter(self, carry: Carry) -> tuple[list[Array], Traces]:
         """States and traces of a carry, in place; new traces where none are kept."""
         states = self.placement.hold_states(self.model.flatten_states(carry.states))
-        traces = carry.traces if self.causal.keeps else {**self.causal.fresh_traces(), **carry.traces}
+        traces = carry.traces if self.causal.keeps else {**self.causal.carried.zeros(), **carry.traces}
         return states, self.placement.hold_traces(traces)
 
     def _leave(self, states: list[Array], traces: Traces) -> Carry:
         """The carry of states and traces, in place."""
         held = self.placement.hold_states(states)
-        kept = self.causal.outlasting(traces)
+        kept = self.causal.carried.outlasting(traces)
         return Carry(self.model.unflatten_states(held), self.placement.hold_traces(kept))
 
 

@@ -212,7 +212,7 @@ class SequenceSchedule:
                 got=f"schedule=etcompile.Schedule(how={self.name!r})",
                 expected="how=None, or 'windows'",
             )
-        for site in self.causal.too_large.values():
+        for site in self.causal.carried.too_large.values():
             return site.cannot_store("chunk='auto': the whole sequence is one chunk.")
         return None
 

@@ -79,9 +79,9 @@ class Chunked(SequenceSchedule):
     def size(self, schedule: Schedule, steps: int, wanted: int | str | None) -> int:
         """What is asked for; of ``"auto"`` as many as pay off, and all where a trace is too large to be stored between chunks."""
         wanted = schedule.chunk if wanted is None else wanted
-        if self.causal.too_large:
+        if self.causal.carried.too_large:
             if isinstance(wanted, int) and wanted < steps:
-                site = next(iter(self.causal.too_large.values()))
+                site = next(iter(self.causal.carried.too_large.values()))
                 raise site.cannot_store("chunk='auto': the whole sequence is one chunk.")
             return steps
         if not isinstance(wanted, int):
@@ -103,7 +103,7 @@ class Chunked(SequenceSchedule):
     # -- one chunk ----------------------------------------------------------------------------------------------
 
     def part(self, run: Run, loop: Loop, steps: Steps) -> tuple[Loop, Found]:
-        traces, inputs = self.causal.wide(loop.traces), run.inputs(steps.inputs)
+        traces, inputs = self.causal.carried.wide(loop.traces), run.inputs(steps.inputs)
         passed = self._first_pass(run.weights, loop.states, inputs)  # h_0 ... h_C
         found, values, own = self._at_all_steps(
             run, loop.carried, steps, passed, inputs
@@ -163,7 +163,7 @@ class Chunked(SequenceSchedule):
 
         def one(before: Traces, now: dict[str, Value]) -> tuple[Traces, tuple[dict[str, Value], Traces]]:
             found = evaluate(context, filters, now, before)
-            kept = {name: self.causal.kept(self._equation(name), found[name]) for name in before}
+            kept = {name: self.causal.kept(name, found[name]) for name in before}
             return kept, ({e.name: found[e.name] for e in filters}, before)
 
         if not carried and not filters:
@@ -289,7 +289,7 @@ def _add(total: dict[Any, Any], key: Any, value: Any) -> None:
 
 def refuse_too_large(causal: CausalProgram) -> None:
     """Raise :class:`UnsupportedError` where a trace that cannot be stored would have to be."""
-    for name, site in causal.too_large.items():
+    for name, site in causal.carried.too_large.items():
         if not KINDS[causal.program.equation(name).type.kind].trace or causal.program.window is not None:
             raise site.cannot_store("train this parameter by d_rtrl in whole sequences, or exclude it.")
         if causal.keeps:

@@ -231,7 +231,7 @@ def window_gradients(
     context = Context(causal.program, causal.model, None, at_start, causal.functions)
     early: dict[str, Any] = dict.fromkeys((e.name for e in causal.early), None)
     early = evaluate(context, [e for e in causal.early if OPS[e.op].fixed], early, {})
-    values = evaluate(context, causal.late, early, causal.wide(traces))
+    values = evaluate(context, causal.late, early, causal.carried.wide(traces))
     for gradient in causal.program.gradients:
         value = values[gradient.value.name]
         if value is not None:
