@@ -3,7 +3,7 @@
     python tools/check_layering.py [ROOT]
 
 Prints one line per breach, ``file:line: what``, and exits with 1 if there is any. The lists of what is excepted stand at the
-top of each file; what they hold without need is told.
+top of each file; what they hold without need is a breach as well.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ def main(root: Path) -> int:
     breaches = sorted(breach for check in CHECKS for breach in check(sources))
     for name, line, what in breaches:
         print(f"{name}:{line}: {what}")
-    if not breaches:
-        print(f"{len(sources)} files keep the layering rules")
-    for needless in (*stale_files(sources), *stale_reads(sources), *stale_imports(sources)):
-        print(f"needlessly excepted: {needless}")
-    return 1 if breaches else 0
+    needless = [*stale_files(sources), *stale_reads(sources), *stale_imports(sources)]
+    for exception in needless:
+        print(f"needlessly excepted: {exception}")
+    if breaches or needless:
+        return 1
+    print(f"{len(sources)} files keep the layering rules")
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,10 +10,19 @@ import jax.numpy as jnp
 from etcompile.errors import InputError, OptionError
 from etcompile.frontend.given import as_array, refuse_iterators, refuse_lists, shape_difference, stacked
 from etcompile.frontend.step_model import StepModel
+from etcompile.ir.ops import OPS
 from etcompile.ir.program import TraceProgram
 from etcompile.lowering.functions import Call
 
-__all__ = ["as_inputs", "check_one", "check_sequence", "given_with", "stacked_steps", "steps_of"]
+__all__ = [
+    "as_inputs",
+    "check_one",
+    "check_sequence",
+    "given_with",
+    "keywords_of",
+    "stacked_steps",
+    "steps_of",
+]
 
 
 def as_inputs(model: StepModel, x: Any) -> tuple[Any, ...]:
@@ -101,11 +110,16 @@ def check_one(model: StepModel, one: Any) -> None:
 _READERS = {"target": "osttp", "modulator": "three_factor"}
 
 
+def keywords_of(program: TraceProgram) -> frozenset[str]:
+    """What a call may give for the program to read, beside inputs and targets of the loss."""
+    return frozenset(OPS[e.op].keyword for e in program.equations) - {""}
+
+
 def given_with(program: TraceProgram, target: Any, modulator: Any) -> Call:
     """What a call gives beside its inputs, without what it does not give."""
-    given = {"target": target, "modulator": modulator}
+    given, read = {"target": target, "modulator": modulator}, keywords_of(program)
     for name, value in given.items():
-        if value is not None and not any(e.op == name for e in program.equations):
+        if value is not None and name not in read:
             raise OptionError(
                 f"{program.name} reads no {name}.",
                 got=f"{name}= of shape {jnp.shape(value)}"

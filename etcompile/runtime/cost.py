@@ -18,6 +18,7 @@ from etcompile.lowering.functions import StepFunctions
 from etcompile.lowering.in_place import undivided_sums
 from etcompile.lowering.losses import Loss
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence
+from etcompile.runtime.checks import keywords_of
 from etcompile.runtime.compilations import Compilation
 from etcompile.runtime.executor import Executor
 from etcompile.runtime.losses import LossOptions, check_callable, join_loss
@@ -111,7 +112,7 @@ class _Compiled:
         """What would run, and how many steps it handles together."""
         functions, together = self.functions, 1
         call = {}
-        if any(e.op == "modulator" for e in functions.causal.program.equations):
+        if "modulator" in keywords_of(functions.causal.program):
             call["modulator"] = jax.ShapeDtypeStruct((), jnp.result_type(float))
         traces = functions.causal.init_traces_shapes()
         inputs, given = functions.model.with_environment_shapes(self.inputs), self.args

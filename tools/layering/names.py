@@ -52,13 +52,11 @@ TABLES = (
     ),
 )
 
-#: Files and folders in which such a name is of something else, with what it is; then those that are to be mended.
+#: Files and folders in which such a name is of something else, with what it is.
 EXCEPTED: dict[str, str] = {
     "etcompile/viz/style.py": "nodes of the drawing",
-    "etcompile/runtime/checks.py": "what a call may give has the name of the op that reads it",
+    "etcompile/runtime/checks.py": "arguments of a call: each is named as the op that reads it",
     "etcompile/runtime/losses.py": "where a value that a loss reads comes from",
-    # To be mended:
-    "etcompile/runtime/cost.py": "",
 }
 
 
