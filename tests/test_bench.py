@@ -44,8 +44,10 @@ TIMES = {
     "first": {"etcompile": 1.5, "bptt": 1.0, "braintrace": 2.0},
     "call": {
         "step(x)": 0.1,
+        "step(x), brainstate": 0.12,
         "step(x), bare": 0.04,
         "value_and_grad(loss)(x, y)": 0.2,
+        "value_and_grad(loss)(x, y), brainstate": 0.16,
         "value_and_grad(loss)(x, y), bare": 0.08,
     },
 }

@@ -117,9 +117,10 @@ def keywords_of(program: TraceProgram) -> frozenset[str]:
 
 def given_with(program: TraceProgram, target: Any, modulator: Any) -> Call:
     """What a call gives beside its inputs, without what it does not give."""
-    given, read = {"target": target, "modulator": modulator}, keywords_of(program)
+    given = {k: v for k, v in (("target", target), ("modulator", modulator)) if v is not None}
+    read = keywords_of(program) if given else frozenset()
     for name, value in given.items():
-        if value is not None and name not in read:
+        if name not in read:
             raise OptionError(
                 f"{program.name} reads no {name}.",
                 got=f"{name}= of shape {jnp.shape(value)}"
@@ -127,7 +128,7 @@ def given_with(program: TraceProgram, target: Any, modulator: Any) -> Call:
                 else f"{name}={value!r}",
                 hint=f"leave {name}= out, or compile with a rule that reads it, such as algo={_READERS[name]!r}.",
             )
-    return {name: value for name, value in given.items() if value is not None}
+    return given
 
 
 def steps_of(inputs: Any) -> int:

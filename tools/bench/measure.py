@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import brainstate
 import jax
 import jax.numpy as jnp
 import ours
@@ -230,7 +231,9 @@ def first_gradient(who: str, case: dict[str, Any], units: int, steps: int) -> di
 def _call(case: Case, data: Data, settings: Settings) -> dict[str, Any]:
     xs, ys = data.sequence(1)
     step = ours.compiled(data, case.rule, data.model())
-    found = ours.calls(step, xs[0], ys[0])
+    alone = data.model()
+    brainstate.nn.init_all_states(alone, batch_size=data.batch)
+    found = ours.calls(step, alone, xs[0], ys[0])
     runs = {}
     for who, call in found.items():
 

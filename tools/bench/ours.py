@@ -45,14 +45,40 @@ def updates(step: etcompile.Step) -> Callable[[jax.Array, jax.Array], Any]:
     return step.learn(loss_fn, optax.sgd(update_rate))
 
 
-def calls(step: etcompile.Step, x: jax.Array, y: jax.Array) -> dict[str, Callable[[], Any]]:
-    """One step as a user calls it, and the same work in a bare jitted function of the same arguments."""
+def calls(
+    step: etcompile.Step, model: brainstate.nn.Module, x: jax.Array, y: jax.Array
+) -> dict[str, Callable[[], Any]]:
+    """One step as a user calls it, and beside it the model alone, and a bare jitted function.
+
+    The model is another one of the kind, under brainstate's own `jit`; the function has the same work and arguments as the step.
+    """
     gradient = step.value_and_grad(loss_fn)
-    params, carries = step.params, {name: step.init_carry() for name in CALLS.values()}
-    apply = jax.jit(step.apply)
+    forward, with_loss = CALLS.values()
+    ours = dict(zip(CALLS, (lambda: step(x), lambda: gradient(x, y)), strict=True))
+    alone = dict(zip((forward[0], with_loss[0]), _alone(model, x, y), strict=True))
+    return {**ours, **alone, **dict(zip((forward[1], with_loss[1]), _bare(step, x, y), strict=True))}
+
+
+def _alone(
+    model: brainstate.nn.Module, x: jax.Array, y: jax.Array
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The model without traces: one step, and the gradient of one step."""
+    transform: Any = brainstate.transform
+    weights = model.states(brainstate.ParamState)
+
+    def with_loss(x: jax.Array, y: jax.Array) -> Any:
+        return transform.grad(lambda: loss_fn(model(x), y), weights, return_value=True)()
+
+    forward, gradient = transform.jit(model), transform.jit(with_loss)
+    return lambda: forward(x), lambda: gradient(x, y)
+
+
+def _bare(step: etcompile.Step, x: jax.Array, y: jax.Array) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The work of a step, and of its gradient, on arguments that the caller keeps."""
+    params, apply, carries = step.params, jax.jit(step.apply), [step.init_carry(), step.init_carry()]
 
     @jax.jit
-    def bare(params: Any, carry: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any, Any]:
+    def with_loss(params: Any, carry: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any, Any]:
         def loss(params: Any) -> tuple[Any, Any]:
             after, out = step.apply(params, carry, x)
             return loss_fn(out, y), after
@@ -60,14 +86,12 @@ def calls(step: etcompile.Step, x: jax.Array, y: jax.Array) -> dict[str, Callabl
         (value, after), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return after, value, grads
 
-    def bare_step() -> Any:
-        carries[forward], out = apply(params, carries[forward], x)
+    def forward() -> Any:
+        carries[0], out = apply(params, carries[0], x)
         return out
 
-    def bare_gradient() -> Any:
-        carries[with_loss], *found = bare(params, carries[with_loss], x, y)
+    def gradient() -> Any:
+        carries[1], *found = with_loss(params, carries[1], x, y)
         return found
 
-    forward, with_loss = CALLS.values()
-    ours = (lambda: step(x), lambda: gradient(x, y))
-    return dict(zip(CALLS, ours, strict=True)) | {forward: bare_step, with_loss: bare_gradient}
+    return forward, gradient

@@ -168,14 +168,20 @@ def _first_time(found: Found, who: str, steps: int) -> str:
 
 
 def _calls(results: Results) -> str:
-    head = ["model", "batch", "call", "etcompile", "bare jitted function", "more"]
+    head = [
+        "model",
+        "batch",
+        "call",
+        "etcompile",
+        "the model in `brainstate.transform.jit`",
+        "bare jitted function",
+    ]
     rows = []
     for f in found_cases(results, "call"):
-        for who, bare in CALLS.items():
-            ours, theirs = f.milliseconds(who), f.milliseconds(bare)
-            more = None if ours is None or theirs is None else 1e3 * (ours - theirs)
-            each = [None if ms is None else 1e3 * ms for ms in (ours, theirs)]
-            rows.append((f.title, str(f.batch), f"`{who}`", *map(_ms, (*each, more))))
+        for who, others in CALLS.items():
+            times = [f.milliseconds(name) for name in (who, *others)]
+            micro = [None if ms is None else 1e3 * ms for ms in times]
+            rows.append((f.title, str(f.batch), f"`{who}`", *map(_ms, micro)))
     return _table(head, rows)
 
 

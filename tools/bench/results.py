@@ -24,8 +24,8 @@ __all__ = [
 #: The contenders, as they are called in results.
 AUTO, CAUSAL, BPTT, BRAINTRACE, FORWARD = "etcompile", "step by step", "bptt", "braintrace", "forward"
 
-#: Calls from Python, and the bare jitted function of each.
-CALLS = {"step(x)": "step(x), bare", "value_and_grad(loss)(x, y)": "value_and_grad(loss)(x, y), bare"}
+#: Calls from Python; beside each the model alone under brainstate's `jit`, and a bare jitted function of the same arguments.
+CALLS = {who: (f"{who}, brainstate", f"{who}, bare") for who in ("step(x)", "value_and_grad(loss)(x, y)")}
 
 
 @dataclass(frozen=True)
