@@ -188,7 +188,7 @@ def test_the_benchmark_runs_alone_and_writes_its_page(tmp_path):
     results = json.loads(target.with_suffix(".json").read_text())
     assert list(results["cases"]) == cases and not any("error" in c for c in results["cases"].values())
     sequence, update, call = (results["cases"][name] for name in cases)
-    assert len(call["runs"]) == 4 and all(r["seconds"] for r in call["runs"])
+    assert len(call["runs"]) == 6 and all(r["seconds"] for r in call["runs"])
     losses = {r["who"]: r["loss"] for r in sequence["runs"]}
     assert set(losses) == {"etcompile", "step by step", "bptt", "forward"}
     assert losses["etcompile"] == pytest.approx(losses["bptt"], rel=1e-5)

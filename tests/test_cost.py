@@ -128,7 +128,7 @@ def test_within_a_quarter_of_what_xla_says(model, algo, schedule):
     flops, moved, peak = of_xla(step, steps, chunk)
     target = Shape((step.executor.functions.causal.model.examples, OUT), jnp.float32)
     # XLA counts the body of a loop once.
-    cost = step_cost(step, None, steps, chunk if steps else None, loss, (target,), every_trip=False)
+    cost = step_cost(step.executor, None, steps, chunk if steps else None, loss, (target,), every_trip=False)
     each = steps or 1
     assert each * cost.flops == pytest.approx(flops, rel=0.25)
     assert each * cost.bytes_moved == pytest.approx(moved, rel=0.25)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import html
 import importlib
 import pkgutil
 import re
@@ -59,3 +60,27 @@ def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["architecture.md", "architecture.dot", "theory.md", "write_a_pass.md"])
+def test_files_that_pages_name_are_there(name):
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    named = set(re.findall(r"[\w/]+/\w+\.py\b", text))
+    missing = [f for f in sorted(named) if not any((at / f).exists() for at in (ROOT, ROOT / "etcompile"))]
+    assert not missing
+
+
+def test_the_figure_of_the_architecture_is_drawn_from_its_source():
+    """`python tools/draw_architecture.py` draws it."""
+    source, drawn = (
+        (ROOT / "docs" / f"architecture.{kind}").read_text(encoding="utf-8") for kind in ("dot", "svg")
+    )
+    texts = {
+        " ".join(html.unescape(text).split()) for text in re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
+    }
+    wanted = {
+        " ".join(part.split())
+        for label in re.findall(r'label="([^"]*)"', source)
+        for part in re.split(r"\\[nl]", label)
+    }
+    assert texts == wanted - {""}
