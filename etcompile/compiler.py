@@ -19,7 +19,7 @@ from etcompile.integers import positive_integer
 from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram
 from etcompile.lowering.functions import StepFunctions
-from etcompile.lowering.trial import trial_backpropagation, trial_gradients
+from etcompile.lowering.check_gradients import backpropagation_at_random, gradients_at_random
 from etcompile.pass_manager import Pass, PassManager, PassRecord
 from etcompile.registry import Algorithm, Mixed, pipeline
 from etcompile.runtime.executor import Executor
@@ -179,8 +179,8 @@ def _passed(
     program, records = request.manager.run(
         empty,
         request.passes,
-        lambda program: trial_gradients(program, analysis, request.rule.functions),
-        lambda: trial_backpropagation(analysis),
+        lambda program: gradients_at_random(program, analysis, request.rule.functions),
+        lambda: backpropagation_at_random(analysis),
     )
     return (dataclasses.replace(program, exact=False) if _lossy(request) else program), records
 

@@ -17,12 +17,12 @@ from etcompile.lowering.causal import CausalProgram
 from etcompile.lowering.losses import Loss, LossValue
 from etcompile.lowering.schedules.windowed import window_gradients, windows_refusal
 
-__all__ = ["trial_backpropagation", "trial_gradients"]
+__all__ = ["backpropagation_at_random", "gradients_at_random"]
 
 _STEPS = 4
 
 
-def trial_gradients(
+def gradients_at_random(
     program: TraceProgram, analysis: Analysis, functions: Mapping[str, Callable], seed: int = 0
 ) -> dict[str, Any]:
     """Gradients by parameter path, summed over a few steps of a loss with random coefficients."""
@@ -55,7 +55,7 @@ def trial_gradients(
 
 
 def _in_windows(causal: CausalProgram, drawn: tuple[list, list, list, list]) -> dict[str, Any]:
-    """:func:`trial_gradients` of a program for windows: in two of them, so that its traces count; in one where it keeps none."""
+    """:func:`gradients_at_random` of a program for windows: in two of them, so that its traces count; in one where it keeps none."""
     model = causal.model.analysis.model
     params, states, inputs, cotangents = drawn
     size = _STEPS // 2 if causal.program.window or causal.program.carried else _STEPS
@@ -89,7 +89,7 @@ def _weighed(results: list, coefficients: list) -> Any:
     return sum(products)
 
 
-def trial_backpropagation(analysis: Analysis, seed: int = 0) -> dict[str, Any]:
+def backpropagation_at_random(analysis: Analysis, seed: int = 0) -> dict[str, Any]:
     """The gradients of the same loss by backpropagation through the same steps: what an exact program gives."""
     model = analysis.model
     params, states, inputs, cotangents = _drawn(analysis, seed)
