@@ -18,8 +18,8 @@ from etcompile.frontend.step_model import step_model
 from etcompile.integers import positive_integer
 from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram
-from etcompile.lowering.functions import StepFunctions
 from etcompile.lowering.check_gradients import backpropagation_at_random, gradients_at_random
+from etcompile.lowering.functions import StepFunctions
 from etcompile.pass_manager import Pass, PassManager, PassRecord
 from etcompile.registry import Algorithm, Mixed, pipeline
 from etcompile.runtime.executor import Executor

@@ -28,7 +28,7 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import brainstate
 import jax
-from numpy_evaluation import interpreted
+import numpy_evaluation
 from shared import forget_if_much
 
 jax.config.update("jax_enable_x64", True)
@@ -100,6 +100,8 @@ def pytest_configure(config):
     os.environ["ETCOMPILE_RANDOM_STEPS"] = str(config.getoption("--random-steps"))
     if config.getoption("--every-rule"):
         os.environ["ETCOMPILE_EVERY_RULE"] = "1"
+    if config.getoption("--by-xla"):
+        os.environ["ETCOMPILE_BY_XLA"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -132,10 +134,10 @@ def _is_quick(item):
 
 
 @pytest.fixture
-def by_numpy(request, monkeypatch):
+def by_numpy():
     """What a test jits is traced, and run by numpy: it takes a third less time."""
-    if not request.config.getoption("--by-xla"):
-        monkeypatch.setattr(jax, "jit", interpreted)
+    with numpy_evaluation.by_numpy():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -6,17 +6,20 @@ says what numbers they stand for without XLA. Operations that are not in the tab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from jax.core import Tracer
 from jax.extend.core import Literal
 
 from etcompile.frontend.jaxpr import in_transformation, scan_signature
 
-__all__ = ["interpreted", "op_by_op"]
+__all__ = ["by_numpy", "interpreted", "op_by_op"]
 
 Params = dict[str, Any]
 
@@ -52,6 +55,15 @@ class interpreted:
 
 
 _JIT = jax.jit
+
+
+@contextlib.contextmanager
+def by_numpy(on: bool = True) -> Iterator[None]:
+    """What is jitted meanwhile is traced, and run by numpy; not where everything is to be compiled (``--by-xla``)."""
+    with pytest.MonkeyPatch.context() as patch:
+        if on and "ETCOMPILE_BY_XLA" not in os.environ:
+            patch.setattr(jax, "jit", interpreted)
+        yield
 
 
 def _kind(leaf: Any) -> Any:

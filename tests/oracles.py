@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy_evaluation import interpreted, op_by_op
 
 Tree = Any
 
@@ -120,7 +121,7 @@ def bptt(step, params, state, xs, targets, loss_fn) -> tuple[jax.Array, Tree]:
         _, losses = jax.lax.scan(body, state, (xs, tuple(targets)))
         return losses.sum(), losses
 
-    grads, losses = jax.jit(jax.grad(total, has_aux=True))(params)
+    grads, losses = op_by_op(jax.grad(total, has_aux=True), params)
     return losses, grads
 
 
@@ -130,7 +131,7 @@ def one_step_grad(step, params, state, x, target, loss_fn) -> tuple[jax.Array, T
     def loss(params):
         return loss_fn(step(params, state, x, cut=identity, put=keep)[1], *target)
 
-    return jax.jit(jax.value_and_grad(loss))(params)
+    return op_by_op(jax.value_and_grad(loss), params)
 
 
 # --- D-RTRL, dense -----------------------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ class Online:
 
 
 def dense_step(step, loss_fn, groups: Sequence[Sequence[str]], jacobian=jax.jacfwd) -> Callable:
-    """One jitted online step: ``(params, state, J, x, target) -> (loss, grads, new state, new J)``.
+    """One online step, traced once: ``(params, state, J, x, target) -> (loss, grads, new state, new J)``.
 
     ``J[g]`` is the influence d(states of group g)/d(params), (states, parameters), both flattened.
     """
@@ -164,7 +165,7 @@ def dense_step(step, loss_fn, groups: Sequence[Sequence[str]], jacobian=jax.jacf
             state.update(from_vector(vector, pick(state, names)))
         return step(from_vector(theta, params), state, x, cut=cut, put=put)
 
-    @jax.jit
+    @interpreted
     def one(params, state, influence, x, target):
         theta = to_vector(params)
         new_state, _ = step(params, state, x, cut=identity, put=keep)
@@ -282,7 +283,7 @@ def local_groups(step, params, state, x, hidden: Sequence[str]) -> tuple[tuple[s
 
     old = {n: to_vector(state[n]) for n in hidden}
     zero = {n: jnp.zeros_like(v) for n, v in old.items()}
-    slopes = jax.jit(jax.jacfwd(locally, argnums=(0, 1)))(old, zero)
+    slopes = op_by_op(jax.jacfwd(locally, argnums=(0, 1)), old, zero)
     parent = {n: n for n in hidden}
 
     def root(n):

@@ -10,6 +10,7 @@ import brainstate
 import jax
 import jax.numpy as jnp
 import pytest
+from numpy_evaluation import interpreted
 from oracles import Online, Tree, dense_d_rtrl, identity, keep, time_slice
 from shared import shared
 from zoo import CASES, Case, Function
@@ -74,11 +75,11 @@ class Autodiff:
 
 @shared
 def autodiff(case: Case) -> Autodiff:
-    """Full backpropagation through time, and that of the first step, in one compiled function."""
+    """Full backpropagation through time, and that of the first step, traced once."""
     built = fresh(case)
     step = built.plain_step
 
-    @jax.jit
+    @interpreted
     def run(params):
         def losses_of(params):
             def body(state, inputs):

@@ -55,7 +55,7 @@ def gradients_at_random(
 
 
 def _in_windows(causal: CausalProgram, drawn: tuple[list, list, list, list]) -> dict[str, Any]:
-    """:func:`gradients_at_random` of a program for windows: in two of them, so that its traces count; in one where it keeps none."""
+    """:func:`gradients_at_random` in windows: in two of them, so that traces count; in one where the program keeps none."""
     model = causal.model.analysis.model
     params, states, inputs, cotangents = drawn
     size = _STEPS // 2 if causal.program.window or causal.program.carried else _STEPS
