@@ -22,6 +22,12 @@ PATTERN = np.array([0, 2, 3, 1, 0, 3], np.int32), np.array([0, 2, 4, 6], np.int3
 ROWS = np.repeat(np.arange(3, dtype=np.int32), 2)
 
 
+@pytest.fixture(autouse=True)
+def _the_same_numbers_whatever_ran_before():
+    """In some draws no unit fires."""
+    draw.bit_generator.state = np.random.default_rng(3).bit_generator.state
+
+
 def squares(out, y):
     return jnp.sum((out - y) ** 2)
 
