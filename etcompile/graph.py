@@ -21,7 +21,6 @@ _MOVES = {
     "reshape",
     "convert_element_type",
     "squeeze",
-    "expand_dims",
     "transpose",
     "copy",
     "copy_p",

@@ -58,7 +58,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--by-xla",
         action="store_true",
-        help="compile also what tests run by numpy, where the numbers are the question and not what XLA makes of them",
+        help="compile the programs that tests run by numpy, since the numbers are the question and not what XLA makes of them",
     )
     parser.addoption(
         "--quick",

@@ -44,7 +44,7 @@ ELEMENTWISE = frozenset(
 
 #: Operations that pass over their operands once: as quick to repeat as to read their result from memory.
 CHEAP = ELEMENTWISE | frozenset(
-    """reshape squeeze expand_dims transpose rev slice broadcast_in_dim concatenate split stack unstack tile pad iota
+    """reshape squeeze transpose rev slice broadcast_in_dim concatenate split stack unstack tile pad iota
     optimization_barrier dynamic_slice reduce_sum reduce_max reduce_min reduce_prod""".split()  # noqa: SIM905
 )
 
@@ -140,10 +140,6 @@ def _reshape(op: Operation, a: Array) -> Array:
 
 def _squeeze(op: Operation, a: Array) -> Array:
     return np.squeeze(a, tuple(op.params["dimensions"]))
-
-
-def _expand_dims(op: Operation, a: Array) -> Array:
-    return np.expand_dims(a, tuple(op.params["dimensions"]))
 
 
 def _transpose(op: Operation, a: Array) -> Array:
@@ -343,7 +339,6 @@ _RULES: dict[str, Rule] = {
     "optimization_barrier": _each_its_own,
     "reshape": _moved(_reshape),
     "squeeze": _moved(_squeeze),
-    "expand_dims": _moved(_expand_dims),
     "transpose": _moved(_transpose),
     "rev": _moved(_rev),
     "slice": _moved(_slice),
@@ -368,7 +363,6 @@ _RULES: dict[str, Rule] = {
     "dynamic_update_slice": _transposed,
     "scatter": _transposed,
     "scatter-add": _transposed,
-    "scatter_add": _transposed,
     "pad": _transposed,
     "reduce_window_sum": _transposed,
     "conv_general_dilated": _opaque,

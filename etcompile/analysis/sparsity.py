@@ -71,8 +71,8 @@ def _nonzero(graph: Graph, operation: Operation, known: Mapping[int, Array]) -> 
 
 #: Operations with coefficients that are never negative: applied to tables of zeros and ones they show what depends on what.
 _LINEAR = frozenset(
-    """reshape squeeze expand_dims transpose rev slice broadcast_in_dim concatenate split stack unstack tile reduce_sum pad gather
-    dynamic_slice scatter-add scatter_add reduce_window_sum dot_general conv_general_dilated cumsum""".split()  # noqa: SIM905
+    """reshape squeeze transpose rev slice broadcast_in_dim concatenate split stack unstack tile reduce_sum pad gather
+    dynamic_slice scatter-add reduce_window_sum dot_general conv_general_dilated cumsum""".split()  # noqa: SIM905
 )
 
 

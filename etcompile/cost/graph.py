@@ -193,7 +193,7 @@ class _Builder:
     ) -> Sequence[int]:
         flops, series = operations(name, params, avals, outs)
         size = bytes_of(outs[0]) if outs else 0
-        if name in ("reshape", "squeeze", "expand_dims") or (
+        if name in ("reshape", "squeeze") or (
             name in REDUCTIONS and not name.startswith("arg") and avals[0].size == outs[0].size
         ):
             return operands[:1] * len(outs)

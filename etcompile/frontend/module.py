@@ -45,6 +45,11 @@ class ModuleStates:
     params: dict[str, Any]
     states: dict[str, Any]
     inside: frozenset[str]
+    #: Owner, name and value of every attribute between the model that was looked at last and its ``State`` objects; empty where
+    #: there is more between them than attributes, None before the first look.
+    _links: tuple[list[Any], list[str], list[Any]] | None = dataclasses.field(
+        default=None, init=False, repr=False
+    )
 
     def refreshed(self, model: Any) -> ModuleStates:
         """The same paths with the ``State`` objects that the model holds now."""
@@ -59,8 +64,8 @@ class ModuleStates:
             if there is None or not all(_part(there, name) is state for name, state in held):
                 break
         else:
-            if self._links is None or (owners and owners[0] is not model):
-                vars(self)["_links"] = self._attributes(model)
+            if self._links is None or owners:
+                object.__setattr__(self, "_links", self._attributes(model))
             return self
         now = {".".join(map(str, path)): state for path, state in model.states().items()}
         return ModuleStates(
@@ -68,11 +73,6 @@ class ModuleStates:
             {p: now.get(p, s) for p, s in self.states.items()},
             self.inside,
         )
-
-    @cached_property
-    def _links(self) -> tuple[list[Any], list[str], list[Any]] | None:
-        """Owner, name and value of every attribute between a model and its ``State`` objects; None before it was looked at."""
-        return None
 
     def _attributes(self, model: Any) -> tuple[list[Any], list[str], list[Any]]:
         """:attr:`_links` for a model; nothing where a list, dict or tuple lies on the way."""

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from etcompile.ir.header import Site
-from etcompile.sites.operation import Array, LinearOperation, Presynaptic, WeightUse
+from etcompile.sites.operation import Array, Presynaptic, Product, WeightUse
 from etcompile.sites.patches import kernel_gradient, patches
 
 __all__ = ["Convolution"]
 
 
-class Convolution(LinearOperation):
+class Convolution(Product):
     """The factor is x itself; a trace multiplies by its patches."""
 
     name = "conv"
@@ -38,17 +37,6 @@ class Convolution(LinearOperation):
     @property
     def contracted_axes(self) -> tuple[int, ...]:
         return tuple(self._numbers.rhs_spec[1:])
-
-    @property
-    def x_dtype(self) -> Any:
-        return self.others[0].dtype
-
-    @staticmethod
-    def factor_shape(site: Site) -> tuple[int, ...]:
-        return site.presynaptic[0]
-
-    def factor(self, x: Presynaptic) -> Array:
-        return x[0]
 
     def logical(self, factor: Array) -> Array:
         assert self.operation is not None

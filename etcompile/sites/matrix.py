@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
 
 import jax.numpy as jnp
 
-from etcompile.ir.header import Site
-from etcompile.sites.operation import Array, LinearOperation, Presynaptic, WeightUse
+from etcompile.sites.operation import Array, Product, WeightUse
 
 __all__ = ["Matrix"]
 
 Axes = tuple[int, ...]
 
 
-class Matrix(LinearOperation):
+class Matrix(Product):
     """The factor is x itself."""
 
     name = "dot_general"
@@ -47,17 +45,6 @@ class Matrix(LinearOperation):
     def matrix_axes(self) -> tuple[Axes, Axes] | None:
         batch, free, contracted = self._axes
         return None if batch else (free, contracted)
-
-    @property
-    def x_dtype(self) -> Any:
-        return self.others[0].dtype
-
-    @staticmethod
-    def factor_shape(site: Site) -> tuple[int, ...]:
-        return site.presynaptic[0]
-
-    def factor(self, x: Presynaptic) -> Array:
-        return x[0]
 
     def logical(self, factor: Array) -> Array:
         assert self.operation is not None

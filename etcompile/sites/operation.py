@@ -23,7 +23,7 @@ from etcompile.frontend.jaxpr import Aval, Graph, Operation, bind, function_name
 from etcompile.ir.header import Site, SiteKind
 from etcompile.precision import accumulator
 
-__all__ = ["LinearOperation", "Presynaptic", "WeightOperation", "WeightUse"]
+__all__ = ["LinearOperation", "Presynaptic", "Product", "WeightOperation", "WeightUse"]
 
 Array = Any
 #: A trace for an operation without a closed form keeps y x weight numbers per state; more than this is refused.
@@ -282,3 +282,18 @@ class LinearOperation(WeightOperation):
         zeros = jax.ShapeDtypeStruct(self.weight.shape, self.weight.dtype)
         transposed = jax.linear_transpose(lambda w: self.apply(w, operands), zeros)
         return transposed(credit.astype(self.y.dtype))[0]
+
+
+class Product(LinearOperation):
+    """An operation that is linear in its other operand as well: that operand is the factor."""
+
+    @property
+    def x_dtype(self) -> Any:
+        return self.others[0].dtype
+
+    @staticmethod
+    def factor_shape(site: Site) -> tuple[int, ...]:
+        return site.presynaptic[0]
+
+    def factor(self, x: Presynaptic) -> Array:
+        return x[0]
