@@ -1,6 +1,6 @@
 """One of each from outside of the package: a learning rule, an op, a kind of value, an optimisation, an index rule.
 
-(A schedule and a weight operation of one's own are in ``test_schedules.py`` and ``test_sites.py``.)
+(A schedule and a weight operation of one's own are in ``test_schedules.py`` and ``test_weight_operations.py``.)
 """
 
 from __future__ import annotations
