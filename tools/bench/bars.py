@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from results import AUTO, BPTT, BRAINTRACE, Found, found_cases, median_bandwidth
+from results import AUTO, BPTT, BRAINTRACE, HAND, Found, found_cases, ratio
 
-__all__ = ["BARS", "Bar", "Verdict", "growth", "share"]
+__all__ = ["BARS", "Bar", "Verdict"]
 
 #: One number for each case that counts: what it is of, and None if a contender failed or is not there.
 Values = list[tuple[str, float | None]]
@@ -38,8 +38,14 @@ class Bar:
         known = [(label, v) for label, v in values if v is not None]
         failed = [label for label, v in values if v is None]
         if not known:
-            why = "braintrace is not installed" if self.needs_peer and not results["settings"]["peer"] else ""
-            return Verdict(self, None, "not measured" + (f": {why}" if why else ""), ())
+            absent = self.needs_peer and not results["settings"]["peer"]
+            told = "not measured" + (": braintrace is not installed" if absent else "")
+            return Verdict(
+                self,
+                False if failed else None,
+                f"failed: {', '.join(failed)}" if failed else told,
+                tuple(failed),
+            )
         ordered = sorted(known, key=lambda pair: pair[1], reverse=self.below)
         middle = statistics.median(v for _, v in known)
         reached = middle if self.median else ordered[0][1]
@@ -86,74 +92,98 @@ def _distance(reached: float, level: float) -> str:
 
 # -- the numbers ------------------------------------------------------------------------------------------------------
 
-
-def _ratio(above: float | None, below: float | None) -> float | None:
-    return above / below if above is not None and below else None
-
-
-def growth(found: Found, who: str = AUTO) -> float | None:
-    """By what part the peak of temporary memory grows from the short sequence to the long one."""
-    if len(found.steps) < 2:
-        return None
-    short, long = (found.run(who, steps) for steps in (found.steps[0], found.steps[-1]))
-    return long["temporary"] / short["temporary"] - 1 if short and long and short["temporary"] else None
+#: Of what the bars over sequences are: gated and spiking networks, in batches.
+_GATED = ("gru", "lstm")
 
 
-def share(found: Found) -> float | None:
-    """The part of the measured bandwidth that a causal step uses, if it reads and writes each trace element once."""
-    ms, bandwidth = found.milliseconds(AUTO), median_bandwidth(found)
-    return 2 * found.data["trace_bytes"] / (ms / 1e3) / bandwidth if ms and bandwidth else None
-
-
-def _faster(found: Found) -> float | None:
-    """How many times faster than braintrace, per step."""
-    ours = found.milliseconds(AUTO, found.steps[0]) if found.steps else None
-    return _ratio(found.milliseconds(BRAINTRACE), ours)
-
-
-def _grus(found: list[Found], units: tuple[int, ...] = ()) -> list[Found]:
-    return [
-        f
-        for f in found
-        if f.model == "gru" and f.batch > 1 and (not units or f.data["case"]["units"] in units)
+def _sequences(
+    results: Mapping[str, Any],
+    rule: str,
+    models: tuple[str, ...],
+    value: Callable[[Found, int], float | None],
+) -> Values:
+    """A number for each length of each case with a batch."""
+    found = [f for f in found_cases(results, "sequence", rule) if f.batch > 1 and f.model in models]
+    # A case without a run of ours has failed as a whole.
+    return [(f.labelled(n), value(f, n)) for f in found for n in f.steps] + [
+        (f.label, None) for f in found if not f.steps
     ]
 
 
-def _peer(
-    kind: str, rule: str, units: tuple[int, ...] | None = None
-) -> Callable[[Mapping[str, Any]], Values]:
+def _against_peer(rule: str, models: tuple[str, ...]) -> Callable[[Mapping[str, Any]], Values]:
+    """Times faster than braintrace's fastest mode, where there is one; a gradient of ours that is zero counts as failed."""
+
     def values(results: Mapping[str, Any]) -> Values:
-        found = found_cases(results, kind, rule)
-        if units is not None:
-            found = _grus(found, units)
-        # Where the peer alone failed there is no ratio; the page says so at its end.
-        return [(f.label, _faster(f)) for f in found if f.run(BRAINTRACE) or not f.run(AUTO)]
+        found = found_cases(results, "sequence", rule)
+        known = {f.labelled(n) for f in found for n in f.steps if f.fastest_peer(n)[0] or not f.run(AUTO, n)}
+        known |= {f.label for f in found if not f.steps}
+        return [(label, v) for label, v in _sequences(results, rule, models, _faster) if label in known]
 
     return values
 
 
-def _against_bptt(results: Mapping[str, Any]) -> Values:
-    values = []
-    for f in _grus(found_cases(results, "sequence", "d_rtrl")):
-        steps = f.steps[0] if f.steps else None
-        values.append((f.label, _ratio(f.milliseconds(AUTO, steps), f.milliseconds(BPTT, steps))))
+def _faster(found: Found, steps: int) -> float | None:
+    mine = found.run(AUTO, steps)
+    return None if mine is None or mine["zero"] else found.faster(steps)
+
+
+def _over(other: str) -> Callable[[Found, int], float | None]:
+    return lambda f, steps: ratio(f.milliseconds(AUTO, steps), f.milliseconds(other, steps))
+
+
+def _over_bptt(*which: tuple[str, tuple[str, ...]]) -> Callable[[Mapping[str, Any]], Values]:
+    return lambda results: [
+        (f"{label}, {rule}" if rule != "d_rtrl" else label, v)
+        for rule, models in which
+        for label, v in _sequences(results, rule, models, _over(BPTT))
+    ]
+
+
+def _over_hand(results: Mapping[str, Any]) -> Values:
+    found = _sequences(results, "d_rtrl", ("gru",), _over(HAND))
+    tried = any(f.run(HAND) for f in found_cases(results, "sequence", "d_rtrl"))
+    return found if tried else []
+
+
+def _updates(results: Mapping[str, Any]) -> Values:
+    """Times faster than braintrace, which has one mode for this."""
+    return [
+        (f.label, ratio(f.milliseconds(BRAINTRACE), f.milliseconds(AUTO)))
+        for f in found_cases(results, "update")
+        if f.run(BRAINTRACE) or not f.run(AUTO)
+    ]
+
+
+def _shares(larger: bool) -> Callable[[Mapping[str, Any]], Values]:
+    """Shares of bandwidth, of the cases whose traces are larger than all caches, or of the others."""
+
+    def values(results: Mapping[str, Any]) -> Values:
+        cache = max(results["machine"].get("caches", {}).values(), default=0)
+        return [
+            (f.label, f.share())
+            for f in found_cases(results, "update")
+            if (f.data.get("trace_bytes", 0) > cache) == larger and (f.trace_bandwidth or not f.run(AUTO))
+        ]
+
     return values
 
 
 def _first(results: Mapping[str, Any]) -> Values:
+    """Over the shortest time of braintrace's modes; of a single step it has one."""
     return [
-        (
-            f"{steps} steps" if steps > 1 else "1 step",
-            _ratio(f.seconds(AUTO, steps), f.seconds(BRAINTRACE, steps)),
-        )
+        (f"{n} steps" if n > 1 else "1 step", ratio(f.seconds(AUTO, n), f.first_of_peer(n)))
         for f in found_cases(results, "first")
-        for steps in f.steps
-        if f.run(BRAINTRACE, steps) or not f.run(AUTO, steps)
+        for n in f.steps
+        if f.first_of_peer(n) is not None or not f.run(AUTO, n)
     ]
 
 
 def _agreement(results: Mapping[str, Any]) -> Values:
     return [(f.label, f.data.get("agreement")) for f in found_cases(results, "sequence", "d_rtrl")]
+
+
+def _growth(results: Mapping[str, Any]) -> Values:
+    return [(f"{f.label}, {f.rule}", f.growth(AUTO)) for f in found_cases(results, "memory")]
 
 
 def _times(value: float) -> str:
@@ -168,23 +198,88 @@ def _percent(value: float) -> str:
     return f"{100 * value:.3g} %"
 
 
+_PEER_MODELS = _against_peer("d_rtrl", (*_GATED, "spiking"))
+
 BARS = (
     Bar(
-        "sequence-braintrace",
-        "D-RTRL over a sequence, chunk auto, against braintrace `D_RTRL` step by step; GRU 256, batch 8 and 16",
-        20.0,
+        "sequence-peer",
+        "D-RTRL over a sequence against braintrace's fastest mode, at the median; GRU, LSTM, spiking, batch 8 and 16",
+        3.0,
         False,
-        _peer("sequence", "d_rtrl", (256,)),
+        _PEER_MODELS,
+        _times,
+        median=True,
+    ),
+    Bar("sequence-peer-worst", "the same, at worst", 2.0, False, _PEER_MODELS, _times),
+    Bar(
+        "sequence-bptt",
+        "the same over the time of backpropagation through time, at the median",
+        0.5,
+        True,
+        _over_bptt(("d_rtrl", (*_GATED, "spiking"))),
+        _plain,
+        median=True,
+        needs_peer=False,
+    ),
+    Bar(
+        "sequence-bptt-worst",
+        "the same, GRU and LSTM, at worst",
+        0.8,
+        True,
+        _over_bptt(("d_rtrl", _GATED)),
+        _plain,
+        needs_peer=False,
+    ),
+    Bar(
+        "spiking-bptt",
+        "the same, spiking networks, and all networks with e-prop with filter, at worst",
+        1.0,
+        True,
+        _over_bptt(("d_rtrl", ("spiking",)), ("e_prop", (*_GATED, "spiking", "conv"))),
+        _plain,
+        needs_peer=False,
+    ),
+    Bar(
+        "by-hand",
+        "D-RTRL of a GRU over the time of a program written for it by hand (`tools/bench/hand.py`)",
+        1.15,
+        True,
+        _over_hand,
+        _plain,
+        needs_peer=False,
+    ),
+    Bar(
+        "pp_prop",
+        "pp_prop over a sequence, with all gradients, against braintrace's fastest mode",
+        1.5,
+        False,
+        _against_peer("pp_prop", (*_GATED, "spiking", "conv")),
         _times,
     ),
     Bar(
-        "sequence-bptt",
-        "the same over the time of backpropagation through time; GRU 128 to 512, batch 8 and 16, at the median",
+        "update-braintrace",
+        "causal D-RTRL step with a weight update at every step, against braintrace; batch 8 and 16",
+        3.0,
+        False,
+        _updates,
+        _times,
+    ),
+    Bar(
+        "update-bandwidth",
+        "the same, traces read once and written once over measured bandwidth, traces that a cache holds",
+        0.6,
+        False,
+        _shares(larger=False),
+        _percent,
+        needs_peer=False,
+    ),
+    Bar(
+        "update-bandwidth-large",
+        "the same, traces larger than the caches",
         1.0,
-        True,
-        _against_bptt,
-        _plain,
-        median=True,
+        False,
+        _shares(larger=True),
+        _percent,
         needs_peer=False,
     ),
     Bar(
@@ -192,42 +287,9 @@ BARS = (
         "growth of peak memory from the short to the long sequence, outputs and inputs apart",
         0.02,
         True,
-        lambda results: [(f"{f.label}, {f.rule}", growth(f)) for f in found_cases(results, "memory")],
+        _growth,
         _percent,
         needs_peer=False,
-    ),
-    Bar(
-        "update-braintrace",
-        "causal D-RTRL step with a weight update at every step, against braintrace; batch 8 and 16",
-        2.5,
-        False,
-        _peer("update", "d_rtrl"),
-        _times,
-    ),
-    Bar(
-        "update-bandwidth",
-        "the same, share of measured bandwidth, each trace element read and written once",
-        0.6,
-        False,
-        lambda results: [(f.label, share(f)) for f in found_cases(results, "update")],
-        _percent,
-        needs_peer=False,
-    ),
-    Bar(
-        "pp_prop",
-        "pp_prop over a sequence, against braintrace's",
-        2.0,
-        False,
-        _peer("sequence", "pp_prop"),
-        _times,
-    ),
-    Bar(
-        "e_prop",
-        "e-prop with filter and random feedback over a sequence, against braintrace `EProp`",
-        20.0,
-        False,
-        _peer("sequence", "e_prop"),
-        _times,
     ),
     Bar(
         "first",

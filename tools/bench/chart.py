@@ -10,22 +10,29 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
-from results import AUTO, BPTT, BRAINTRACE, CAUSAL, found_cases, median_bandwidth
+from results import AUTO, BPTT, BRAINTRACE, CAUSAL, CHECKPOINT, HAND, found_cases, label_of
 
 __all__ = ["chart"]
 
+_FASTEST = "fastest"
 #: Colour (Okabe and Ito's, told apart by colour-blind people), marker and name of each contender.
 _STYLE = {
     AUTO: ("#0072B2", "o", "etcompile"),
     CAUSAL: ("#56B4E9", "^", "etcompile, step by step"),
-    BRAINTRACE: ("#D55E00", "s", "braintrace"),
+    HAND: ("#CC79A7", "v", "written by hand"),
+    _FASTEST: ("#D55E00", "P", "braintrace, fastest mode"),
+    BRAINTRACE: ("#E69F00", "s", "braintrace, step by step"),
+    CHECKPOINT: ("#999999", "X", "bptt with checkpoints"),
     BPTT: ("#000000", "|", "bptt: backpropagation through time"),
-    "floor": ("#009E73", "D", "floor: bandwidth or matrix products"),
+    "floor": ("#009E73", "D", "floor: matrix products and traces"),
 }
+
+#: Whose memory is shown.
+_REMEMBERING = (AUTO, BRAINTRACE, CHECKPOINT, BPTT)
 
 
 def chart(results: Mapping[str, Any]) -> str:
-    """An SVG of four panels."""
+    """An SVG of four panels, of one machine's results."""
     options: dict[Any, Any] = {
         "svg.hashsalt": "etcompile",
         "svg.fonttype": "none",
@@ -44,7 +51,12 @@ def chart(results: Mapping[str, Any]) -> str:
             handles.update({label: h for h, label in zip(*panel.get_legend_handles_labels(), strict=True)})
         if handles:
             figure.legend(
-                list(handles.values()), list(handles), loc="outside upper center", ncols=3, frameon=False
+                list(handles.values()),
+                list(handles),
+                loc="outside upper center",
+                ncols=4,
+                frameon=False,
+                title=label_of(results),
             )
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
@@ -59,12 +71,11 @@ def _sequences(axes: Axes, results: Mapping[str, Any], rules: Sequence[str], tit
             for steps in f.steps:
                 back = f.milliseconds(BPTT, steps)
                 if back:
-                    found = {who: f.milliseconds(who, steps) for who in (AUTO, CAUSAL)}
-                    found[BRAINTRACE] = f.milliseconds(BRAINTRACE)
-                    found["floor"] = 1e3 * f.data["flops"] / results["machine"]["flops"]
+                    found = {who: f.milliseconds(who, steps) for who in (AUTO, CAUSAL, HAND, CHECKPOINT)}
+                    found[BRAINTRACE], found[_FASTEST] = f.milliseconds(BRAINTRACE), f.fastest_peer(steps)[0]
+                    found["floor"] = f.floor()
                     rows.append({who: v / back for who, v in found.items() if v})
-                    length = f", {steps} steps" if len(f.steps) > 1 else ""
-                    names.append(f.label + length + (f", {rule}" if len(rules) > 1 else ""))
+                    names.append(f.labelled(steps) + (f", {rule}" if len(rules) > 1 else ""))
     color, _, label = _STYLE[BPTT]
     axes.axvline(1.0, color=color, linewidth=1, label=label)
     _dots(axes, rows, names)
@@ -75,9 +86,7 @@ def _sequences(axes: Axes, results: Mapping[str, Any], rules: Sequence[str], tit
 def _updates(axes: Axes, results: Mapping[str, Any]) -> None:
     rows, names = [], []
     for f in found_cases(results, "update"):
-        rate = median_bandwidth(f)
-        found = {AUTO: f.milliseconds(AUTO), BRAINTRACE: f.milliseconds(BRAINTRACE)}
-        found["floor"] = 1e3 * 2 * f.data["trace_bytes"] / rate if rate else None
+        found = {AUTO: f.milliseconds(AUTO), BRAINTRACE: f.milliseconds(BRAINTRACE), "floor": f.floor()}
         rows.append({who: v for who, v in found.items() if v})
         names.append(f.label)
     _dots(axes, rows, names)
@@ -99,22 +108,21 @@ def _memory(axes: Axes, results: Mapping[str, Any]) -> None:
     """Temporary memory at the short sequence (hollow) and at the long one (filled), joined by a line."""
     found = found_cases(results, "memory")
     for row, f in enumerate(found):
-        for k, who in enumerate((AUTO, BRAINTRACE, BPTT)):
-            runs = [f.run(who, steps) for steps in (f.steps[0], f.steps[-1])] if f.steps else []
-            sizes = [r["temporary"] / 2**20 for r in runs if r]
+        for k, who in enumerate(_REMEMBERING):
+            sizes = [r["temporary"] / 2**20 for r in f.data["runs"] if r["who"] == who and "error" not in r]
             if len(sizes) == 2:
                 color, marker, _ = _STYLE[who]
-                y = row + 0.22 * (k - 1)
+                y = row + 0.18 * (k - 1.5)
                 axes.plot(sizes, [y, y], color=color, linewidth=1)
-                marker = "X" if marker == "|" else marker
+                marker = "o" if marker == "|" else marker
                 for size, fill in zip(sizes, ("white", color), strict=True):
-                    axes.scatter(size, y, c=fill, marker=marker, s=30, edgecolors=color, zorder=3)
+                    axes.scatter(size, y, c=fill, marker=marker, s=26, edgecolors=color, zorder=3)
     names = [f"{f.label}, {f.rule}" for f in found]
     _frame(axes, names)
     steps = max((f.steps for f in found), key=len, default=[])
     lengths = f": hollow {steps[0]} steps, filled {steps[-1]}" if len(steps) > 1 else ""
     axes.set_title("peak of temporary memory", loc="left", fontweight="bold")
-    axes.set_xlabel(f"MiB{lengths} (bptt: crosses)")
+    axes.set_xlabel(f"MiB{lengths} (bptt: black dots)")
 
 
 def _frame(axes: Axes, names: Sequence[str]) -> None:

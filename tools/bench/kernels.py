@@ -44,7 +44,7 @@ def profile(case: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     one, how = Case(**case), Settings(**settings)
     data = Data(MODELS[one.model], how.units(one.units), one.batch)
     step = ours.compiled(data, one.rule, data.model())
-    steps = how.slow_steps if one.kind == "update" else how.steps
+    steps = how.slow_steps if one.kind == "update" else how.lengths[-1]
     run = ours.updates(step) if one.kind == "update" else ours.sequence(step)
     xs, ys = data.sequence(steps)
     seconds = [timed(lambda: run(xs, ys))[0] for _ in range(1 + how.least)][1:]

@@ -5,26 +5,40 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from clock import best
 from settings import Settings
 
-__all__ = ["Bandwidth", "describe", "measure_machine"]
+__all__ = ["Bandwidth", "caches", "describe", "measure_machine"]
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+#: Rows, inner and outer size of a product as it stands in a loop over time.
+_ROWS = (16, 256, 512)
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_RUNS = 10
+#: Bytes that a run moves at the least, so that its call costs little beside.
+_MOVED = 16 << 20
 
 
 class Bandwidth:
-    """Runs a jitted, in-place ``a * x + b`` over an array that no cache holds: each element is read and written once."""
+    """Runs a jitted, in-place ``a * x + b`` over an array of so many bytes, again and again."""
 
-    def __init__(self, floats: int) -> None:
-        self._array = jnp.ones(floats, jnp.float32)
-        self.bytes = 2 * self._array.nbytes
-        self._scale = jax.jit(lambda x: 0.5 * x + 0.25, donate_argnums=0)
+    def __init__(self, size: int) -> None:
+        self._array = jnp.ones(max(1, size // 4), jnp.float32)
+        times = max(1, _MOVED // (2 * self._array.nbytes))
+        self.bytes = 2 * self._array.nbytes * times
+
+        def scale(x: jax.Array) -> jax.Array:
+            return (
+                jax.lax.fori_loop(0, times, lambda _, x: 0.5 * x + 0.25, x) if times > 1 else 0.5 * x + 0.25
+            )
+
+        self._scale = jax.jit(scale, donate_argnums=0)
 
     def __call__(self) -> jax.Array:
         self._array = self._scale(self._array)
@@ -32,38 +46,49 @@ class Bandwidth:
 
 
 def measure_machine(settings: dict[str, Any]) -> dict[str, Any]:
-    """Bytes per second, float32 operations per second, and what the machine is."""
+    """Bytes per second at each level of memory, float32 operations per second, and what the machine is."""
     how = Settings(**settings)
-    bandwidth = Bandwidth(how.array)
+    sizes = {**{f"level {level}": size // 2 for level, size in caches().items()}, "memory": how.array}
+    rates = {}
+    for name, size in sizes.items():
+        bandwidth = Bandwidth(size)
+        rates[name] = bandwidth.bytes / best(bandwidth, _RUNS)
     side = how.matrix
     a = jnp.ones((side, side), jnp.float32)
     product = partial(jax.jit(jnp.matmul), a, a)
+    rows, inner, outer = _ROWS
+    xs, w = jnp.ones((100, rows, inner)), jnp.ones((inner, outer))
+    loop = partial(jax.jit(lambda xs, w: jax.lax.scan(lambda _, x: (None, x @ w), None, xs)[1]), xs, w)
     return {
-        "bandwidth": bandwidth.bytes / _best(bandwidth, how),
-        "flops": 2 * side**3 / _best(product, how),
+        "memory": rates,
+        "flops": 2 * side**3 / best(product, _RUNS),
+        "rows": 2 * len(xs) * rows * inner * outer / best(loop, _RUNS),
         **describe(),
     }
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores and versions."""
-    names = ("jax", "brainstate", "braintrace", "etcompile")
+    """Processor, cores, caches and versions."""
+    names = ("jax", "brainstate", "braintrace")
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "caches": {str(level): size for level, size in caches().items()},
         "python": platform.python_version(),
         "versions": {name: version for name in names if (version := _version(name))},
     }
 
 
-def _best(run: Callable[[], jax.Array], settings: Settings) -> float:
-    """The shortest time of a run: what the machine can do if nothing disturbs it."""
-    times = []
-    for _ in range(3 + settings.rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return min(times[2:])
+def caches() -> dict[int, int]:
+    """Bytes of the data caches beyond the first that a core reads through, by level; none where the system does not tell."""
+    found = {}
+    for folder in sorted(_CACHES.glob("index*")):
+        kind, level, size = (
+            (folder / name).read_text(encoding="utf-8").strip() for name in ("type", "level", "size")
+        )
+        if kind != "Instruction" and int(level) > 1:
+            found[int(level)] = int(size[:-1]) * _UNITS[size[-1]] if size[-1] in _UNITS else int(size)
+    return found
 
 
 def _processor() -> str:

@@ -128,19 +128,18 @@ class ConvNet(brainstate.nn.Module):
 
 @dataclass(frozen=True)
 class Spec:
-    """A model and what its inputs are like."""
+    """How a model is made, and what its inputs are like."""
 
-    title: str
     make: Callable[[ModuleType, int], brainstate.nn.Module]
     input_shape: tuple[int, ...] = (INPUTS,)
     spikes: bool = False
 
 
 MODELS = {
-    "gru": Spec("GRU", GRUNet),
-    "lstm": Spec("LSTM", LSTMNet),
-    "spiking": Spec("spiking", SpikingNet, spikes=True),
-    "conv": Spec("convolutional", ConvNet, IMAGE),
+    "gru": Spec(GRUNet),
+    "lstm": Spec(LSTMNet),
+    "spiking": Spec(SpikingNet, spikes=True),
+    "conv": Spec(ConvNet, IMAGE),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = ["FULL", "QUICK", "Settings"]
@@ -11,21 +12,25 @@ __all__ = ["FULL", "QUICK", "Settings"]
 class Settings:
     """Sequence lengths, repeats, and the size of what the machine is measured with."""
 
-    #: Steps of a sequence, and of a long one.
-    steps: int = 500
+    #: Steps of the sequences, shortest first, and of a long one.
+    lengths: Sequence[int] = (200, 500)
     long_steps: int = 5000
     #: Steps of what carries a parameter-shaped trace from step to step: its time per step does not depend on their number.
-    slow_steps: int = 100
+    slow_steps: int = 50
+    #: Steps that braintrace's window driver handles together: the fastest counts, or all steps. Long ones try the last.
+    windows: Sequence[int] = (10, 50)
+    #: The same of the program written by hand.
+    chunks: Sequence[int] = (100,)
     #: Runs before time is taken: the first compiles, and some libraries compile once more when their states have changed.
     warm_up: int = 2
-    #: Each contender runs once a round, until it has used its seconds; but at least so many times.
+    #: Each contender runs once a round until it has used its seconds; but at least so many times, unless they take long.
     rounds: int = 9
     least: int = 3
-    seconds: float = 2.0
+    seconds: float = 1.0
     #: Fresh processes that the time to the first gradient is taken from.
     processes: int = 3
-    #: Floats of the array that memory bandwidth is measured on, and the side of the matrices for the matmul rate.
-    array: int = 64 << 20
+    #: Bytes of the array that no cache holds, and the side of the matrices for the rate of a large product.
+    array: int = 256 << 20
     matrix: int = 2048
     #: Divides the units and channels of all models.
     smaller: int = 1
@@ -39,14 +44,16 @@ class Settings:
 FULL = Settings()
 #: Says nothing about speed, but everything runs.
 QUICK = Settings(
-    steps=12,
+    lengths=(8, 12),
     long_steps=120,
     slow_steps=6,
+    windows=(4,),
+    chunks=(4,),
     rounds=2,
     least=1,
     seconds=0.01,
     processes=1,
-    array=1 << 16,
+    array=1 << 20,
     matrix=64,
     smaller=32,
 )
