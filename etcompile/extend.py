@@ -30,15 +30,17 @@ __all__ = [
 ]
 
 
-def register_op(name: str, rule: Callable, text: str, doc: str, evaluate: Callable, **row: Any) -> None:
+def register_op(name: str, rule: str | Callable, text: str, doc: str, evaluate: Callable, **row: Any) -> None:
     """Add an op that rules write as ``p.op(name, *args)``.
 
     Parameters
     ----------
     name : str
-    rule : callable
-        ``rule(header, args) -> Type`` of the result, from the types of values, the symbols and the numbers among its arguments;
-        raises :class:`etcompile.ProgramError` for arguments that it does not take. See :func:`type_of`.
+    rule : str or callable
+        What it takes and gives, as the table of ops in ``docs/architecture.md`` says it: ``"state r.group, trace r -> gradient
+        r.site"`` (:mod:`etcompile.ir.signatures`). Where a line does not say it, ``rule(header, args) -> Type`` of the result,
+        from the types of values, the symbols and the numbers among its arguments; raises :class:`etcompile.ProgramError` for
+        arguments that it does not take. See :func:`type_of`.
     text, doc : str
         How it is written, with arguments for an example; what it means.
     evaluate : callable
@@ -53,7 +55,7 @@ def register_op(name: str, rule: Callable, text: str, doc: str, evaluate: Callab
     >>> from etcompile import extend
     >>> extend.register_op(
     ...     "halve",
-    ...     lambda header, args: args[0],
+    ...     "T -> T",
     ...     "halve(a)",
     ...     "half of a value",
     ...     evaluate=lambda context, equation, args: jax.tree.map(lambda v: v / 2, args[0]),
@@ -62,5 +64,6 @@ def register_op(name: str, rule: Callable, text: str, doc: str, evaluate: Callab
     ...     by_row=True,
     ... )  # doctest: +SKIP
     """
-    _add_row(name, rule, text, doc, **row)
+    signature, own = (rule, None) if isinstance(rule, str) else ("", rule)
+    _add_row(name, signature, text, doc, own, **row)
     register_evaluator(name, evaluate)

@@ -12,7 +12,7 @@ from etcompile.pass_api import Rewriter, Symbol
 
 extend.register_op(
     "halve",
-    lambda header, args: args[0],
+    "T -> T",
     "halve(a)",
     "half of a value",
     evaluate=lambda context, equation, args: jax.tree.map(lambda v: v / 2, args[0]),
@@ -30,7 +30,7 @@ def leak(header, group):
 
 extend.register_op(
     "leak",
-    lambda header, args: extend.type_of(header, "leak", args[0].name),
+    "group g -> leak g",
     "leak(g)",
     "what of a state stays",
     evaluate=lambda context, equation, args: tuple(

@@ -129,6 +129,21 @@ def test_an_index_rule(mine):
     assert relative_error(grads["w"], jax.grad(loss)(W)) < 1e-10
 
 
+@pytest.mark.parametrize(
+    ("signature", "says"),
+    [
+        ("trase r -> trace r", "no kind of values 'trase'"),
+        ("trace r -> gradient s", "nothing says what s is"),
+        ("state r.group, state r.group -> state r.group", "nothing says what r.group is"),
+        ("trace r", "no kind of values ''"),
+    ],
+)
+def test_a_type_that_says_nothing_is_refused(mine, signature, says):
+    with pytest.raises(etcompile.ProgramError, match=says):
+        extend.register_op("op_of_a_test", signature, "", "", None)
+    assert "op_of_a_test" not in extend.OPS
+
+
 def test_names_that_are_taken_are_refused(mine):
     with pytest.raises(etcompile.ProgramError, match="'halve' is defined twice"):
         extend.register_op("halve", None, "", "", None)

@@ -15,7 +15,7 @@ from etcompile.errors import ProgramError
 from etcompile.ir.header import Effect, Group, Header, Layer, Relation, Site
 from etcompile.ir.types import Type
 
-__all__ = ["KINDS", "Kind", "register_kind", "type_of"]
+__all__ = ["KINDS", "OWNERS", "Kind", "register_kind", "type_of"]
 
 Shape = tuple[int, ...]
 DtypeAndShape = tuple[str, Shape]
@@ -85,7 +85,8 @@ class Kind:
 
 KINDS: dict[str, Kind] = {}
 
-_OWNERS: dict[str, Callable[[Header, str], Any]] = {
+#: What values belong to: how each is found by its name.
+OWNERS: dict[str, Callable[[Header, str], Any]] = {
     "group": Header.group,
     "relation": Header.relation,
     "site": Header.site,
@@ -100,7 +101,7 @@ def type_of(header: Header, kind: str, of: str) -> Type:
     if kind not in KINDS:
         raise ProgramError(f"there is no type {kind!r}.", expected="one of " + ", ".join(sorted(KINDS)))
     row = KINDS[kind]
-    dtype, shape = row.infer(header, _OWNERS[row.owner](header, of))
+    dtype, shape = row.infer(header, OWNERS[row.owner](header, of))
     return Type(kind, of if row.owner else "", dtype, shape)
 
 
@@ -108,11 +109,11 @@ def register_kind(name: str, owner: str, doc: str, **flags: Any) -> Callable[[Ca
     """Add a row to the table: the function that this decorates says dtype and shape; the fields are those of :class:`Kind`."""
     if name in KINDS:
         raise ProgramError(f"the kind of values {name!r} is defined twice.")
-    if owner not in _OWNERS:
+    if owner not in OWNERS:
         raise ProgramError(
             f"values of kind {name!r} belong to nothing that there is.",
             got=f"owner {owner!r}",
-            expected=", ".join(map(repr, _OWNERS)),
+            expected=", ".join(map(repr, OWNERS)),
         )
 
     def add(infer: Callable[[Header, Any], DtypeAndShape]) -> Callable:

@@ -39,8 +39,8 @@ TABLES = (
         "kind of value",
         "etcompile/ir/kinds.py",
         "register_kind",
-        ("kind", "kinds", "_kinds"),
-        ("etcompile/ir/ops.py", "etcompile/lowering/carried.py", *_EVALUATED),
+        ("kind", "kinds"),
+        ("etcompile/lowering/carried.py", *_EVALUATED),
     ),
     Names(
         "kind of site",
