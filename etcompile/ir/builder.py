@@ -1,69 +1,31 @@
-"""Building programs: the interface in which learning rules are written."""
+"""Building programs: the interface in which learning rules are written.
+
+The method for each op is in :mod:`etcompile.ir.vocabulary`; here is how equations and gradients become a program.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 from etcompile.errors import EtcompileWarning, OptionError, ProgramError
 from etcompile.integers import positive_integer
-from etcompile.ir.header import Effect, Group, Header, Layer, Relation, Site
+from etcompile.ir.header import Effect, Group, Header, Layer, Relation, Site, name_of
 from etcompile.ir.kinds import KINDS, type_of
 from etcompile.ir.ops import OPS, infer_type
 from etcompile.ir.program import Argument, Equation, Gradient, Ref, Symbol, TraceProgram, made_from
 from etcompile.ir.types import Type
+from etcompile.ir.value import Value
+from etcompile.ir.vocabulary import Vocabulary
 from etcompile.paths import short_list
 
 __all__ = ["ProgramBuilder", "Value"]
 
 
-class Value:
-    """A value of the program at one step; ``+ - * @`` and :attr:`prev` build new ones."""
-
-    def __init__(self, builder: ProgramBuilder, ref: Ref, kind: Type) -> None:
-        self._builder, self.ref, self.type = builder, ref, kind
-
-    @property
-    def prev(self) -> Value:
-        """The value one step before; zero at the start."""
-        if self.ref.delay:
-            raise ProgramError(
-                f"{self.ref} already lies one step back.", hint="carry it one step more with p.recur."
-            )
-        return Value(self._builder, Ref(self.ref.name, -1), self.type)
-
-    def __add__(self, other: Value | float) -> Value:
-        return self._builder.op("add", self, self._builder.as_value(other))
-
-    def __radd__(self, other: float) -> Value:
-        return self._builder.op("add", self._builder.as_value(other), self)
-
-    def __sub__(self, other: Value | float) -> Value:
-        return self._builder.op("sub", self, self._builder.as_value(other))
-
-    def __rsub__(self, other: float) -> Value:
-        return self._builder.op("sub", self._builder.as_value(other), self)
-
-    def __mul__(self, other: Value | float) -> Value:
-        return self._builder.op("mul", self, other)
-
-    def __truediv__(self, other: Value | float) -> Value:
-        return self._builder.op("div", self, self._builder.as_value(other))
-
-    def __rmul__(self, other: float) -> Value:
-        return self._builder.op("mul", float(other), self)
-
-    def __matmul__(self, other: Value) -> Value:
-        return self._builder.op("matmul", self, other)
-
-    def __repr__(self) -> str:
-        return f"{self.ref} : {self.type}"
-
-
-class ProgramBuilder:
+class ProgramBuilder(Vocabulary):
     """A program being written; a learning rule receives one and reads like its equations.
 
     Attributes
@@ -112,45 +74,6 @@ class ProgramBuilder:
     def sites(self) -> tuple[Site, ...]:
         return tuple(s for s in self.header.sites if self._only is None or s.name in self._only)
 
-    # -- values of the model ------------------------------------------------------------------------------------
-
-    def transition(self, group: Group | str) -> Value:
-        """D_t = dh_t/dh_{t-1} of a group, ``[states, states, positions]``."""
-        return self._named("transition", group)
-
-    def immediate(self, relation: Relation | str) -> Value:
-        """f_t = dh_t/dy_t of a relation, ``[states, window of y]``."""
-        return self._named("immediate", relation)
-
-    def presynaptic(self, site: Relation | Site | str) -> Value:
-        """x_t: what the operation at the site reads beside the weight."""
-        return self._named("presynaptic", site.site if isinstance(site, Relation) else site)
-
-    def signal(self, group: Group | str) -> Value:
-        """L_t = dloss_t/dh_t with the group's new states taken as independent, ``[states, positions]``."""
-        return self._named("signal", group)
-
-    def bypass(self, group: Group | str) -> Value:
-        """dloss_t/dh_{t-1} along paths that avoid the group's new states, ``[states, positions]``."""
-        return self._named("bypass", group)
-
-    def earlier_credit(self, of: Group | Layer | str) -> Value:
-        """L D + K of a group, L H + K of a layer: the loss by the old states, with all paths that the transition follows.
-
-        What a trace of the step before is contracted with.
-        """
-        name = of if isinstance(of, str) else of.name
-        if any(name == layer.name for layer in self.header.layers):
-            return self.layer_signal(name) @ self.layer_transition(name) + self.layer_bypass(name)
-        credit = self.signal(name) @ self.transition(name)
-        return credit + self.bypass(name) if any(self.header.group(name).bypass) else credit
-
-    def one_step(self, site: Relation | Site | str) -> Value:
-        """dloss_t/dy_t by ordinary autodiff with h_{t-1} held constant."""
-        return self._named("one_step", site.site if isinstance(site, Relation) else site)
-
-    # -- layers: by all paths, recurrent weights included ------------------------------------------------------------
-
     @property
     def layers(self) -> tuple[Layer, ...]:
         """Groups that feed each other from step to step; each has ``.name`` and ``.groups``."""
@@ -163,48 +86,11 @@ class ProgramBuilder:
 
     def effects(self, layer: Layer | str) -> tuple[Effect, ...]:
         """Which sites reach a layer within the step; each has ``.name``, ``.site`` and ``.layer``."""
-        name = layer if isinstance(layer, str) else layer.name
+        name = name_of(layer)
         self.follows_all_paths = True
         return tuple(
             e for e in self.header.effects if e.layer == name and (self._only is None or e.site in self._only)
         )
-
-    def layer_transition(self, layer: Layer | str) -> Value:
-        """H_t = dh_t/dh_{t-1} of a layer's states by all paths, as an operator: ``H @ J`` pushes, ``L @ H`` pulls back."""
-        return self._named("layer_transition", layer)
-
-    def layer_immediate(self, effect: Effect | str) -> Value:
-        """F_t = dh_t/dw, ``[states, weight]``."""
-        return self._named("layer_immediate", effect)
-
-    def snap_immediate(self, effect: Effect | str, order: int) -> Value:
-        """F_t on the pattern of states that a weight reaches within ``order`` steps; ``recur`` keeps to the pattern."""
-        symbol = Symbol(effect if isinstance(effect, str) else effect.name)
-        return self.op("snap_immediate", symbol, order)
-
-    def layer_response(self, effect: Effect | str) -> Value:
-        """dh_t/dy_t, ``[states, y]``, example by example."""
-        return self._named("layer_response", effect)
-
-    def layer_signal(self, layer: Layer | str) -> Value:
-        """dloss_t/dh_t with the layer's new states taken as independent."""
-        return self._named("layer_signal", layer)
-
-    def layer_bypass(self, layer: Layer | str) -> Value:
-        """dloss_t/dh_{t-1} along paths that avoid the layer's new states."""
-        return self._named("layer_bypass", layer)
-
-    def to_layer(self, layer: Layer, signals: Sequence[Value]) -> Value:
-        """Signals of a layer's groups, in their order, as one of the layer."""
-        return self.op("to_layer", Symbol(layer.name), *signals)
-
-    def reach(self, effect: Effect | str, cotangent: Value) -> Value:
-        """The credit of y for a cotangent of the layer's new states: one vector-Jacobian product for all effects."""
-        return self.op("reach", Symbol(effect if isinstance(effect, str) else effect.name), cotangent)
-
-    def row_factor(self, effect: Effect | str) -> Value:
-        """x_t with one row for each example, place, and whatever else x depends on."""
-        return self._named("row_factor", effect)
 
     # -- random numbers -----------------------------------------------------------------------------------------
 
@@ -219,87 +105,13 @@ class ProgramBuilder:
 
     def rademacher(self, layer: Layer | str, seed: int) -> Value:
         """A random sign for every element of a layer's states, new at every step."""
-        symbol = Symbol(layer if isinstance(layer, str) else layer.name)
-        return self.op("rademacher", symbol, int(seed), self.clock())
+        return self.op("rademacher", layer, int(seed), self.clock())
 
     def row_signs(self, effect: Effect | str, seed: int) -> Value:
         """A random sign for every row of an effect, new at every step."""
-        symbol = Symbol(effect if isinstance(effect, str) else effect.name)
-        return self.op("row_signs", symbol, int(seed), self.clock())
-
-    def norm(self, *values: Value) -> Value:
-        """The Euclidean norm of all entries of all values."""
-        return self.op("norm", *values)
-
-    def row_norm(self, value: Value) -> Value:
-        """The Euclidean norm of the entries that belong to each row."""
-        return self.op("row_norm", value)
-
-    def dot(self, a: Value, b: Value) -> Value:
-        """The scalar product of two values of one layer's states."""
-        return self.op("dot", a, b)
-
-    # -- learning signals of a rule's own -----------------------------------------------------------------------
-
-    def error(self) -> Value:
-        """dloss_t/dout_t: all outputs of an example in one row, ``[examples, outputs]``."""
-        return self.op("error")
-
-    def target(self) -> Value:
-        """The first target of the loss, in one row per example; class labels become one-hot rows."""
-        return self.op("target")
-
-    def modulator(self, group: Group | str) -> Value:
-        """The modulator given with the call, for each unit of the group."""
-        return self._named("modulator", group)
-
-    def random_feedback(self, group: Group | str, seed: int = 0) -> Value:
-        """A fixed random matrix B ``[outputs, units]`` for errors, normal with variance 1 / rows."""
-        return self.op("random_feedback", Symbol(group if isinstance(group, str) else group.name), int(seed))
-
-    def random_projection(self, group: Group | str, seed: int = 0) -> Value:
-        """A fixed random matrix B ``[targets, units]`` for targets, normal with variance 1 / rows."""
-        return self.op(
-            "random_projection", Symbol(group if isinstance(group, str) else group.name), int(seed)
-        )
-
-    def readout_weight(self, group: Group | str) -> Value:
-        """The transposed weight ``[outputs, units]`` of the readout that reads what the group shows."""
-        return self._named("readout_weight", group)
-
-    def changed(self, value: Value) -> Value:
-        """1 where any entry of a value differs from zero, else 0."""
-        return self.op("changed", value)
-
-    def through(self, drive: Value) -> Value:
-        """A drive of what the group shows to the rest of the network, as a learning signal of its states.
-
-        ``drive`` is ``p.project(p.error(), B)``, ``p.project(p.target(), B)`` or ``p.modulator(group)``. What a group shows
-        is what a readout or another layer reads of it: a spike, or the state itself.
-        """
-        return self.op("through", drive)
-
-    def project(self, vector: Value, feedback: Value) -> Value:
-        """An error or target times a feedback matrix: a drive of the group's units."""
-        return self.op("project", vector, feedback)
+        return self.op("row_signs", effect, int(seed), self.clock())
 
     # -- equations ----------------------------------------------------------------------------------------------
-
-    def number(self, value: float) -> Value:
-        """A constant as a value, for a recurrence of numbers."""
-        return self.op("number", float(value))
-
-    def as_value(self, value: Value | float) -> Value:
-        """A number as a value of the program, a value as it is."""
-        return value if isinstance(value, Value) else self.number(value)
-
-    def outer(self, relation: Relation | Value, x: Value | None = None) -> Value:
-        """F (x) x, what this step adds to a trace; of a relation, or of a Jacobian and a presynaptic value."""
-        if isinstance(relation, Value):
-            if x is None:
-                raise ProgramError("outer of a Jacobian needs the presynaptic value as its second argument.")
-            return self.op("outer", relation, x)
-        return self.op("outer", self.immediate(relation), x or self.presynaptic(relation))
 
     def recur(self, decay: Value | float, inject: Value, name: str | None = None) -> Value:
         """V with v_t = decay v_{t-1} + inject, zero at the start.
@@ -321,9 +133,8 @@ class ProgramBuilder:
         For recurrences that are not of the form of :meth:`recur`. ``kind`` and ``of`` are as in a printed type, such as
         ``"hidden"`` of a layer or ``"gradient"`` of a site.
         """
-        owner = of if isinstance(of, str) else of.name
         name = name or self._fresh("c")
-        self._types[name] = type_of(self.header, kind, owner)
+        self._types[name] = type_of(self.header, kind, name_of(of))
         return Value(self, Ref(name), self._types[name])
 
     def define(self, carried: Value, value: Value) -> None:
@@ -364,20 +175,11 @@ class ProgramBuilder:
         has_bypass = any(self.header.group(signal.type.of).bypass)
         return self.op(OPS[made_by.op].of_old, *made_by.args) if has_bypass else None
 
-    def back(self, signal: Value, jacobian: Value) -> Value:
-        """L f: the credit of y that flows through the group."""
-        return self.op("back", signal, jacobian)
-
-    def pullback(self, site: Relation | Site | Value, credit: Value) -> Value:
-        """Weight gradient of a credit of y: x (x) credit for a matrix."""
-        x = site if isinstance(site, Value) else self.presynaptic(site)
-        return self.op("pullback", x, credit)
-
     def map(self, fn: Callable, *values: Value) -> Value:
         """A jax function applied to the arrays of values of one type, entry by entry."""
         name = f"{fn.__module__}.{fn.__qualname__}" if "<" not in fn.__qualname__ else self._fresh("fn")
         self.functions[name] = fn
-        return self.op("map", Symbol(name), *values)
+        return self.op("map", name, *values)
 
     def gradient(self, relation: Relation | Effect, value: Value, within: str = "auto") -> None:
         """Declare the gradient of a relation's weight: the part that its trace carries.
@@ -495,10 +297,13 @@ class ProgramBuilder:
     # -- plumbing -----------------------------------------------------------------------------------------------
 
     def op(self, op: str, *args: Any) -> Value:
-        """Append an equation (or find the same one) and return its value."""
+        """Append an equation (or find the same one) and return its value.
+
+        Arguments are values, numbers, and groups, relations, sites, layers and effects or the names of such.
+        """
         if op in OPS and OPS[op].vectors:
             args = tuple(self._arithmetic(a) if isinstance(a, Value) else a for a in args)
-        plain: tuple[Argument, ...] = tuple(a.ref if isinstance(a, Value) else a for a in args)
+        plain = tuple(map(_plain, args))
         key = (op, plain)
         if key in self._memo:
             name = self._memo[key]
@@ -521,9 +326,6 @@ class ProgramBuilder:
         self._types[name] = kind
         self._equations.append(Equation(name, op, args, kind))
 
-    def _named(self, op: str, item: Any) -> Value:
-        return self.op(op, Symbol(item if isinstance(item, str) else item.name))
-
     def _fresh(self, prefix: str) -> str:
         number = self._counters.get(prefix, 0)
         self._counters[prefix] = number + 1
@@ -531,3 +333,10 @@ class ProgramBuilder:
 
     def _maker(self, value: Value) -> Equation | None:
         return next((e for e in self._equations if e.name == value.ref.name), None)
+
+
+def _plain(arg: Any) -> Argument:
+    """An argument as programs hold it."""
+    if isinstance(arg, Value):
+        return arg.ref
+    return Symbol(name_of(arg)) if isinstance(arg, (str, Group, Relation, Site, Layer, Effect)) else arg

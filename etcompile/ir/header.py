@@ -19,6 +19,7 @@ __all__ = [
     "Response",
     "Site",
     "SiteKind",
+    "name_of",
 ]
 
 Shape = tuple[int, ...]
@@ -226,6 +227,11 @@ class Header:
 
     def relations_of(self, site: str) -> tuple[Relation, ...]:
         return tuple(r for r in self.relations if r.site == site)
+
+
+def name_of(of: Group | Site | Relation | Layer | Effect | str) -> str:
+    """The name of a record; a name as it is."""
+    return of if isinstance(of, str) else of.name
 
 
 def _find(items: Iterable[Any], name: str) -> Any:
