@@ -11,6 +11,7 @@ import numpy as np
 from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.silence import reaches_output
 from etcompile.frontend.jaxpr import full_dtype
+from etcompile.frontend.step_model import Leaf
 from etcompile.ir.header import Cut
 from etcompile.ir.kinds import KINDS
 from etcompile.ir.ops import OPS
@@ -126,52 +127,81 @@ def parameter_lines(
     analysis: Analysis, program: TraceProgram, sizes: Mapping[str, int] | None = None
 ) -> tuple[ParameterLine, ...]:
     """How each parameter's gradient is made under ``program``; ``sizes`` are bytes of the carried values by name."""
-    by_relation: dict[str, int] = {}
-    for name, size in (sizes or {}).items():
-        owner = program.equation(name).type.of
-        by_relation[owner] = by_relation.get(owner, 0) + size
-    # Relations that have a trace, or whose f is read; sites whose gradients are made of traces.
-    traced = {
-        e.type.of for e in program.equations if KINDS[e.type.kind].owner == "relation" or OPS[e.op].contracts
-    }
-    windowed = "backpropagation inside of windows"
-    step = "one step" if program.window is None else windowed
-    used = {e.type.of for e in program.equations} | {str(a) for e in program.equations for a in e.args}
-    lines = []
-    for leaf in sorted(analysis.model.params, key=lambda leaf: natural_key(leaf.path)):
-        sites = [s for s in analysis.sites if leaf.path in s.params]
-        relations = [
-            r
-            for r in analysis.relations
-            if r.site in {s.name for s in sites} and (r.name in traced or r.site in traced)
-        ]
-        effects = [e for e in program.header.effects if e.site in {s.name for s in sites} and e.name in used]
-        if effects:
-            relations = []
-        groups = tuple(dict.fromkeys(r.group for r in relations))
-        part = ""
-        if not leaf.aval.differentiable:
-            how = "not trained: its numbers have no derivative"
-        elif not sites:
-            how = "not used in the step: its gradient is zero"
-        elif effects:
-            how = f"influence on {', '.join(dict.fromkeys(e.layer for e in effects))}, and {step}"
-        elif not groups:
-            how = "within the step only" if program.window is None else windowed
-        else:
-            how = f"trace of {', '.join(groups)}, and {step}"
-            part = _parts(analysis, relations)
-        carried = sum(
-            by_relation.get(owner, 0)
-            for owner in {r.name for r in relations} | {s.name for s in sites} | {e.name for e in effects}
-        )
-        decays, saved = _factorised(program, [s.name for s in sites], sizes or {})
-        silent = analysis.silent.get(leaf.path, "") if sites else ""
-        zero = "" if silent or effects or not sites else _zero(analysis, program, leaf.path, groups)
-        lines.append(
-            ParameterLine(leaf.path, leaf.aval.shape, how, groups, part, carried, decays, saved, silent, zero)
-        )
-    return tuple(lines)
+    made = _Made.of(program, sizes or {})
+    leaves = sorted(analysis.model.params, key=lambda leaf: natural_key(leaf.path))
+    return tuple(_parameter_line(analysis, program, made, leaf) for leaf in leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """What a program makes gradients of.
+
+    Attributes
+    ----------
+    traced : set of str
+        Relations that have a trace, or whose f is read; sites whose gradients are made of traces.
+    used : set of str
+        All that a value belongs to, or that an equation names.
+    sizes : mapping of str to int
+        Bytes of the carried values.
+    """
+
+    traced: set[str]
+    used: set[str]
+    sizes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, program: TraceProgram, sizes: Mapping[str, int]) -> _Made:
+        equations = program.equations
+        traced = {
+            e.type.of for e in equations if KINDS[e.type.kind].owner == "relation" or OPS[e.op].contracts
+        }
+        used = {e.type.of for e in equations} | {str(a) for e in equations for a in e.args}
+        return cls(traced, used, sizes)
+
+
+def _parameter_line(analysis: Analysis, program: TraceProgram, made: _Made, leaf: Leaf) -> ParameterLine:
+    sites = [s.name for s in analysis.sites if leaf.path in s.params]
+    effects = [e for e in program.header.effects if e.site in sites and e.name in made.used]
+    relations = [
+        r
+        for r in analysis.relations
+        if not effects and r.site in sites and not made.traced.isdisjoint((r.name, r.site))
+    ]
+    groups = tuple(dict.fromkeys(r.group for r in relations))
+    owners = {*sites, *(r.name for r in relations), *(e.name for e in effects)}
+    decays, saved = _factorised(program, sites, made.sizes)
+    silent = analysis.silent.get(leaf.path, "") if sites else ""
+    return ParameterLine(
+        path=leaf.path,
+        shape=leaf.aval.shape,
+        how=_how(program, leaf.aval.differentiable, sites, [e.layer for e in effects], groups),
+        groups=groups,
+        part=_parts(analysis, relations) if leaf.aval.differentiable else "",
+        trace_bytes=sum(
+            size for name, size in made.sizes.items() if program.equation(name).type.of in owners
+        ),
+        decays=decays,
+        saved_bytes=saved,
+        silent=silent,
+        zero="" if silent or effects or not sites else _zero(analysis, program, leaf.path, groups),
+    )
+
+
+def _how(
+    program: TraceProgram, trained: bool, sites: Sequence[str], layers: Sequence[str], groups: Sequence[str]
+) -> str:
+    """How the gradient is made, in words."""
+    if not trained:
+        return "not trained: its numbers have no derivative"
+    if not sites:
+        return "not used in the step: its gradient is zero"
+    within = "one step" if program.window is None else "backpropagation inside of windows"
+    if layers:
+        return f"influence on {', '.join(dict.fromkeys(layers))}, and {within}"
+    if groups:
+        return f"trace of {', '.join(groups)}, and {within}"
+    return "within the step only" if program.window is None else within
 
 
 def _zero(analysis: Analysis, program: TraceProgram, path: str, groups: Sequence[str]) -> str:

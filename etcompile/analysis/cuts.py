@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etcompile.analysis.dependence import Dependence
@@ -38,67 +39,85 @@ def find_cuts(
     unfollowed: Sequence[Unfollowed],
 ) -> tuple[Cut, ...]:
     """Where credit ends, group by group, and then for every rule."""
-    n = len(model.params)
-    cuts: list[Cut] = []
     names = {s: g.name for g in groups for s in g.states}
+    cuts = itertools.chain(
+        *(_inside(model, body, dep, g, names, found) for g in groups),
+        (_misplaced(model, body, names, link) for link in misplaced),
+        (_misfit(site, group) for site, group in misfits),
+        (_excluded(role) for role in roles if role.excluded),
+        (_loop(model, loop) for loop in unfollowed),
+    )
+    return tuple(Cut(f"c{k}", **fields) for k, fields in enumerate(cuts))
 
-    def add(**fields: Any) -> None:
-        cuts.append(Cut(f"c{len(cuts)}", **fields))
 
-    for group in groups:
-        merged: dict[Use, Array] = {}
-        for s in group.states:
-            for use, mask in found[s].cuts.items():
-                merged[use] = mask | merged.get(use, False)
-        for use, mask in sorted(merged.items(), key=lambda item: item[0]):
-            operation, _, bits = located(body, dep, use)
-            states = [j for j in names if bits >> (n + j) & 1]
-            params = [leaf.path for j, leaf in enumerate(model.params) if bits >> j & 1]
-            share = float(mask.mean())
-            add(
-                group=group.name,
-                primitive=operation.name,
-                source=operation.source,
-                origins=tuple([model.states[j].path for j in states] + params),
-                meaning=_meaning(operation.name, group.name, {names[j] for j in states}, params),
-                part="all" if share == 1.0 else f"{100 * share:.0f} % of {mask.size} elements",
-            )
-    for link in misplaced:
-        add(
-            group=names[link.target],
-            primitive="positions",
-            source=_computed_at(body, model.new_state_vars[link.target]),
-            origins=(model.states[link.origin].path,),
-            meaning=f"{model.states[link.origin].path} moves to another position of {model.states[link.target].path}: "
-            "its memory ends after one step",
-        )
-    for site, group in misfits:
-        add(
+def _inside(
+    model: StepModel,
+    body: Graph,
+    dep: Dependence,
+    group: HiddenGroup,
+    names: Mapping[int, str],
+    found: Mapping[int, Influence],
+) -> Iterator[dict[str, Any]]:
+    """Where local derivatives of a group's states end."""
+    merged: dict[Use, Array] = {}
+    for s in group.states:
+        for use, mask in found[s].cuts.items():
+            merged[use] = mask | merged.get(use, False)
+    for use, mask in sorted(merged.items(), key=lambda item: item[0]):
+        operation, _, bits = located(body, dep, use)
+        states = [j for j in names if bits >> (len(model.params) + j) & 1]
+        params = [leaf.path for j, leaf in enumerate(model.params) if bits >> j & 1]
+        share = float(mask.mean())
+        yield dict(
             group=group.name,
-            primitive=site.record.primitive,
-            source=site.record.source,
-            origins=site.params,
-            meaning="part of the weight's effect reaches another position than the group's: it counts within the step only",
+            primitive=operation.name,
+            source=operation.source,
+            origins=tuple([model.states[j].path for j in states] + params),
+            meaning=_meaning(operation.name, group.name, {names[j] for j in states}, params),
+            part="all" if share == 1.0 else f"{100 * share:.0f} % of {mask.size} elements",
         )
-    for role in roles:
-        if role.excluded:
-            add(
-                group="",
-                primitive="exclude",
-                source="?",
-                origins=(role.path,),
-                meaning="left out by exclude=: credit through this state ends after one step",
-            )
-    for loop in unfollowed:
-        add(
-            group="",
-            primitive=loop.primitive,
-            source=loop.source,
-            origins=tuple(model.states[k].path for k in loop.states),
-            meaning="a while loop has no reverse derivative: whatever the rule, no credit passes it; "
-            "a loop of fixed length (lax.scan, lax.fori_loop) is followed",
-        )
-    return tuple(cuts)
+
+
+def _misplaced(model: StepModel, body: Graph, names: Mapping[int, str], link: Link) -> dict[str, Any]:
+    origin, target = model.states[link.origin].path, model.states[link.target].path
+    return dict(
+        group=names[link.target],
+        primitive="positions",
+        source=_computed_at(body, model.new_state_vars[link.target]),
+        origins=(origin,),
+        meaning=f"{origin} moves to another position of {target}: its memory ends after one step",
+    )
+
+
+def _misfit(site: Site, group: HiddenGroup) -> dict[str, Any]:
+    return dict(
+        group=group.name,
+        primitive=site.record.primitive,
+        source=site.record.source,
+        origins=site.params,
+        meaning="part of the weight's effect reaches another position than the group's: it counts within the step only",
+    )
+
+
+def _excluded(role: StateRole) -> dict[str, Any]:
+    return dict(
+        group="",
+        primitive="exclude",
+        source="?",
+        origins=(role.path,),
+        meaning="left out by exclude=: credit through this state ends after one step",
+    )
+
+
+def _loop(model: StepModel, loop: Unfollowed) -> dict[str, Any]:
+    return dict(
+        group="",
+        primitive=loop.primitive,
+        source=loop.source,
+        origins=tuple(model.states[k].path for k in loop.states),
+        meaning="a while loop has no reverse derivative: whatever the rule, no credit passes it; "
+        "a loop of fixed length (lax.scan, lax.fori_loop) is followed",
+    )
 
 
 def _meaning(primitive: str, group: str, origin_groups: set[str], params: Sequence[str]) -> str:

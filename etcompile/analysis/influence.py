@@ -9,6 +9,7 @@ goes before its neighbours') and the others are cut.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -67,66 +68,93 @@ def influence_on(
     size : int
         Number of positions, where they are not those of a seed.
     """
-    cut = cut or {}
-    uses: dict[int, list[tuple[Use | None, Array]]] = {v: [(None, p)] for v, p in seeds.items()}
-    positions: dict[int, Array] = {}
-    cuts: dict[Use, Array] = {}
     if size is None:
         size = max((int(np.prod(p.shape)) for p in seeds.values()), default=0)
+    walk = _Walk(graph, active, keep, frozen, cut or {}, size)
+    walk.uses.update((v, [(None, p)]) for v, p in seeds.items())
+    for number in reversed(range(len(graph.operations))):
+        walk.behind(number)
+    for variable in list(walk.uses):
+        walk.settle(variable)
+    return Influence(walk.positions, walk.cuts)
 
-    def settle(variable: int) -> Array | None:
-        found = uses.pop(variable, None)
-        if not found:
-            return None
-        resolved = found[0][1]
-        for _, other in found[1:]:
-            resolved = join(resolved, other)
-        conflict = resolved == MANY
-        if conflict.any():
-            resolved = _own_position(resolved, [p for _, p in found], size)
-            for use, p in found:
-                lost = (p != NONE) & (p != resolved)
-                if use is not None and lost.any():
-                    cuts[use] = lost | cuts.get(use, False)
-        if variable in keep:
-            positions[variable] = resolved
-        return resolved if (resolved != NONE).any() else None
 
-    for number in range(len(graph.operations) - 1, -1, -1):
-        operation = graph.operations[number]
-        if not any(v in uses for v in operation.outputs):
-            continue
-        results = [settle(v) for v in operation.outputs]
+class _Walk:
+    """The walk from an operation to those before it, with what has been found so far.
+
+    ``uses`` holds of each variable that is not settled yet which positions it reaches by each of its uses; None for a seed.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        active: Sequence[bool],
+        keep: AbstractSet[int],
+        frozen: AbstractSet[Use],
+        cut: Mapping[Use, Array],
+        size: int,
+    ) -> None:
+        self._graph, self._active, self._keep, self._frozen = graph, active, keep, frozen
+        self._cut, self._size = cut, size
+        self.uses: dict[int, list[tuple[Use | None, Array]]] = {}
+        self.positions: dict[int, Array] = {}
+        self.cuts: dict[Use, Array] = {}
+
+    def behind(self, number: int) -> None:
+        """Go on from the results of an operation to its operands."""
+        operation = self._graph.operations[number]
+        if not any(v in self.uses for v in operation.outputs):
+            return
+        results = [self.settle(v) for v in operation.outputs]
         if all(r is None for r in results):
-            continue
+            return
         followed = [
             k
             for k, v in enumerate(operation.inputs)
-            if not isinstance(v, Constant) and active[v] and (number, k) not in frozen
+            if not isinstance(v, Constant) and self._active[v] and (number, k) not in self._frozen
         ]
-        of_operands: Mapping[int, Array | None] = {}
-        if operation.loop is not None:
-            of_operands, inner = _through_loop(operation.loop, results, followed, size, within(cut, number))
-            cuts.update({(number, *use): mask for use, mask in inner.items()})
-        for k in followed:
-            operand = operation.inputs[k]
+        for k, found in self._operands(number, operation, followed, results).items():
+            if found is not None:
+                self._use(number, k, found)
+
+    def _operands(
+        self, number: int, operation: Operation, followed: Sequence[int], results: list[Array | None]
+    ) -> dict[int, Array | None]:
+        """What each operand that is followed reaches by this operation."""
+        if operation.loop is None:
+            return {k: through_operation(self._graph, operation, k, results) for k in followed}
+        of_operands, inner = _through_loop(
+            operation.loop, results, followed, self._size, within(self._cut, number)
+        )
+        self.cuts.update({(number, *use): mask for use, mask in inner.items()})
+        return {k: of_operands.get(k) for k in followed}
+
+    def _use(self, number: int, k: int, found: Array) -> None:
+        """Cut a use where it spreads, and wait with the rest of it until all uses of the value are known."""
+        many = (found == MANY) | (self._cut.get((number, k), False) & (found != NONE))
+        if many.any():
+            self.cuts[number, k] = many
+            found = np.where(many, NONE, found)
+        if (found != NONE).any():
+            operand = self._graph.operations[number].inputs[k]
             assert isinstance(operand, int)
-            found = (
-                through_operation(graph, operation, k, results)
-                if operation.loop is None
-                else of_operands.get(k)
-            )
-            if found is None:
-                continue
-            many = (found == MANY) | (cut.get((number, k), False) & (found != NONE))
-            if many.any():
-                cuts[number, k] = many
-                found = np.where(many, NONE, found)
-            if (found != NONE).any():
-                uses.setdefault(operand, []).append(((number, k), found))
-    for variable in list(uses):
-        settle(variable)
-    return Influence(positions, cuts)
+            self.uses.setdefault(operand, []).append(((number, k), found))
+
+    def settle(self, variable: int) -> Array | None:
+        """What a variable reaches by all of its uses together; the uses that lose against another are cut."""
+        found = self.uses.pop(variable, None)
+        if not found:
+            return None
+        resolved = functools.reduce(join, [p for _, p in found])
+        if (resolved == MANY).any():
+            resolved = _own_position(resolved, [p for _, p in found], self._size)
+            for use, p in found:
+                lost = (p != NONE) & (p != resolved)
+                if use is not None and lost.any():
+                    self.cuts[use] = lost | self.cuts.get(use, False)
+        if variable in self._keep:
+            self.positions[variable] = resolved
+        return resolved if (resolved != NONE).any() else None
 
 
 def _own_position(resolved: Array, found: Sequence[Array], size: int) -> Array:

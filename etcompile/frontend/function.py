@@ -143,27 +143,7 @@ def trace_function(model: FunctionModel, inputs: tuple[Any, ...], state: Any = N
         params, old, args, around = jax.tree.unflatten(kept["tree"], leaves)
         with brainstate.environ.context(**around):
             result = model.fn(params, old, *args)
-        if not (isinstance(result, tuple) and len(result) == 2):
-            raise ModelError(
-                f"{model.name} must return two values.",
-                got=f"{type(result).__name__}",
-                expected="(new_state, out)",
-            )
-        new, out = result
-        if jax.tree.structure(new) != jax.tree.structure(old) == jax.tree.structure(out):
-            raise ModelError(
-                f"{model.name} returns its output where the new state belongs.",
-                got="(out, new_state)",
-                expected="(new_state, out)",
-                hint="are the two swapped? The new state comes first.",
-            )
-        if jax.tree.structure(new) != jax.tree.structure(old):
-            raise ModelError(
-                f"{model.name} returns a state of another structure.",
-                got=str(jax.tree.structure(new)),
-                expected=str(jax.tree.structure(old)),
-                hint="return every state, also one that did not change; a state cannot be created during a step.",
-            )
+        new, out = _new_state_and_output(model.name, old, result)
         kept["out"] = jax.tree.map(lambda v: jax.ShapeDtypeStruct(jnp.shape(v), jnp.result_type(v)), out)
         return [*jax.tree.leaves(out), *jax.tree.leaves(new)]
 
@@ -174,16 +154,7 @@ def trace_function(model: FunctionModel, inputs: tuple[Any, ...], state: Any = N
     try:
         closed, given, asked = traced_with(with_entries)
     except (KeyError, IndexError, AttributeError) as error:
-        if set(map(str, error.args)) & set(_keys(state)) | set(map(str, error.args)) & set(
-            _keys(model.params)
-        ):
-            raise ModelError(
-                f"{model.name} looks for {error} and finds it among its other argument.",
-                where=user_frame(error),
-                got=f"params with {_keys(model.params)}, state with {_keys(state)}",
-                expected="from_function(fn, params, state)",
-                hint="are params and state swapped, in from_function or in the function?",
-            ) from error
+        _refuse_swapped(model, state, error)
         raise
     first = len(jax.tree.leaves(shapes))
     reads = inputs_used(closed)
@@ -197,3 +168,41 @@ def trace_function(model: FunctionModel, inputs: tuple[Any, ...], state: Any = N
         closed = jax.make_jaxpr(of_used)(*jax.tree.leaves(shapes), *environment.shapes())
     owners = dict.fromkeys(leaf_names(state), "state")
     return TracedStep(model.name, closed, shapes[0], shapes[1], shapes[2], kept["out"], owners, environment)
+
+
+def _new_state_and_output(name: str, old: Any, result: Any) -> tuple[Any, Any]:
+    """What a step function returned, checked."""
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise ModelError(
+            f"{name} must return two values.", got=f"{type(result).__name__}", expected="(new_state, out)"
+        )
+    new, out = result
+    if jax.tree.structure(new) != jax.tree.structure(old) == jax.tree.structure(out):
+        raise ModelError(
+            f"{name} returns its output where the new state belongs.",
+            got="(out, new_state)",
+            expected="(new_state, out)",
+            hint="are the two swapped? The new state comes first.",
+        )
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise ModelError(
+            f"{name} returns a state of another structure.",
+            got=str(jax.tree.structure(new)),
+            expected=str(jax.tree.structure(old)),
+            hint="return every state, also one that did not change; a state cannot be created during a step.",
+        )
+    return new, out
+
+
+def _refuse_swapped(model: FunctionModel, state: Any, error: Exception) -> None:
+    """Say it where a function looks among its states for a parameter, or the other way round."""
+    names = set(map(str, error.args))
+    if names.isdisjoint((*_keys(state), *_keys(model.params))):
+        return
+    raise ModelError(
+        f"{model.name} looks for {error} and finds it among its other argument.",
+        where=user_frame(error),
+        got=f"params with {_keys(model.params)}, state with {_keys(state)}",
+        expected="from_function(fn, params, state)",
+        hint="are params and state swapped, in from_function or in the function?",
+    ) from error

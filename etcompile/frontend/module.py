@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -221,16 +222,11 @@ def trace_module(model: Any, inputs: tuple[Any, ...]) -> tuple[TracedStep, Modul
     refuse_assigned(name, held)
     arguments = (given, *traced_inputs)
     closed = fn.get_jaxpr(*arguments)
-    trace = fn.get_state_trace(*arguments)
     _refuse_created_states(name, model, before)
-    by_id = {id(state): path for path, state in before.items()}
     found = fn.get_states(*arguments)
-    paths = [by_id.get(id(state)) or _outside_path(state, k) for k, state in enumerate(found)]
-    params = {p: s for p, s in before.items() if isinstance(s, brainstate.ParamState)}
-    params |= {p: s for p, s in zip(paths, found, strict=True) if isinstance(s, brainstate.ParamState)}
-    states = {p: s for p, s in zip(paths, found, strict=True) if p not in params}
-    for path, state, written in zip(paths, found, trace.been_writen, strict=True):
-        if written and path in params:
+    paths, own = _own_states(before, found)
+    for path, state, written in zip(paths, found, fn.get_state_trace(*arguments).been_writen, strict=True):
+        if written and path in own.params:
             raise ModelError(
                 f"{name} writes its trained parameter {path} during a step.",
                 where=_written_at(closed, found, state),
@@ -238,48 +234,51 @@ def trace_module(model: Any, inputs: tuple[Any, ...]) -> tuple[TracedStep, Modul
                 expected="parameters that only the optimiser changes",
                 hint="keep values that change by themselves in a HiddenState, ShortTermState or LongTermState.",
             )
-    out_shape, _ = fn.get_out_shapes(*arguments)
-    example_params = {p: jax.tree.map(_shape, s.value) for p, s in sorted(params.items())}
-    example_states = {p: jax.tree.map(_shape, s.value) for p, s in sorted(states.items())}
-
     reads = inputs_used(closed)
     environment = recorded(asked, given, lambda k: k in reads)
-    leaf_count = [len(jax.tree.leaves(s.value)) for s in found]
+    params, states, args = (
+        jax.tree.map(_shape, tree) for tree in (_values(own.params), _values(own.states), traced_inputs)
+    )
+    run = _on_dicts(closed, paths, found, lambda moving: environment.completed(moving, given))
+    leaves, tree = jax.tree.flatten((params, states, args, environment.shapes()))
+    ordered = jax.make_jaxpr(lambda *leaves: run(*jax.tree.unflatten(tree, leaves)))(*leaves)
+    out_shape, _ = fn.get_out_shapes(*arguments)
+    owners = {p: type(s).__name__ for p, s in own.states.items()}
+    out = jax.tree.map(_shape, out_shape)
+    return TracedStep(name, ordered, params, states, args, out, owners, environment), own
 
-    def flat(*leaves: Any) -> list[Any]:
-        given_params, given_states, args, moving = jax.tree.unflatten(tree, leaves)
-        values = [given_params[p] if p in given_params else given_states[p] for p in paths]
-        around = environment.completed(moving, given)
-        flat_out = run_jaxpr(closed, *jax.tree.leaves((around, args, values)))
-        n_out = len(flat_out) - sum(leaf_count)
-        new, at = {}, n_out
-        for path, count in zip(paths, leaf_count, strict=True):
-            new[path] = flat_out[at : at + count]
+
+def _values(states: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: state.value for path, state in states.items()}
+
+
+def _own_states(before: Mapping[str, Any], found: Sequence[Any]) -> tuple[list[str], ModuleStates]:
+    """Paths of the states that a step reads or writes, and these states with all parameters, by path."""
+    by_id = {id(state): path for path, state in before.items()}
+    paths = [by_id.get(id(state)) or _outside_path(state, k) for k, state in enumerate(found)]
+    used = dict(zip(paths, found, strict=True))
+    params = {p: s for p, s in {**before, **used}.items() if isinstance(s, brainstate.ParamState)}
+    states = {p: s for p, s in used.items() if p not in params}
+    return paths, ModuleStates(dict(sorted(params.items())), dict(sorted(states.items())), frozenset(before))
+
+
+def _on_dicts(
+    closed: Any, paths: Sequence[str], found: Sequence[Any], around: Callable[[Any], Any]
+) -> Callable[..., list[Any]]:
+    """The traced step as a function of parameters and states by path: leaves of its outputs, then of the new states."""
+    counts = [len(jax.tree.leaves(s.value)) for s in found]
+
+    def run(params: dict[str, Any], states: dict[str, Any], args: Any, moving: Any) -> list[Any]:
+        values = [params[p] if p in params else states[p] for p in paths]
+        results = run_jaxpr(closed, *jax.tree.leaves((around(moving), args, values)))
+        at = len(results) - sum(counts)
+        outputs, new = results[:at], {}
+        for path, count in zip(paths, counts, strict=True):
+            new[path] = results[at : at + count]
             at += count
-        return [*flat_out[:n_out], *[leaf for p in sorted(states) for leaf in new[p]]]
+        return [*outputs, *(leaf for p in sorted(states) for leaf in new[p])]
 
-    example = (
-        example_params,
-        example_states,
-        jax.tree.map(_shape, traced_inputs),
-        environment.shapes(),
-    )
-    leaves, tree = jax.tree.flatten(example)
-    ordered = jax.make_jaxpr(flat)(*leaves)
-    owners = {p: type(s).__name__ for p, s in states.items()}
-    traced = TracedStep(
-        name,
-        ordered,
-        example_params,
-        example_states,
-        example[2],
-        jax.tree.map(_shape, out_shape),
-        owners,
-        environment,
-    )
-    return traced, ModuleStates(
-        {p: params[p] for p in sorted(params)}, {p: states[p] for p in sorted(states)}, frozenset(before)
-    )
+    return run
 
 
 def _traced_with_environment(

@@ -15,7 +15,9 @@ from etcompile.frontend.jaxpr import Aval
 from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram
 from etcompile.lowering.losses import Loss, LossValue
+from etcompile.lowering.schedules.base import Loop, Run
 from etcompile.lowering.schedules.windowed import window_gradients, windows_refusal
+from etcompile.lowering.sums import added, by_parameters, zero_sums
 
 __all__ = ["backpropagation_at_random", "gradients_at_random"]
 
@@ -59,23 +61,20 @@ def _in_windows(causal: CausalProgram, drawn: tuple[list, list, list, list]) -> 
     model = causal.model.analysis.model
     params, states, inputs, cotangents = drawn
     size = _STEPS // 2 if causal.program.window or causal.program.carried else _STEPS
-    plain = Loss.plain(lambda out: out).program
 
     def loss(outputs: list, states: list, _params: list, _carried: Any, coefficients: list) -> LossValue:
         return LossValue(_weighed([*outputs, *states], coefficients), None, ())
 
-    def run(params: list, states: list, inputs: list, cotangents: list) -> list:
-        weights = causal.model.hoist(params)
-        total = {name: jnp.zeros(g.weight.shape, g.weight.dtype) for name, g in causal.model.sites.items()}
-        traces = causal.init_traces()
+    def gradients_of(params: list, states: list, inputs: list, cotangents: list) -> list:
+        run = Run(causal, params, causal.model.hoist(params), Loss.plain(lambda out: out), loss, lambda _: {})
+        loop = Loop(states, causal.init_traces(), zero_sums(causal, run.loss), ())
         for steps in (slice(first, first + size) for first in range(0, _STEPS, size)):
             x, item = [v[steps] for v in inputs], [v[steps] for v in cotangents]
-            found = window_gradients(causal, loss, plain, weights, params, states, traces, x, item)
-            states, traces = found.states, found.traces
-            total = {name: v + found.sites[name] if name in found.sites else v for name, v in total.items()}
-        return causal.model.unhoist(params, total)
+            found = window_gradients(run, loop, x, item)
+            loop = Loop(found.states, found.traces, added(loop.sums, found.sites), ())
+        return by_parameters(causal, params, loop.sums)
 
-    gradients = jax.jit(run)(params, states, inputs, cotangents)
+    gradients = jax.jit(gradients_of)(params, states, inputs, cotangents)
     return {leaf.path: g for leaf, g in zip(model.params, gradients, strict=True)}
 
 

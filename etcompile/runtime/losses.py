@@ -18,6 +18,7 @@ from etcompile.frontend.given import as_array
 from etcompile.frontend.jaxpr import is_traced
 from etcompile.frontend.loss import TracedLoss, trace_loss
 from etcompile.frontend.loss_errors import check_takes, explained_loss
+from etcompile.frontend.step_model import StepModel
 from etcompile.ir.ops import OPS
 from etcompile.ir.program import Ref, TraceProgram
 from etcompile.lowering.functions import Item
@@ -177,6 +178,25 @@ def _joined(
     mask: Any,
 ) -> JoinedLoss:
     model = compilation.functions.model
+    traced = _traced(model, loss_fn, options, targets, mask)
+    sources = _sources(access, model.name, traced)
+    read = {kind: [s.path for s in sources if s.kind == kind] for kind in ("state", "param")}
+    _say_what_ends_within_the_step(compilation.compiled.program, read["state"])
+    params = _numbered(model.param_tree, access.by_param_state, read["param"])
+    program = LossProgram(
+        _on_trees(access, traced, sources),
+        _split_leaves(_numbered(model.state_tree, access.by_state, read["state"]), model),
+        tuple(k for k in params if model.params[k].aval.differentiable),
+        traced.asks_host,
+    )
+    fixed, carried = (
+        tuple(k for k, s in enumerate(sources) if s.kind == kind) for kind in ("fixed", "carried")
+    )
+    return JoinedLoss(traced, program, fixed, carried)
+
+
+def _traced(model: StepModel, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any) -> TracedLoss:
+    """The loss as a pure function of outputs, targets and mask, with its mistakes said."""
     outputs = jax.tree.unflatten(
         model.output_tree, [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in model.outputs]
     )
@@ -190,10 +210,9 @@ def _joined(
             return checked_loss(value), aux
         return _of_examples(value, mask), aux
 
-    example = (outputs, targets, mask if per_example else None)
     check_takes(loss_fn, outputs, targets)
     try:
-        traced = trace_loss(run, example)
+        return trace_loss(run, (outputs, targets, mask if per_example else None))
     except EtcompileError:
         raise
     except Exception as error:
@@ -201,68 +220,74 @@ def _joined(
         if explained is None:
             raise
         raise explained from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Where a state that a loss reads comes from.
+
+    ``kind`` is "param" or "state" for one of the model at ``path``, "drawn" for a random key of the model from which the loss
+    draws; of states outside of the model "carried" for one that the loss writes, else "fixed".
+    """
+
+    kind: str
+    path: str = ""
+
+
+def _sources(access: ModelAccess, name: str, traced: TracedLoss) -> list[_Source]:
+    """Where each state comes from; what a loss may not read or write is refused."""
     params = {id(s): p for p, s in access.param_states.items()}
     states = {id(s): p for p, s in access.state_objects.items()}
-    sources: list[tuple[str, str]] = []
-    for state, written in zip(traced.states, traced.written, strict=True):
-        path = params.get(id(state)) or states.get(id(state))
-        drawn = isinstance(state, brainstate.random.RandomState)
-        if isinstance(state, TraceState):
-            raise InputError(
-                "the loss reads the traces.",
-                got="step.traces_state.value in the loss",
-                expected="a loss of outputs, targets, states and parameters",
-                hint="traces are derivatives of earlier steps: read step.traces after the call.",
-            )
-        if path is not None and written and not drawn:
-            raise InputError(
-                f"the loss writes {path} of {model.name}.",
-                got=f"an assignment to {path}.value in the loss",
-                expected="a loss that only reads what the model carries",
-                hint="write it in the model's update(), or keep what the loss counts in a state of its own.",
-            )
-        if id(state) in params:
-            sources.append(("param", path or ""))
-        elif id(state) in states:
-            sources.append(("drawn" if drawn and written else "state", path or ""))
-        else:
-            sources.append(("carried" if written else "fixed", ""))
+    return [
+        _source(state, written, name, params.get(id(state)), states.get(id(state)))
+        for state, written in zip(traced.states, traced.written, strict=True)
+    ]
 
-    def source(outputs: Any, states: Any, params: Any, fixed: Any, carried: Any, args: Any) -> Any:
+
+def _source(state: Any, written: bool, name: str, param: str | None, path: str | None) -> _Source:
+    drawn = isinstance(state, brainstate.random.RandomState)
+    if isinstance(state, TraceState):
+        raise InputError(
+            "the loss reads the traces.",
+            got="step.traces_state.value in the loss",
+            expected="a loss of outputs, targets, states and parameters",
+            hint="traces are derivatives of earlier steps: read step.traces after the call.",
+        )
+    if (own := param or path) is not None and written and not drawn:
+        raise InputError(
+            f"the loss writes {own} of {name}.",
+            got=f"an assignment to {own}.value in the loss",
+            expected="a loss that only reads what the model carries",
+            hint="write it in the model's update(), or keep what the loss counts in a state of its own.",
+        )
+    if param is not None:
+        return _Source("param", param)
+    if path is not None:
+        return _Source("drawn" if drawn and written else "state", path)
+    return _Source("carried" if written else "fixed")
+
+
+def _on_trees(access: ModelAccess, traced: TracedLoss, sources: Sequence[_Source]) -> Callable:
+    """The traced loss as :attr:`LossProgram.run`."""
+
+    def run(outputs: Any, states: Any, params: Any, fixed: Any, carried: Any, args: Any) -> Any:
         constants, values = fixed
         by_state, by_param = access.by_state(states), access.by_param_state(params)
         rest, kept = iter(values), iter(carried)
-        given = []
-        for kind, path in sources:
-            if kind == "param":
-                given.append(by_param[path])
-            elif kind == "state":
-                given.append(by_state[path])
-            elif kind == "drawn":
-                given.append(jax.random.fold_in(by_state[path], _LOSS_STREAM))
-            else:
-                given.append(next(kept if kind == "carried" else rest))
+        of_kind: dict[str, Callable[[str], Any]] = {
+            "param": lambda path: by_param[path],
+            "state": lambda path: by_state[path],
+            "drawn": lambda path: jax.random.fold_in(by_state[path], _LOSS_STREAM),
+            "carried": lambda path: next(kept),
+            "fixed": lambda path: next(rest),
+        }
         *args, around = args
-        found, new = traced.call(constants, given, around, (outputs, *args))
-        return found, [v for v, (kind, _) in zip(new, sources, strict=True) if kind == "carried"]
+        found, new = traced.call(
+            constants, [of_kind[s.kind](s.path) for s in sources], around, (outputs, *args)
+        )
+        return found, [v for v, s in zip(new, sources, strict=True) if s.kind == "carried"]
 
-    read_states = [p for kind, p in sources if kind == "state"]
-    read_params = [p for kind, p in sources if kind == "param"]
-    _say_what_ends_within_the_step(compilation.compiled.program, read_states)
-    program = LossProgram(
-        source,
-        _split_leaves(_numbered(model.state_tree, access.by_state, read_states), model),
-        tuple(
-            k
-            for k in _numbered(model.param_tree, access.by_param_state, read_params)
-            if model.params[k].aval.differentiable
-        ),
-        traced.asks_host,
-    )
-    of_kind = {
-        kind: tuple(k for k, (s, _) in enumerate(sources) if s == kind) for kind in ("fixed", "carried")
-    }
-    return JoinedLoss(traced, program, of_kind["fixed"], of_kind["carried"])
+    return run
 
 
 def _say_what_ends_within_the_step(program: TraceProgram, states: Sequence[str]) -> None:

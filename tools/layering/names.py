@@ -56,7 +56,6 @@ TABLES = (
 EXCEPTED: dict[str, str] = {
     "etcompile/viz/style.py": "nodes of the drawing",
     "etcompile/runtime/checks.py": "arguments of a call: each is named as the op that reads it",
-    "etcompile/runtime/losses.py": "where a value that a loss reads comes from",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.derivatives import Row
 from etcompile.lowering.evaluate import Context, evaluate
-from etcompile.lowering.losses import LossProgram, LossValue, StepLoss, replaced
+from etcompile.lowering.losses import LossValue, replaced
 from etcompile.lowering.schedules.base import Found, Loop, Run, SequenceSchedule, Steps
 from etcompile.lowering.sums import added, by_name
 from etcompile.schedule import Schedule
@@ -101,10 +101,7 @@ def window(
     run: Run, loop: Loop, steps: Steps, end: End | None = None
 ) -> tuple[Loop, Found, list[Array | None]]:
     """One window: the loop after it, its losses, and their derivatives by the states at its start; ``end`` as below."""
-    done = window_gradients(
-        run.causal, run.of_step, run.loss.program, run.weights, run.params, loop.states, loop.traces,
-        run.inputs(steps.inputs), steps.items, loop.carried, end,
-    )  # fmt: skip
+    done = window_gradients(run, loop, run.inputs(steps.inputs), steps.items, end)
     sums = added(loop.sums, by_name(done.sites, done.params))
     after = Loop(done.states, done.traces, sums, done.loss.carried)
     return after, (done.loss.value, done.loss.aux), done.slopes
@@ -167,116 +164,137 @@ class WindowResult:
 
 
 def window_gradients(
-    causal: CausalProgram,
-    loss: StepLoss,
-    reads: LossProgram,
-    weights: list[Array],
-    params: list[Array],
-    states: list[Array],
-    traces: Traces,
-    inputs: list[Array],
-    items: Any,
-    carried: Any = (),
-    end: End | None = None,
+    run: Run, loop: Loop, inputs: list[Array], items: Any, end: End | None = None
 ) -> WindowResult:
     """Backpropagation through a window, and the program's gradients for what came before it.
 
     ``inputs`` and ``items`` have the window's steps on axis 0; ``end`` holds cotangents of the states at its end,
     or makes them of these states.
     """
-    analysis = causal.model.analysis
-    model, body = analysis.model, analysis.split.body
-    moving_weights = [k for k, w in enumerate(weights) if jnp.issubdtype(w.dtype, jnp.inexact)]
-    moving_states = [k for k, s in enumerate(states) if jnp.issubdtype(s.dtype, jnp.inexact)]
-    n_out = len(model.outputs)
+    done = _performed(run, loop.states, inputs)
+    through = _backpropagated(run, loop, inputs, items, done, end)
+    sites = _of_sites(run.causal, through.weights)
+    for name, value in _of_earlier(run.causal, loop.traces, through.states):
+        sites[name] = value if name not in sites else sites[name] + value
+    return WindowResult(
+        through.loss,
+        through.params,
+        sites,
+        through.last,
+        _advanced(run, loop, inputs, done),
+        [through.states.get(k) for k in range(len(loop.states))],
+    )
 
-    done = _performed(causal, weights, states, inputs)
 
-    def run(
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Through:
+    """Losses of a window, their derivatives by what is there at its start, and the states at its end.
+
+    ``weights``, ``states`` and ``params`` are by number: of the weight's variable, of the state, of the parameter that the
+    loss reads itself.
+    """
+
+    loss: LossValue
+    weights: dict[int, Array]
+    states: dict[int, Array]
+    params: dict[int, Array]
+    last: list[Array]
+
+
+def _backpropagated(
+    run: Run, loop: Loop, inputs: list[Array], items: Any, done: dict[int, Array] | None, end: End | None
+) -> _Through:
+    """What plain backpropagation through the window says."""
+    analysis = run.causal.model.analysis
+    body, n_out = analysis.split.body, len(analysis.model.outputs)
+    weights, states, params = _moving(run.weights), _moving(loop.states), run.loss.program.params
+
+    def losses_of(
         some_weights: list[Array], some_states: list[Array], some_params: list[Array]
     ) -> tuple[tuple[Array, list[Array]], tuple[list[Array], Any, Any]]:
-        full_weights = replaced(weights, moving_weights, some_weights)
-        full_params = replaced(params, reads.params, some_params)
+        full_weights = replaced(run.weights, weights, some_weights)
+        full_params = replaced(run.params, params, some_params)
 
-        def body_step(loop: Any, item: tuple[list[Array], Any, Any]) -> tuple[Any, Any]:
-            (now, held), (x, extra, known) = loop, item
-            results = body.evaluate(*full_weights, *now, *x, known=known)
-            found = loss(results[:n_out], results[n_out:], full_params, held, extra)
+        def one(now: Any, item: tuple[list[Array], Any, Any]) -> tuple[Any, Any]:
+            (old, held), (x, extra, known) = now, item
+            results = body.evaluate(*full_weights, *old, *x, known=known)
+            found = run.of_step(results[:n_out], results[n_out:], full_params, held, extra)
             return (results[n_out:], found.carried), (found.value, found.aux)
 
-        start = (replaced(states, moving_states, some_states), carried)
-        (last, held), (losses, aux) = lax.scan(body_step, start, (inputs, items, done))
-        return (losses, [last[k] for k in moving_states]), (last, held, aux)
+        start = (replaced(loop.states, states, some_states), loop.carried)
+        (last, held), (losses, aux) = lax.scan(one, start, (inputs, items, done))
+        return (losses, [last[k] for k in states]), (last, held, aux)
 
-    (losses, ends), pull, (last, held, aux) = jax.vjp(
-        run,
-        [weights[k] for k in moving_weights],
-        [states[k] for k in moving_states],
-        [params[k] for k in reads.params],
-        has_aux=True,
+    at_start = (
+        [run.weights[k] for k in weights],
+        [loop.states[k] for k in states],
+        [run.params[k] for k in params],
     )
-    beyond = end(last) if callable(end) else end
-    seeds = [
-        jnp.zeros_like(v) if beyond is None or (c := beyond[k]) is None else c.astype(v.dtype)
-        for k, v in zip(moving_states, ends, strict=True)
-    ]
-    of_weights, of_states, of_params = pull((jnp.ones_like(losses), seeds))
-    starts = dict(zip(moving_states, of_states, strict=True))
-    by_weight = {analysis.split.weights[k]: g for k, g in zip(moving_weights, of_weights, strict=True)}
-    total: dict[str, Array] = {}
-    for site in analysis.sites:  # sites that share a weight share its gradient: the first takes it
-        if site.weight in by_weight:
-            total[site.name] = by_weight.pop(site.weight)
-    at_start = WindowLoss(causal, starts, {})
-    context = Context(causal.program, causal.model, None, at_start, causal.functions)
+    (losses, _), pull, (last, held, aux) = jax.vjp(losses_of, *at_start, has_aux=True)
+    by_weight, by_state, by_param = pull((jnp.ones_like(losses), _beyond(end, last, states)))
+    return _Through(
+        LossValue(losses, aux, held),
+        {analysis.split.weights[k]: g for k, g in zip(weights, by_weight, strict=True)},
+        dict(zip(states, by_state, strict=True)),
+        dict(zip(params, by_param, strict=True)),
+        last,
+    )
+
+
+def _moving(values: list[Array]) -> list[int]:
+    """Which of them have a derivative."""
+    return [k for k, v in enumerate(values) if jnp.issubdtype(v.dtype, jnp.inexact)]
+
+
+def _beyond(end: End | None, last: list[Array], states: list[int]) -> list[Array]:
+    """What the steps beyond the window ask of some of the states at its end: nothing, where nobody says it."""
+    given = end(last) if callable(end) else end
+    asked = [(last[k], None if given is None else given[k]) for k in states]
+    return [jnp.zeros_like(v) if c is None else c.astype(v.dtype) for v, c in asked]
+
+
+def _of_sites(causal: CausalProgram, by_weight: Mapping[int, Array]) -> dict[str, Array]:
+    """Gradients of the sites by those of their weights; of sites that share a weight the first takes it."""
+    left = dict(by_weight)
+    sites = causal.model.analysis.sites
+    return {site.name: left.pop(site.weight) for site in sites if site.weight in left}
+
+
+def _of_earlier(
+    causal: CausalProgram, traces: Traces, starts: Mapping[int, Array]
+) -> Iterator[tuple[str, Array]]:
+    """The program's gradients for what came before the window, from derivatives by the states at its start."""
+    context = Context(causal.program, causal.model, None, WindowLoss(causal, starts, {}), causal.functions)
     early: dict[str, Any] = dict.fromkeys((e.name for e in causal.early), None)
     early = evaluate(context, [e for e in causal.early if OPS[e.op].fixed], early, {})
     values = evaluate(context, causal.late, early, causal.carried.wide(traces))
     for gradient in causal.program.gradients:
-        value = values[gradient.value.name]
-        if value is not None:
-            total[gradient.site] = value if gradient.site not in total else total[gradient.site] + value
-    return WindowResult(
-        LossValue(losses, aux, held),
-        dict(zip(reads.params, of_params, strict=True)),
-        total,
-        last,
-        _advanced(causal, weights, states, traces, inputs, done),
-        [starts.get(k) for k in range(len(states))],
-    )
+        if (value := values[gradient.value.name]) is not None:
+            yield gradient.site, value
 
 
-def _advanced(
-    causal: CausalProgram,
-    weights: list[Array],
-    states: list[Array],
-    traces: Traces,
-    inputs: list[Array],
-    done: dict[int, Array] | None,
-) -> Traces:
+def _advanced(run: Run, loop: Loop, inputs: list[Array], done: dict[int, Array] | None) -> Traces:
     """Traces at the end of the window."""
-    if not jax.tree.leaves(traces):
-        return traces
+    if not jax.tree.leaves(loop.traces):
+        return loop.traces
 
-    def body(loop: tuple[list[Array], Traces], item: Any) -> tuple[tuple[list[Array], Traces], None]:
+    def body(now: tuple[list[Array], Traces], item: Any) -> tuple[tuple[list[Array], Traces], None]:
         x, known = item
-        step, new, _ = causal.forward(weights, loop[0], loop[1], x, known)
+        step, new, _ = run.causal.forward(run.weights, now[0], now[1], x, known)
         return (step.new_states, new), None
 
-    (_, traces), _ = lax.scan(body, (states, traces), (inputs, done))
+    (_, traces), _ = lax.scan(body, (loop.states, loop.traces), (inputs, done))
     return traces
 
 
-def _performed(
-    causal: CausalProgram, weights: list[Array], states: list[Array], inputs: list[Array]
-) -> dict[int, Array] | None:
+def _performed(run: Run, states: list[Array], inputs: list[Array]) -> dict[int, Array] | None:
     """Do what the steps do beside their results, each once, and return the results of what does it, time on axis 0."""
-    effects = causal.model.effects
+    effects = run.causal.model.effects
     if effects is None:
         return None
 
     def body(now: list[Array], x: list[Array]) -> tuple[list[Array], dict[int, Array]]:
-        step = causal.model.step(weights, now, x)
+        step = run.causal.model.step(run.weights, now, x)
         return step.new_states, {v: step.tape.values[v] for v in effects}
 
     return lax.scan(body, states, inputs)[1]
