@@ -262,7 +262,7 @@ def _parts(analysis: Analysis, relations: list) -> str:
     for r in relations:
         site = analysis.site(r.site)
         shape = analysis.split.body.avals[site.y].shape
-        for axis, ((start, stop), size) in enumerate(zip(r.window, shape, strict=True)):
+        for axis, ((start, stop), size) in enumerate(zip(r.span, shape, strict=True)):
             if (start, stop) != (0, size):
                 rest = ", ".join(f"{a}:{b}" for a, b in ((0, start), (stop, size)) if a < b)
                 notes.append(f"elements {rest} of axis {axis} of its result within the step only")

@@ -45,7 +45,7 @@ class ConstantResponses:
     ----------
     classes : tuple of Response
     number : array of int
-        For each element of y's window its class, -1 where f is zero. Axes along which nothing differs have size 1.
+        For each element of y's span its class, -1 where f is zero. Axes along which nothing differs have size 1.
     scale : array
         The factor between f and its class's ``inject``, of the same shape.
     """

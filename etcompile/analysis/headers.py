@@ -42,7 +42,7 @@ def _relation(analysis: Analysis, relation: Relation, windows: bool) -> ir.Relat
     constant = () if found is None else found.classes
     whole = not windows and carries_whole_credit(analysis, relation)
     return ir.Relation(
-        relation.name, relation.site, relation.group, relation.window, relation.rows, constant, whole=whole
+        relation.name, relation.site, relation.group, relation.span, relation.rows, constant, whole=whole
     )
 
 

@@ -24,31 +24,31 @@ class Relation:
     ----------
     name : str
     site, group : str
-    window : tuple of (int, int)
+    span : tuple of (int, int)
         Start and stop per axis of the part of y that reaches the group; the trace covers this part only.
     position : array
-        Flat position of the group for each element of the window (-1: none).
+        Flat position of the group for each element of the span (-1: none).
     rows : tuple of bool
         Which states of the group the result reaches within the step.
     masks : mapping of int to array
-        Per such state, the elements of the window that count, where not all do.
+        Per such state, the elements of the span that count, where not all do.
     """
 
     name: str
     site: str
     group: str
-    window: tuple[tuple[int, int], ...]
+    span: tuple[tuple[int, int], ...]
     position: Array
     rows: tuple[bool, ...]
     masks: Mapping[int, Array]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(stop - start for start, stop in self.window)
+        return tuple(stop - start for start, stop in self.span)
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        return tuple(slice(start, stop) for start, stop in self.window)
+        return tuple(slice(start, stop) for start, stop in self.span)
 
 
 def relate(
@@ -66,8 +66,8 @@ def relate(
     order = sorted(influence, key=lambda k: (group.maps[k] is not None, k))
     for k in order:
         position = np.where(position == NONE, _to_position(group, k, influence[k]), position)
-    window = _bounding_box(position != NONE)
-    slices = tuple(slice(start, stop) for start, stop in window)
+    span = _bounding_box(position != NONE)
+    slices = tuple(slice(start, stop) for start, stop in span)
     inside = position[slices]
     rows, masks, misfit = [], {}, False
     for k in range(len(group.states)):
@@ -83,7 +83,7 @@ def relate(
             masks[k] = fits
     if not any(rows):
         return None, True
-    return Relation(name, site, group.name, window, inside, tuple(rows), masks), misfit
+    return Relation(name, site, group.name, span, inside, tuple(rows), masks), misfit
 
 
 def _to_position(group: HiddenGroup, k: int, elements: Array) -> Array:

@@ -110,7 +110,7 @@ class Response:
 
 @dataclasses.dataclass(frozen=True)
 class Relation:
-    """A site and a group that its result reaches, one position per element, inside ``window`` of y.
+    """A site and a group that its result reaches, one position per element, inside ``span`` of y.
 
     ``whole`` tells that all credit of y within a step comes through the group's new states, and as f says: q = L f.
     ``constant`` holds the different responses of its elements where f is constant in time, else nothing. ``filtered`` counts
@@ -121,7 +121,7 @@ class Relation:
     name: str
     site: str
     group: str
-    window: tuple[tuple[int, int], ...]
+    span: tuple[tuple[int, int], ...]
     rows: tuple[bool, ...]
     constant: tuple[Response, ...] = ()
     filtered: int = 0
@@ -130,7 +130,7 @@ class Relation:
 
     @property
     def shape(self) -> Shape:
-        return tuple(stop - start for start, stop in self.window)
+        return tuple(stop - start for start, stop in self.span)
 
 
 #: What ends credit for rules that follow all paths too: a state left out, and a loop without a reverse derivative.

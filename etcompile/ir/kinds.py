@@ -152,14 +152,14 @@ def _feedback(header: Header, group: Group) -> DtypeAndShape:
 # --- of a relation ----------------------------------------------------------------------------------------------------
 
 
-@register_kind("immediate", "relation", "states x window of y", rows=1)
+@register_kind("immediate", "relation", "states x span of y", rows=1)
 def _immediate(header: Header, relation: Relation) -> DtypeAndShape:
     states = header.group(relation.group).states
     return header.site(relation.site).dtype, (len(states), *relation.shape)
 
 
 @register_kind(
-    "trace", "relation", "states x window of y x contracted", rows=1, large=True, trace=True, carried="e"
+    "trace", "relation", "states x span of y x contracted", rows=1, large=True, trace=True, carried="e"
 )
 def _trace(header: Header, relation: Relation) -> DtypeAndShape:
     site = header.site(relation.site)

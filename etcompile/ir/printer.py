@@ -80,7 +80,7 @@ def _site(s: Site) -> str:
 
 
 def _relation(r: Relation) -> str:
-    window = ",".join(f"{start}:{stop}" for start, stop in r.window)
+    window = ",".join(f"{start}:{stop}" for start, stop in r.span)
     text = f"{r.name} {r.site} -> {r.group} window=[{window}] rows={_bits(r.rows)}" + " whole" * r.whole
     if r.constant:
         text += f" constant={';'.join(map(_response, r.constant))}"

@@ -28,7 +28,7 @@ class Vocabulary:
         return self.op("transition", group)
 
     def immediate(self, relation: Relation | str) -> Value:
-        """f_t = dh_t/dy_t of a relation, ``[states, window of y]``."""
+        """f_t = dh_t/dy_t of a relation, ``[states, span of y]``."""
         return self.op("immediate", relation)
 
     def presynaptic(self, site: Relation | Site | str) -> Value:

@@ -17,7 +17,7 @@ import numpy as np
 from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.examples import Examples, find_examples
 from etcompile.analysis.groups import HiddenGroup
-from etcompile.analysis.shown import Shown, shown_by
+from etcompile.analysis.visible import Visible, visible_of
 from etcompile.frontend.jaxpr import Constant, calls_out, has_effects
 from etcompile.lowering.geometry import TraceGeometry, trace_geometry
 from etcompile.lowering.tape import Tape
@@ -43,7 +43,7 @@ class LoweredModel:
             r.name: trace_geometry(analysis, r, divided) for r in analysis.relations
         }
         self.frozen = analysis.split.frozen
-        self._shown: dict[str, tuple[Shown, ...]] = {}
+        self._visible: dict[str, tuple[Visible, ...]] = {}
         self.patterns: dict[Any, Any] = {}
 
     @cached_property
@@ -61,11 +61,11 @@ class LoweredModel:
         found = self.analysis.group(group)
         return tuple(None if v is None else _at_positions(found, k, v, None) for k, v in enumerate(values))
 
-    def shown(self, group: str) -> tuple[Shown, ...]:
+    def visible(self, group: str) -> tuple[Visible, ...]:
         """What a group shows to the rest of the network."""
-        if group not in self._shown:
-            self._shown[group] = shown_by(self.analysis, self.analysis.group(group))
-        return self._shown[group]
+        if group not in self._visible:
+            self._visible[group] = visible_of(self.analysis, self.analysis.group(group))
+        return self._visible[group]
 
     @property
     def weight_vars(self) -> tuple[int, ...]:
@@ -171,7 +171,7 @@ class StepDerivatives:
         return tuple(rows)
 
     def immediate(self, name: str) -> Row:
-        """F of a relation: per state of its group an array over the window of y, or None."""
+        """F of a relation: per state of its group an array over the span of y, or None."""
         geometry = self.model.traces[name]
         relation = geometry.relation
         group = self.model.analysis.group(relation.group)
@@ -182,7 +182,7 @@ class StepDerivatives:
             if found is None:
                 rows.append(None)
                 continue
-            found = geometry.window(found)
+            found = geometry.span(found)
             mask = relation.masks.get(k)
             rows.append(found if mask is None else jnp.where(mask, found, jnp.zeros((), found.dtype)))
         return tuple(rows)

@@ -173,7 +173,7 @@ def check_feedback(model: LoweredModel, program: TraceProgram) -> None:
     for equation in program.equations:
         if equation.op == "readout_weight":
             readout_weight(model, equation.type.of)
-        elif equation.op == "through" and not model.shown(equation.type.of):
+        elif equation.op == "through" and not model.visible(equation.type.of):
             raise UnsupportedError(
                 f"group {equation.type.of} shows nothing to the outputs within a step, so no signal of its own can reach it.",
                 hint="use a rule with the true learning signal for these weights, such as d_rtrl.",
@@ -186,9 +186,9 @@ def readout_weight(model: LoweredModel, name: str) -> Callable[[Mapping[int, Arr
     body = model.analysis.split.body
     units = group.size // (model.examples or 1)
     outputs = {v for v in model.analysis.model.output_vars if isinstance(v, int)}
-    for shown in model.shown(name):
-        whole = shown.position.size == group.size and (shown.position.ravel() == np.arange(group.size)).all()
-        for number in shown.readers:
+    for seen in model.visible(name):
+        whole = seen.position.size == group.size and (seen.position.ravel() == np.arange(group.size)).all()
+        for number in seen.readers:
             site = next((s for s in model.analysis.sites if s.operation == number), None)
             matrix = None if site is None or not whole else site.does.matrix_axes
             if site is None or matrix is None or not _reaches(body, site.y, outputs):
@@ -231,11 +231,11 @@ def _through(new: bool) -> Callable[[Context, Equation, Sequence[Value]], Value]
         step = context.step
         assert step is not None
         total: dict[int, Array] = {}
-        for shown in context.model.shown(name):
-            aval = step.tape.graph.avals[shown.variable]
-            flat = jnp.take(drive.reshape(-1), np.maximum(shown.position, 0))
-            seed = jnp.where(shown.position >= 0, flat, jnp.zeros((), flat.dtype)).astype(aval.dtype)
-            for variable, value in step.pull_to_states(name, {shown.variable: seed}, shown.cuts).items():
+        for seen in context.model.visible(name):
+            aval = step.tape.graph.avals[seen.variable]
+            flat = jnp.take(drive.reshape(-1), np.maximum(seen.position, 0))
+            seed = jnp.where(seen.position >= 0, flat, jnp.zeros((), flat.dtype)).astype(aval.dtype)
+            for variable, value in step.pull_to_states(name, {seen.variable: seed}, seen.cuts).items():
                 total[variable] = value if variable not in total else total[variable] + value
         return step.of_new_states(name, total) if new else step.of_old_states(name, total)
 

@@ -1,6 +1,6 @@
 """How the trace of one relation is laid out, what one step adds to it, and how it becomes a weight gradient.
 
-A trace row has, logically, the axes of y's window followed by the contracted axes of the weight. Axes of y that are no axes of
+A trace row has, logically, the axes of y's span followed by the contracted axes of the weight. Axes of y that are no axes of
 the weight (batch, time folded in, space) are *summed* when a trace becomes a gradient. In memory the contracted axes
 come first, then the summed ones, then the axes that y shares with the weight: for a matrix ``[input, batch, output]``.
 The update of a trace and its contraction then run as one pass over contiguous rows, and the sum over the batch adds whole rows.
@@ -33,7 +33,7 @@ Array = Any
 
 
 def gather_positions(position: np.ndarray, shape: tuple[int, ...]) -> Any:
-    """A function from arrays over the group's positions to arrays over a window of y.
+    """A function from arrays over the group's positions to arrays over a span of y.
 
     Most correspondences are the identity or repeat one axis (the gates of a fused weight); those need no gather.
     """
@@ -65,7 +65,7 @@ def gather_positions(position: np.ndarray, shape: tuple[int, ...]) -> Any:
 class TraceGeometry:
     """Layout and arithmetic of the trace of one relation.
 
-    ``order`` is the memory order of the logical axes (y's window, then contracted); ``summed`` are the axes of y that are
+    ``order`` is the memory order of the logical axes (y's span, then contracted); ``summed`` are the axes of y that are
     no axes of the weight. ``divided``: arrays are split over devices.
     """
 
@@ -107,25 +107,23 @@ class TraceGeometry:
         return stored if y_axes == sorted(y_axes) else computed_once(stored, stored)
 
     def spread(self, value: Array) -> Array:
-        """An array over y's window as one that broadcasts over a trace row in memory."""
+        """An array over y's span as one that broadcasts over a trace row in memory."""
         return self.store(value.reshape(*value.shape, *(1,) * len(self.contracted)))
 
     def from_positions(self, value: Array) -> Array:
-        """An array over the group's positions as one over y's window."""
+        """An array over the group's positions as one over y's span."""
         return gather_positions(self.relation.position, self.group_shape)(value)
 
-    def window(self, value: Array) -> Array:
-        """The window of an array over all of y."""
+    def span(self, value: Array) -> Array:
+        """The span of an array over all of y."""
         return value[self.relation.slices] if self.relation.shape != value.shape else value
 
     def place(self, value: Array) -> Array:
-        """An array over the window as one over all of y, zero outside."""
+        """An array over the span as one over all of y, zero outside."""
         full = self.site.y.shape
         if value.shape == full:
             return value
-        pads = [
-            (start, size - stop, 0) for (start, stop), size in zip(self.relation.window, full, strict=True)
-        ]
+        pads = [(start, size - stop, 0) for (start, stop), size in zip(self.relation.span, full, strict=True)]
         return lax.pad(value, jnp.zeros((), value.dtype), pads)
 
     def presynaptic(self, x: tuple[Array, ...] | Array) -> Array:
@@ -133,7 +131,7 @@ class TraceGeometry:
         return self.store(self.logical(x if not isinstance(x, tuple) else self.site.factor(x)))
 
     def logical(self, factor: Array) -> Array:
-        """A factor as one that broadcasts over y's window and the contracted axes."""
+        """A factor as one that broadcasts over y's span and the contracted axes."""
         full = self.site.logical(factor)
         slices = tuple(
             slice(None) if size == 1 else s for s, size in zip(self.relation.slices, full.shape, strict=False)
@@ -141,7 +139,7 @@ class TraceGeometry:
         return full if all(s == slice(None) for s in slices) else full[slices]
 
     def accumulate(self, credits: Array, x: tuple[Array, ...] | Array) -> Array:
-        """The sum over time of credits over the window times presynaptic values, as a trace row in memory."""
+        """The sum over time of credits over the span times presynaptic values, as a trace row in memory."""
         n_y, n_c = len(self.relation.shape), len(self.contracted)
         axes = list(range(1, 1 + n_y + n_c))
         out = [axes[a] for a in self.order]
@@ -178,7 +176,7 @@ class TraceGeometry:
         return lax.scan(add, zeros, (credits, steps))[0]
 
     def contract(self, rows: Sequence[tuple[Array, Array]]) -> Array:
-        """Sum over states and summed axes of (array over the window) x (trace row): a gradient of the weight."""
+        """Sum over states and summed axes of (array over the span) x (trace row): a gradient of the weight."""
         pairs = [(self.spread(credit), row) for credit, row in rows]
         dtype = accumulator(jnp.result_type(*[v for pair in pairs for v in pair]))
         left = [a for a in self.order if a not in self.summed]
@@ -198,10 +196,10 @@ class TraceGeometry:
         return [*self.kept, *range(n_y, n_y + len(self.contracted))]
 
     def to_weight(self, value: Array, axes: Sequence[int]) -> Array:
-        """From the window to all of the weight, in its own layout; ``axes`` are those of ``value``."""
+        """From the span to all of the weight, in its own layout; ``axes`` are those of ``value``."""
         full, n_y = self.site.y.shape, len(self.relation.shape)
         pads = [
-            (self.relation.window[a][0], full[a] - self.relation.window[a][1], 0) if a < n_y else (0, 0, 0)
+            (self.relation.span[a][0], full[a] - self.relation.span[a][1], 0) if a < n_y else (0, 0, 0)
             for a in axes
         ]
         if any(low or high for low, high, _ in pads):

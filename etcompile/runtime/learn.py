@@ -216,7 +216,8 @@ class Learner:
         now how many steps wait.
         """
         steps = len(jax.tree.leaves(data)[0])
-        if self._every == 1 or is_traced(self._count.value) or self._step.program.window is not None:
+        schedules = self._step.executor.functions.schedules
+        if self._every == 1 or is_traced(self._count.value) or any(how.cuts_credit for how in schedules):
             return self._loop(self._one, joined)(*data)
         head = self._until_update(steps)
         blocks = (steps - head) // self._every

@@ -172,6 +172,8 @@ class SequenceSchedule:
         Of the class.
     loops : bool
         Of the class: its :meth:`part` is a loop over any number of steps, and gets all of a call.
+    cuts_credit : bool
+        Whether credit ends where a part ends, so that the steps that are handled together change the gradient.
 
     Examples
     --------
@@ -199,6 +201,10 @@ class SequenceSchedule:
 
     def __init__(self, causal: CausalProgram) -> None:
         self.causal = causal
+
+    @property
+    def cuts_credit(self) -> bool:
+        return False
 
     def refusal(self) -> EtcompileError | None:
         """Why the program cannot be run like this; None: it can.

@@ -52,8 +52,8 @@ class RelationTraces:
         for f, x, lent in self._added:
             for f_t, a_t in zip(values[value_key(f)], asked[lent], strict=True):
                 if f_t is not None and a_t is not None:
-                    of_window = jax.vmap(self.geometry.from_positions)(a_t) * f_t
-                    yield value_key(x), jax.vmap(self.geometry.place)(of_window)
+                    of_span = jax.vmap(self.geometry.from_positions)(a_t) * f_t
+                    yield value_key(x), jax.vmap(self.geometry.place)(of_span)
 
     def gradient_of_start(self, traces: Traces, asked: Mapping[str, Rows]) -> Array | None:
         """a_0 e_0: what the chunk's gradients make of the traces from before it."""

@@ -68,6 +68,10 @@ class Windowed(SequenceSchedule):
 
     name = "windows"
 
+    @property
+    def cuts_credit(self) -> bool:
+        return self.causal.program.window is not None
+
     def refusal(self) -> EtcompileError | None:
         program = self.causal.program
         if program.window is None:
