@@ -52,7 +52,7 @@ GradientRunner = Callable[[TraceProgram], Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class PassManager:
-    """Runs passes in order, verifying the program before and after each.
+    """Runs passes in order, verifying the program that each returns.
 
     Parameters
     ----------
@@ -96,8 +96,6 @@ class PassManager:
         for number, item in enumerate(passes):
             _check_pass(item)
             started = time.perf_counter()
-            if number:
-                self._verified(program, item, records, "before")
             try:
                 new = item(program)
             except EtcompileError:
@@ -106,7 +104,7 @@ class PassManager:
                 raise _failure(item, records, f"{type(error).__name__}: {error}") from error
             if not isinstance(new, TraceProgram):
                 raise _failure(item, records, f"it returned a {type(new).__name__} instead of a TraceProgram")
-            self._verified(new, item, records, "after")
+            self._verified(new, item, records)
             if self.check and item.preserves == "gradients" and gradients is not None and new != program:
                 # What one pass returned is what the next is given: run it once.
                 old = ran[1] if ran is not None and ran[0] == program else gradients(program)
@@ -132,11 +130,11 @@ class PassManager:
                 self.emit(f"# after {item.name}\n{program}")
         return program, tuple(records)
 
-    def _verified(self, program: TraceProgram, item: Pass, records: Sequence[PassRecord], when: str) -> None:
+    def _verified(self, program: TraceProgram, item: Pass, records: Sequence[PassRecord]) -> None:
         try:
             verify(program)
         except EtcompileError as error:
-            raise _failure(item, records, f"the program is not well formed {when} it. {error}") from error
+            raise _failure(item, records, f"the program is not well formed after it. {error}") from error
 
     def _compare(
         self,

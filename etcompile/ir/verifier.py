@@ -1,4 +1,4 @@
-"""The rules that every program keeps, checked before and after each pass."""
+"""The rules that every program keeps, checked after each pass."""
 
 from __future__ import annotations
 

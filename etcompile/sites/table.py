@@ -39,7 +39,8 @@ def weight_operation(name: str) -> Callable[[_Subclass], _Subclass]:
     """Register a weight operation: a subclass of :class:`etcompile.WeightOperation`.
 
     It is asked about every use of a weight in models that are compiled from then on, before the operations that come with
-    etcompile.
+    etcompile. A primitive with an implementation in jax is replaced by what it computes before that: to be asked about a
+    computation as a whole, write it as a function under ``jax.custom_jvp``, which stays one operation of the function's name.
 
     Parameters
     ----------
