@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from jax.core import Tracer
 from jax.extend.core import Literal
+from scipy import special
 
 from etcompile.frontend.jaxpr import in_transformation, scan_signature
 
-__all__ = ["by_numpy", "interpreted", "op_by_op"]
+__all__ = ["TABLE", "by_jax", "by_numpy", "evaluate", "interpreted", "op_by_op", "operations"]
 
 Params = dict[str, Any]
 
@@ -76,7 +77,7 @@ def _results(jaxpr: Any, shapes: Any, leaves: Sequence[Any]) -> Any:
     wanted, tree = jax.tree.flatten(shapes)
     for v, w in zip(found, wanted, strict=True):
         assert np.shape(v) == w.shape and v.dtype == w.dtype, (np.shape(v), v.dtype, w)
-    return jax.tree.unflatten(tree, [v if isinstance(v, jax.Array) else jax.numpy.asarray(v) for v in found])
+    return jax.tree.unflatten(tree, [v if isinstance(v, jax.Array) else jax.device_put(v) for v in found])
 
 
 def _array(value: Any) -> Any:
@@ -87,8 +88,10 @@ def _array(value: Any) -> Any:
     return np.asarray(value, jax.dtypes.canonicalize_dtype(np.result_type(value)))
 
 
-def evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """What an open jaxpr gives."""
+def evaluate(
+    jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], otherwise: Callable | None = None
+) -> list[Any]:
+    """What an open jaxpr gives; ``otherwise(eqn, values)`` runs what numpy does not know, and JAX if that is not given."""
     known = dict(zip(jaxpr.constvars, map(_array, consts), strict=True))
     known.update(zip(jaxpr.invars, arguments, strict=True))
 
@@ -96,7 +99,8 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> lis
         return _literal(atom) if isinstance(atom, Literal) else known[atom]
 
     for eqn in jaxpr.eqns:
-        known.update(zip(eqn.outvars, _run(eqn, [read(v) for v in eqn.invars]), strict=True))
+        found = _run(eqn, [read(v) for v in eqn.invars], otherwise or by_jax)
+        known.update(zip(eqn.outvars, found, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
@@ -104,33 +108,72 @@ def _literal(atom: Any) -> np.ndarray:
     return np.asarray(atom.val, atom.aval.dtype)
 
 
-def _run(eqn: Any, values: list[Any]) -> Sequence[Any]:
+def _run(eqn: Any, values: list[Any], otherwise: Callable) -> Sequence[Any]:
     name, params = eqn.primitive.name, eqn.params
     if name in _LOOPS:
         return _LOOPS[name](params, values)
-    inner = next((params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params), None)
-    if inner is not None and name in _CALLS:
-        return evaluate(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values)
+    if (inner := _called(eqn)) is not None:
+        return evaluate(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values, otherwise)
     if name == "optimization_barrier":
         return values
-    if name == "split":
-        return np.split(values[0], np.cumsum(params["sizes"])[:-1], params["axis"])
-    known = all(isinstance(v, np.ndarray) and v.dtype.kind in "biufc" for v in values)
-    dtype = eqn.outvars[0].aval.dtype if eqn.outvars else None
-    if known and len(eqn.outvars) == 1 and getattr(dtype, "kind", None) in tuple("biufc"):
-        shape = eqn.outvars[0].aval.shape
-        if name in _ENTRIES:
-            found = _ENTRIES[name](*values)
-        elif name in _OTHERS:
-            found = _OTHERS[name](params, *values)
-        else:
-            found = None
-        if found is not None:
-            found = np.asarray(found, dtype)
-            assert found.shape == shape, (eqn, found.shape)
-            return [found]
-    found = eqn.primitive.bind(*values, **params)
+    avals = [v.aval for v in eqn.outvars]
+    found = _by_table(name, params, values, avals) if all(map(_is_number, (*values, *avals))) else None
+    if found is not None:
+        for v, aval in zip(found, avals, strict=True):
+            assert v.shape == aval.shape, (eqn, v.shape)
+        return found
+    return otherwise(eqn, values)
+
+
+def by_jax(eqn: Any, values: list[Any]) -> list[Any]:
+    """One equation run by JAX."""
+    found = eqn.primitive.bind(*values, **eqn.params)
     return [_array(v) for v in (found if eqn.primitive.multiple_results else [found])]
+
+
+def _called(eqn: Any) -> Any:
+    """The jaxpr that an equation calls, once."""
+    if eqn.primitive.name not in _CALLS:
+        return None
+    return next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call") if k in eqn.params)
+
+
+def operations(jaxpr: Any) -> Iterator[str]:
+    """Names of all operations that are done once, those of jaxprs that are called included."""
+    for eqn in jaxpr.eqns:
+        if (inner := _called(eqn)) is not None:
+            yield from operations(getattr(inner, "jaxpr", inner))
+        else:
+            yield eqn.primitive.name
+
+
+def _is_number(value: Any) -> bool:
+    dtype = getattr(value, "dtype", None)
+    return getattr(dtype, "kind", "none") in "biufc" or dtype == jax.numpy.bfloat16
+
+
+def _by_table(name: str, params: Params, values: list[Any], avals: list[Any]) -> list[np.ndarray] | None:
+    """What numpy makes of arrays; None where it is left to JAX.
+
+    Numbers of 16 bits are computed in 32 and rounded, as XLA does.
+    """
+    if not all(isinstance(v, np.ndarray) for v in values):
+        return None
+    values = [v.astype(np.float32) if _is_half(v.dtype) else v for v in values]
+    if name in _ENTRIES:
+        found = _ENTRIES[name](*values)
+    elif name in _OTHERS:
+        found = _OTHERS[name](params, *values)
+    elif name in _SEVERAL:
+        found = _SEVERAL[name](params, *values)
+        return found and [np.asarray(v, a.dtype) for v, a in zip(found, avals, strict=True)]
+    else:
+        return None
+    return None if found is None else [np.asarray(found, avals[0].dtype)]
+
+
+def _is_half(dtype: Any) -> bool:
+    return dtype.itemsize == 2 and dtype.kind not in "iu"
 
 
 # -- control flow -------------------------------------------------------------------------------------------------------
@@ -188,6 +231,7 @@ _CALLS = frozenset(
         "custom_jvp_call",
         "custom_vjp_call",
         "custom_vjp_call_jaxpr",
+        "custom_vmap_call",
     ]
 )
 
@@ -216,6 +260,23 @@ def _same(v: np.ndarray) -> np.ndarray:
     return v
 
 
+def _rem(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
+    return np.fmod(a, b) if a.dtype.kind == "f" or b.all() else None
+
+
+def _shifted(shift: Callable, logical: bool = False) -> Callable:
+    """A shift by less than all bits: what a larger one gives, the standards leave open."""
+
+    def run(v: np.ndarray, by: np.ndarray) -> np.ndarray | None:
+        bits = 8 * v.dtype.itemsize
+        if (by < 0).any() or (by >= bits).any():
+            return None
+        plain = v.view(f"u{v.dtype.itemsize}") if logical else v
+        return shift(plain, by.astype(plain.dtype)).view(v.dtype)
+
+    return run
+
+
 _ENTRIES: dict[str, Callable[..., Any]] = {
     "add": np.add, "add_any": np.add, "sub": np.subtract, "mul": np.multiply, "div": _div, "neg": np.negative,
     "max": np.maximum, "min": np.minimum, "abs": np.abs, "sign": np.sign, "exp": np.exp, "exp2": np.exp2,
@@ -225,9 +286,12 @@ _ENTRIES: dict[str, Callable[..., Any]] = {
     "logistic": _logistic, "floor": np.floor, "ceil": np.ceil, "is_finite": np.isfinite,
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": _not, "select_n": _choose,
-    "real": np.real, "imag": np.imag, "conj": np.conj, "copy": _same, "copy_p": _same,
+    "real": np.real, "imag": np.imag, "conj": np.conj, "copy": _same, "copy_p": _same, "stage": _same,
     "clamp": lambda low, v, high: np.minimum(np.maximum(v, low), high),
-    "complex": lambda re, im: re + 1j * im, "stop_gradient": _same,
+    "complex": lambda re, im: re + 1j * im, "stop_gradient": _same, "rem": _rem,
+    "erf": special.erf, "erfc": special.erfc, "erf_inv": special.erfinv,
+    "shift_left": _shifted(np.left_shift), "shift_right_logical": _shifted(np.right_shift, logical=True),
+    "shift_right_arithmetic": _shifted(np.right_shift),
 }  # fmt: skip
 
 
@@ -241,12 +305,10 @@ def _spread(p: Params, v: np.ndarray, *_: Any) -> np.ndarray:
     return np.broadcast_to(v.reshape(grown), p["shape"])
 
 
-def _dot(p: Params, a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
-    if a.dtype.kind == "f" and a.dtype.itemsize < 4:
-        return None
+def _dot(p: Params, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     (ca, cb), (ba, bb) = p["dimension_numbers"]
     wanted = p.get("preferred_element_type")
-    if wanted is not None:
+    if wanted is not None and not _is_half(np.dtype(wanted)):
         a, b = a.astype(wanted), b.astype(wanted)
     fa = [d for d in range(a.ndim) if d not in (*ca, *ba)]
     fb = [d for d in range(b.ndim) if d not in (*cb, *bb)]
@@ -266,10 +328,15 @@ def _iota(p: Params) -> np.ndarray:
     return np.broadcast_to(np.arange(shape[d]).reshape(along), shape)
 
 
-def _pad(p: Params, v: np.ndarray, filler: np.ndarray) -> np.ndarray | None:
+def _pad(p: Params, v: np.ndarray, filler: np.ndarray) -> np.ndarray:
     config = p["padding_config"]
     if any(low < 0 or high < 0 for low, high, _ in config):
-        return None
+        kept = [(max(low, 0), max(high, 0), inner) for low, high, inner in config]
+        found = _pad({"padding_config": kept}, v, filler)
+        ends = [
+            (max(-low, 0), n - max(-high, 0)) for (low, high, _), n in zip(config, found.shape, strict=True)
+        ]
+        return found[tuple(slice(first, last) for first, last in ends)]
     spans = [
         low + high + n + max(n - 1, 0) * inner for n, (low, high, inner) in zip(v.shape, config, strict=True)
     ]
@@ -316,9 +383,48 @@ def _power(p: Params, v: np.ndarray) -> np.ndarray | None:
 
 
 def _converted(p: Params, v: np.ndarray) -> np.ndarray | None:
-    if v.dtype.kind == "f" and np.dtype(p["new_dtype"]).kind in "iu":
+    new = np.dtype(p["new_dtype"])
+    if v.dtype.kind == "f" and new.kind in "iu":
+        held = np.iinfo(new)  # outside of it, and for no number, XLA has rules of its own
+        return v if (np.isfinite(v) & (v > held.min) & (v < held.max)).all() else None
+    return v.real if v.dtype.kind == "c" and new.kind != "c" else v
+
+
+def _reinterpreted(p: Params, v: np.ndarray) -> np.ndarray | None:
+    new = np.dtype(p["new_dtype"])
+    return np.ascontiguousarray(v).view(new) if v.ndim and new.itemsize == v.dtype.itemsize else None
+
+
+def _place(fn: Callable) -> Callable:
+    def run(p: Params, v: np.ndarray) -> np.ndarray | None:
+        return fn(v, p["axes"][0]) if len(p["axes"]) == 1 else None
+
+    return run
+
+
+def _sorted(p: Params, *values: np.ndarray) -> list[np.ndarray] | None:
+    if p["num_keys"] != 1 or values[0].dtype.kind not in "iuf" or np.isnan(values[0]).any():
         return None
-    return v.real if v.dtype.kind == "c" and np.dtype(p["new_dtype"]).kind != "c" else v
+    order = np.argsort(values[0], axis=p["dimension"], kind="stable")
+    return [np.take_along_axis(v, order, p["dimension"]) for v in values]
+
+
+def _gathered(p: Params, v: np.ndarray, indices: np.ndarray) -> np.ndarray | None:
+    """Slices of `v` at `indices`, all of them inside."""
+    how, sizes = p["dimension_numbers"], p["slice_sizes"]
+    if how.operand_batching_dims or indices.size == 0:
+        return None
+    slices = []
+    for at in indices.reshape(-1, indices.shape[-1]):
+        starts = np.zeros(v.ndim, int)
+        starts[list(how.start_index_map)] = at
+        if (starts < 0).any() or (starts + sizes > v.shape).any():
+            return None
+        slices.append(v[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))])
+    found = np.stack(slices).squeeze(tuple(d + 1 for d in how.collapsed_slice_dims))
+    batch = indices.shape[:-1]
+    found = found.reshape(*batch, *found.shape[1:])
+    return np.moveaxis(found, range(len(batch), found.ndim), how.offset_dims)
 
 
 _OTHERS: dict[str, Callable[..., Any]] = {
@@ -338,6 +444,12 @@ _OTHERS: dict[str, Callable[..., Any]] = {
     "iota": _iota,
     "pad": _pad,
     "slice": _slice,
+    "round": lambda p, v: np.rint(v) if int(p["rounding_method"]) == 1 else None,
+    "stack": lambda p, *v: np.stack(v, p["axis"]),
+    "bitcast_convert_type": _reinterpreted,
+    "gather": _gathered,
+    "argmax": _place(np.argmax),
+    "argmin": _place(np.argmin),
     "reduce_sum": _over(np.sum),
     "reduce_prod": _over(np.prod),
     "reduce_max": _over(np.max),
@@ -349,3 +461,31 @@ _OTHERS: dict[str, Callable[..., Any]] = {
     "cummax": _along(np.maximum.accumulate),
     "cummin": _along(np.minimum.accumulate),
 }
+
+
+def _threefry(p: Params, *values: np.ndarray) -> list[np.ndarray]:
+    """Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3. Twenty rounds on two words."""
+    a, b, x, y = np.broadcast_arrays(*values)
+    keys = [a, b, a ^ b ^ np.uint32(0x1BD11BDA)]
+    x, y = x + a, y + b
+    for k in range(5):
+        for by in ((13, 15, 26, 6), (17, 29, 16, 24))[k % 2]:
+            x = x + y
+            y = x ^ ((y << np.uint32(by)) | (y >> np.uint32(32 - by)))
+        x, y = x + keys[(k + 1) % 3], y + keys[(k + 2) % 3] + np.uint32(k + 1)
+    return [x, y]
+
+
+#: Those with more results than one.
+_SEVERAL: dict[str, Callable[..., Sequence[np.ndarray] | None]] = {
+    "unstack": lambda p, v: list(np.moveaxis(v, p["axis"], 0)),
+    "threefry2x32": _threefry,
+    "iota_2x32_shape": lambda p: np.divmod(
+        np.arange(np.prod(p["shape"], dtype=int)).reshape(p["shape"]), 1 << 32
+    ),
+    "split": lambda p, v: np.split(v, np.cumsum(p["sizes"])[:-1], p["axis"]),
+    "sort": _sorted,
+}
+
+#: Operations that numpy does here, at least on some numbers.
+TABLE = frozenset([*_ENTRIES, *_OTHERS, *_SEVERAL])

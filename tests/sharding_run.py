@@ -1,6 +1,6 @@
-"""Run one group of cases on eight host devices and on one of them, and print how far the numbers are apart.
+"""Run groups of cases on eight host devices and on one of them, and print how far the numbers are apart.
 
-python tests/sharding_run.py GROUP: one line of JSON, from the name of a case to a difference or to what went wrong.
+python tests/sharding_run.py GROUP...: one line of JSON, from groups to names of cases to a difference or to what went wrong.
 """
 
 from __future__ import annotations
@@ -208,6 +208,6 @@ if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
     brainstate.environ.set(precision=64)
     np.set_printoptions(precision=3)
-    if sys.argv[1] != "collectives":  # those are read off a program that is compiled in earnest
+    if "collectives" not in sys.argv:  # those are read off a program that is compiled in earnest
         jax.config.update("jax_disable_most_optimizations", True)
-    print(json.dumps({name: result(case) for name, case in GROUPS[sys.argv[1]].items()}))
+    print(json.dumps({g: {name: result(case) for name, case in GROUPS[g].items()} for g in sys.argv[1:]}))

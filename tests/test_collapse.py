@@ -14,6 +14,8 @@ import etcompile
 from etcompile.nn import LeakyRateReadout
 from etcompile.passes import CollapseConstantDecay
 
+pytestmark = pytest.mark.usefixtures("by_numpy")
+
 T, B, I, O = 7, 2, 6, 4
 
 

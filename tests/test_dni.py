@@ -17,6 +17,8 @@ from oracles import relative_error
 
 import etcompile
 
+pytestmark = pytest.mark.usefixtures("by_numpy")
+
 TOLERANCE = 1e-10
 T, B, C = 8, 2, 3  # windows of 3, 3 and 2 steps
 STARTS = (0, 3, 6)

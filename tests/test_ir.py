@@ -20,6 +20,8 @@ from etcompile.ir.verifier import verify
 from etcompile.pass_api import Equation, Gradient, Ref, TraceProgram, algorithm
 from etcompile.passes import DeadTraces, HoistParameters, ShareTraces
 
+pytestmark = pytest.mark.usefixtures("by_numpy")
+
 TOLERANCE = 1e-10
 
 

@@ -10,6 +10,8 @@ import etcompile
 from etcompile.errors import ModelError
 from etcompile.frontend import jaxpr
 
+pytestmark = pytest.mark.usefixtures("by_numpy")
+
 BATCH, INPUTS, UNITS, STEPS = 2, 3, 4, 5
 
 

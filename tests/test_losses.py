@@ -13,6 +13,8 @@ from oracles import relative_error
 import etcompile
 from etcompile.errors import InputError, OptionError
 
+pytestmark = pytest.mark.usefixtures("by_numpy")
+
 T, B = 5, 2
 
 

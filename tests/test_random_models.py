@@ -6,17 +6,21 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from numpy_evaluation import op_by_op
 from oracles import dense_d_rtrl, relative_error
 from random_models import build, loss_fn, recipes
+from shared import shared
 
 import etcompile
 from etcompile import PassManager, parse_program
 
 pytestmark = pytest.mark.usefixtures("by_numpy")
 EXAMPLES = int(os.environ.get("ETCOMPILE_RANDOM_MODELS", "200"))
+#: Models per test: enough tests to share among workers, and a failure names a few models.
+BLOCK = 10
 TOLERANCE = 1e-10
 
 
@@ -98,17 +102,19 @@ def reached_by_parameters(model, group) -> bool:
             state, _ = model.plain(params, state, x)
         return sum(jnp.sum(jnp.sin(state[name])) for name in group)
 
-    with jax.disable_jit():
-        grads = jax.grad(total)(model.params)
-    return any(bool((g != 0).any()) for g in jax.tree.leaves(grads))
+    grads = op_by_op(jax.grad(total), model.params)
+    return any(np.any(g) for g in jax.tree.leaves(grads))
 
 
-@profile(EXAMPLES)
-@given(recipes())
-def test_structure_and_text(recipe):
-    model = build(recipe)
-    program = compiled(model).program
-    assert parse_program(str(program)) == program
+@shared
+def drawn() -> list:
+    """All recipes of the tests below."""
+    found = []
+    profile(EXAMPLES)(given(recipes())(lambda recipe: found.append(recipe)))()
+    return found
+
+
+def check_structure(model, program) -> None:
     found = {tuple(sorted(path for path, _ in g.states)) for g in program.header.groups}
     wanted = {tuple(sorted(g)) for g in model.groups}
     assert found <= wanted
@@ -117,12 +123,9 @@ def test_structure_and_text(recipe):
     assert program.exact is model.exact
 
 
-@profile(EXAMPLES)
-@given(recipes())
-def test_gradients(recipe):
+def check_gradients(model, step) -> None:
     """The first step equals autodiff, the sum over four steps the dense reference."""
-    model = build(recipe)
-    run = compiled(model).value_and_grad(loss_fn)
+    run = step.value_and_grad(loss_fn)
     found = [run(x, y) for x, y in zip(model.xs, model.targets, strict=True)]
 
     def first_loss(params):
@@ -135,7 +138,20 @@ def test_gradients(recipe):
     assert relative_error(jax.tree.map(lambda *g: sum(g), *[g for _, g in found]), wanted) < TOLERANCE
 
 
-@profile(EXAMPLES // 2)
-@given(recipes())
-def test_passes_keep_their_declaration(recipe):
-    compiled(build(recipe), manager=PassManager(check=True, tolerance=1e-9))
+def check(recipe, passes: bool) -> None:
+    """All laws of one model; with ``passes``, those of each optimisation pass as well: it keeps what it declares."""
+    model = build(recipe)
+    step = compiled(model, **({"manager": PassManager(check=True, tolerance=1e-9)} if passes else {}))
+    assert parse_program(str(step.program)) == step.program
+    check_structure(model, step.program)
+    check_gradients(model, step)
+
+
+@pytest.mark.parametrize("block", range(0, EXAMPLES, BLOCK))
+def test_laws_of_every_model(block):
+    for number, recipe in enumerate(drawn()[block : block + BLOCK], block):
+        try:
+            check(recipe, passes=number % 2 == 0)
+        except Exception as error:
+            error.add_note(f"random model {number}: {recipe}")
+            raise

@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from numpy_evaluation import op_by_op
+from numpy_evaluation import by_numpy, op_by_op
 from oracles import relative_error
 from random_steps import build, recipe
 
@@ -128,8 +128,10 @@ def close(found, wanted, model, what: str) -> None:
 @pytest.mark.parametrize("block", range(0, MODELS, BLOCK))
 def test_laws_of_every_model(block):
     for number in range(block, min(block + BLOCK, MODELS)):
+        # XLA compiles a third of the programs, of every turn and every rule: the numbers are the question.
         try:
-            check(number)
+            with by_numpy(on=(number + number // 9 + number // 108) % 3 != 0):
+                check(number)
         except Exception as error:
             error.add_note(f"random step {number}: {recipe(number)}")
             raise

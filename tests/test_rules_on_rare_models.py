@@ -18,6 +18,8 @@ import etcompile
 from etcompile.errors import EtcompileError
 from etcompile.lowering import layers
 
+pytestmark = pytest.mark.usefixtures("by_numpy")
+
 
 def compiled(parts, algo, **options):
     fn, params, state, xs = parts

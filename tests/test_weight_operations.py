@@ -12,6 +12,8 @@ import pytest
 import etcompile
 from etcompile.errors import ModelError, OptionError, ProgramError
 
+pytestmark = pytest.mark.usefixtures("by_numpy")
+
 STEPS, BATCH, UNITS, RANK = 6, 3, 5, 2
 rng = np.random.default_rng(5)
 W = jnp.asarray(rng.normal(size=(UNITS, 1 + RANK)))

@@ -1,0 +1,59 @@
+"""What tests run by numpy is what XLA computes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from numpy_evaluation import op_by_op
+
+A = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)))
+WHOLE = jnp.asarray([[7, -3, 5, 2], [0, 9, -8, 1], [4, 4, -1, 6]])
+
+
+def numbers(a, whole):
+    """Operations on numbers of 64 and of 16 bits, one after another."""
+    half = a.astype(jnp.bfloat16)
+    return {
+        "sorted": (jnp.sort(a, 1), jnp.argsort(a, 0), jnp.argmax(a, 1), jnp.argmin(a, 0)),
+        "placed": (a[jnp.asarray([2, 0, 2])], a[:, jnp.asarray([1, 3])], a[jnp.asarray([0, 1]), jnp.asarray([3, 2])]),
+        "padded": (lax.pad(a, 7.0, [(-1, 2, 0), (1, -2, 1)]), lax.pad(a, 7.0, [(1, 1, 2), (0, -3, 0)])),
+        "rounded": (jnp.round(3 * a), (5 * a).astype(jnp.int32), jnp.trunc(a), a % 0.7, lax.rem(whole, whole**2 + 3)),
+        "bits": (whole << 3, lax.shift_right_logical(whole, jnp.full_like(whole, 60)), whole >> 1),
+        "viewed": lax.bitcast_convert_type(a.astype(jnp.float32), jnp.int32),
+        "errors": (lax.erf(a), lax.erfc(a), lax.erf_inv(jnp.tanh(a))),
+        "apart": (jnp.stack([a, -a], 1), *jnp.unstack(a), *jnp.split(a, 2, 1)),
+        "half": (half * half, half @ half.T, jnp.sum(half, 1), jnp.tanh(half), half.astype(jnp.float64)),
+    }  # fmt: skip
+
+
+def draws(key):
+    first, second = jax.random.split(key)
+    return (
+        jax.random.normal(first, (3, 5)),
+        jax.random.uniform(second, (4,), jnp.float32),
+        jax.random.bernoulli(first, 0.3, (2, 3)),
+        jax.random.bits(second, (5,)),
+        jax.random.key_data(second) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else second,
+    )
+
+
+def agree(found, wanted):
+    for f, w in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert (f.shape, f.dtype, f.weak_type) == (w.shape, w.dtype, w.weak_type)
+        tolerance = {8: 1e-14, 4: 1e-6, 2: 1e-2}[f.dtype.itemsize] if f.dtype.kind not in "iub" else 0
+        f, w = np.asarray(f, float), np.asarray(w, float)
+        np.testing.assert_allclose(f, w, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("fn", "arguments"),
+    [(numbers, (A, WHOLE)), (draws, (jax.random.PRNGKey(3),)), (draws, (jax.random.key(4),))],
+    ids=["numbers", "raw key", "typed key"],
+)
+def test_numpy_gives_what_xla_gives(fn, arguments):
+    wanted = jax.jit(fn)(*arguments)
+    agree(fn(*arguments), wanted)  # operation by operation, as tests draw and compare
+    agree(op_by_op(fn, *arguments), wanted)
