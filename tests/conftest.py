@@ -137,9 +137,9 @@ def _is_quick(item):
 
 
 @pytest.fixture
-def by_numpy():
+def by_numpy(request):
     """What a test jits is traced, and run by numpy: it takes a third less time."""
-    with numpy_evaluation.by_numpy():
+    with numpy_evaluation.by_numpy(on=request.node.get_closest_marker("by_xla") is None):
         yield
 
 

@@ -384,6 +384,7 @@ def cosine(a, b):
     return float(inner(a, b) / jnp.sqrt(inner(a, a) * inner(b, b)))
 
 
+@pytest.mark.by_xla
 @pytest.mark.parametrize("hidden", [None, 16])
 def test_credit_from_beyond_the_window_is_found(hidden):
     """Leaky units hear a cue in the first of four windows, and have a loss in the last; a constant input tells the time."""

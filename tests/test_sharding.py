@@ -35,7 +35,7 @@ def program(name, *arguments):
 
 
 def last_line(process):
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, err
     return out.strip().splitlines()[-1]
 
