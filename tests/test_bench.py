@@ -48,6 +48,7 @@ TIMES = {
         "braintrace, windows": 4.0,
     },
     "long": {"etcompile": 1.0, "bptt": 2.5, "checkpointed": 3.0},
+    "sparse": {"etcompile": 1.0, "step by step": 1.1, "forward": 0.5},
     "update": {"etcompile": 1.2, "braintrace": 8.0},
     "first": {"etcompile": 1.5, "bptt": 1.0, "braintrace": 2.0, "braintrace, windows": 3.0},
     "call": {
@@ -59,7 +60,14 @@ TIMES = {
         "value_and_grad(loss)(x, y), bare": 0.08,
     },
 }
-LENGTHS = {"sequence": (200, 500), "long": (5000,), "update": (50,), "first": (1, 500), "call": (50,)}
+LENGTHS = {
+    "sequence": (200, 500),
+    "long": (5000,),
+    "sparse": (10,),
+    "update": (50,),
+    "first": (1, 500),
+    "call": (50,),
+}
 #: Weights of the invented networks, and how far their gradients are from backpropagation and from the rule in each mode of the peer.
 OFF = {
     "braintrace": {"cell.w": (0.3, 1e-6), "out.w": (1.0, 1.0)},
@@ -78,7 +86,7 @@ def invented(bench, times=TIMES, peer=True, processor="Peer(R) 9", jax="0.10.2")
                 runs.append({"who": "bptt", "steps": steps, "temporary": 100 * steps, "resident": 1})
         for who, ms in times.get(case.kind, {}).items():
             for steps in (50,) if who == "braintrace" and case.kind == "sequence" else LENGTHS[case.kind]:
-                run = {"who": who, "steps": steps, "again": [0.1], "zero": []}
+                run = {"who": who, "steps": steps, "first": 2.0, "again": [0.1], "zero": []}
                 run["seconds"] = [ms / 1e3 * steps * noise for noise in (0.9, 1.0, 7.0)]
                 if who in OFF and case.kind == "sequence":
                     run["from_bptt"] = {name: off[0] for name, off in OFF[who].items()}
@@ -130,6 +138,10 @@ def test_bars_are_judged_by_medians_and_by_the_worst_case(bench):
         "update-bandwidth-large": 2 * 40e6 / 1.2e-3 / 3e10,
         "pp_prop": 4.0,
         "first": 0.75,
+        "first-large": 1.5,
+        "sparse-forward": 2.0,
+        "sparse-schedule": 1 / 1.1,
+        "sparse-first": 2.0,
         "agreement": 3e-7,
     }
     assert {key: v.reached for key, v in found.items()} == pytest.approx(expected)
@@ -201,7 +213,8 @@ def test_every_case_of_every_machine_is_on_the_page(bench):
         assert f"| {label} | " in text
         for data in machines[0]["cases"].values():
             found = bench["results"].Found(data)
-            starts = (f"| {label} | {found.title} | {found.batch} |", f"| {label} | {found.label} |")
+            names = (f"{found.title} | {found.batch}", found.label, found.title)
+            starts = tuple(f"| {label} | {name} |" for name in names)
             assert any(line.startswith(starts) for line in rows)
         assert f"| {label} | GRU 8 | 4 | `step(x)` | 100 | 120 | 40 |" in text
         assert f"| {label} | braintrace | d_rtrl | GRU | `out.w` |  | `cell.w` |  |" in text

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from results import AUTO, BPTT, BRAINTRACE, HAND, Found, found_cases, ratio
+from results import AUTO, BPTT, BRAINTRACE, CAUSAL, FORWARD, HAND, Found, found_cases, ratio
 
 __all__ = ["BARS", "Bar", "Verdict"]
 
@@ -173,9 +173,32 @@ def _first(results: Mapping[str, Any]) -> Values:
     return [
         (f"{n} steps" if n > 1 else "1 step", ratio(f.seconds(AUTO, n), f.first_of_peer(n)))
         for f in found_cases(results, "first")
+        if f.model == "gru"
         for n in f.steps
         if f.first_of_peer(n) is not None or not f.run(AUTO, n)
     ]
+
+
+def _compiling(results: Mapping[str, Any]) -> Values:
+    """The first gradient of large programs over that of backpropagation."""
+    return [
+        (
+            f"{f.title}, {n} steps" if n > 1 else f"{f.title}, 1 step",
+            ratio(f.seconds(AUTO, n), f.seconds(BPTT, n)),
+        )
+        for f in found_cases(results, "first")
+        if f.model in ("deep", "substeps")
+        for n in f.steps
+    ]
+
+
+def _sparse(value: Callable[[Found], float | None]) -> Callable[[Mapping[str, Any]], Values]:
+    return lambda results: [(f.title, value(f)) for f in found_cases(results, "sparse")]
+
+
+def _first_call(found: Found) -> float | None:
+    mine = found.run(AUTO)
+    return mine["first"] if mine else None
 
 
 def _agreement(results: Mapping[str, Any]) -> Values:
@@ -192,6 +215,10 @@ def _times(value: float) -> str:
 
 def _plain(value: float) -> str:
     return f"{value:.2f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2g} s"
 
 
 def _percent(value: float) -> str:
@@ -298,6 +325,42 @@ BARS = (
         True,
         _first,
         _plain,
+    ),
+    Bar(
+        "first-large",
+        "time from `compile` to the first gradient of large programs over that of backpropagation",
+        3.0,
+        True,
+        _compiling,
+        _plain,
+        needs_peer=False,
+    ),
+    Bar(
+        "sparse-forward",
+        "D-RTRL of a sparse spiking network, 100 synapses a neuron, over its forward pass",
+        2.5,
+        True,
+        _sparse(lambda f: ratio(f.milliseconds(AUTO), f.milliseconds(FORWARD))),
+        _plain,
+        needs_peer=False,
+    ),
+    Bar(
+        "sparse-schedule",
+        "the same, the default schedule over step by step",
+        1.0,
+        True,
+        _sparse(lambda f: ratio(f.milliseconds(AUTO), f.milliseconds(CAUSAL))),
+        _plain,
+        needs_peer=False,
+    ),
+    Bar(
+        "sparse-first",
+        "the same, the first call",
+        3.0,
+        True,
+        _sparse(_first_call),
+        _seconds,
+        needs_peer=False,
     ),
     Bar(
         "agreement",

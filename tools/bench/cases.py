@@ -8,7 +8,15 @@ from typing import Any
 __all__ = ["CASES", "TITLES", "Case"]
 
 #: The models, as the page calls them.
-TITLES = {"gru": "GRU", "lstm": "LSTM", "spiking": "spiking", "conv": "convolutional"}
+TITLES = {
+    "gru": "GRU",
+    "lstm": "LSTM",
+    "spiking": "spiking",
+    "conv": "convolutional",
+    "sparse": "sparse spiking",
+    "deep": "40 layers of",
+    "substeps": "1000 sub-steps of",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ CASES = (
     *(Case("memory", "gru", 256, 8, rule) for rule in ("d_rtrl", "pp_prop", "e_prop")),
     *(Case("memory", *other) for other in _OTHERS),
     *(Case("update", *one) for one in (*(gru for gru in _GRUS if gru[2] > 1), *_OTHERS)),
+    *(Case("sparse", "sparse", neurons, 1) for neurons in (1_000, 10_000, 100_000)),
     Case("first", "gru", 256, 8),
+    *(Case("first", model, 16, 4) for model in ("deep", "substeps")),
     *(Case("call", "gru", units, 4) for units in (8, 64)),
 )

@@ -22,7 +22,7 @@ from memory import resident_growth, temporary
 from models import MODELS, Data
 from process import fresh
 from results import AUTO, BPTT, BRAINTRACE, CHECKPOINT, WINDOWS
-from sequences import long_sequence, sequence
+from sequences import long_sequence, sequence, sparse
 from settings import Settings
 
 __all__ = ["first_gradient", "measure"]
@@ -40,6 +40,7 @@ def measure(case: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         "long": long_sequence,
         "memory": _memory,
         "update": _update,
+        "sparse": sparse,
         "first": _first,
         "call": _call,
     }
@@ -123,8 +124,11 @@ def _update(case: Case, data: Data, settings: Settings) -> dict[str, Any]:
 def _first(case: Case, data: Data, settings: Settings) -> dict[str, Any]:
     window = settings.windows[-1]
     length = settings.lengths[-1] // window * window
-    contenders = [(who, n) for n in (1, length) for who in (AUTO, BPTT, *[BRAINTRACE] * settings.peer)]
-    contenders += [(WINDOWS, length)] * settings.peer
+    theirs = settings.peer and data.spec.peer
+    # Large programs take long, and as long for several steps.
+    lengths = (1, length) if data.spec.peer else (1,)
+    contenders = [(who, n) for n in lengths for who in (AUTO, BPTT, *[BRAINTRACE] * theirs)]
+    contenders += [(WINDOWS, length)] * theirs
     runs: dict[tuple[str, int], dict[str, Any]] = {}
     for _ in range(settings.processes):
         for who, steps in contenders:

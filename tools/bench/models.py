@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
 import brainstate
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = ["INPUTS", "MODELS", "OUTPUTS", "Data", "Spec", "loss_fn", "spike_rate"]
 
 INPUTS, OUTPUTS = 64, 10
 #: Images of the convolutional model: height, width, channels.
 IMAGE = (8, 8, 2)
+#: Synapses of a neuron with few, layers of the deep network, and sub-steps of a step.
+SYNAPSES, LAYERS, SUBSTEPS = 100, 40, 1000
 
 
 class GRUNet(brainstate.nn.Module):
@@ -126,6 +130,92 @@ class ConvNet(brainstate.nn.Module):
         return self.readout(jnp.mean(h, axis=(-3, -2)))
 
 
+class SparseNet(brainstate.nn.Module):
+    """Leaky neurons with exponential synapses, some hundred each, given by the indices of their neurons.
+
+    With current i, potential v, spikes z, inputs x that every neuron gets one of, and synapses s from neuron a[s] to b[s]::
+
+        i[t] = 0.8 i[t-1] + sum over s with b[s] = n of w[s] z[t-1][a[s]] + x[t]
+        v[t] = 0.9 v[t-1] + 0.2 i[t] - z[t-1]
+        out  = W_out z[t] + c
+    """
+
+    def __init__(self, layers: ModuleType, units: int):
+        super().__init__()
+        self.units = units
+        random = np.random.default_rng(0)
+        self.before = jnp.asarray(random.integers(0, units, units * SYNAPSES))
+        self.after = jnp.repeat(jnp.arange(units), SYNAPSES)
+        weights = random.normal(0.0, 1.5 / SYNAPSES**0.5, units * SYNAPSES).astype(np.float32)
+        self.weight = brainstate.ParamState(jnp.asarray(weights))
+        #: Potentials at the start, some of them above the threshold: neurons spike from the first step.
+        self.potential = jnp.asarray(random.uniform(0.0, 1.2, units).astype(np.float32))
+        self.readout = layers.Linear(units, OUTPUTS)
+
+    def init_state(self, batch_size: int | None = None) -> None:
+        shape = (self.units,) if batch_size is None else (batch_size, self.units)
+        self.i = brainstate.HiddenState(jnp.zeros(shape, self.potential.dtype))
+        self.v = brainstate.HiddenState(jnp.broadcast_to(self.potential, shape))
+
+    def spikes(self) -> jax.Array:
+        """Spikes of the moment, 0 or 1."""
+        return spike(self.v.value - 1.0)
+
+    def update(self, x: jax.Array) -> jax.Array:
+        z = self.spikes()
+        each = self.weight.value * z[..., self.before]
+        sums: Any = jax.ops.segment_sum(each.T, self.after, self.units, indices_are_sorted=True)
+        self.i.value = 0.8 * self.i.value + sums.T + x[..., jnp.arange(self.units) % INPUTS]
+        self.v.value = 0.9 * self.v.value + 0.2 * self.i.value - z
+        return self.readout(self.spikes())
+
+
+class DeepNet(brainstate.nn.Module):
+    """Forty recurrent layers one above the other, and a readout."""
+
+    def __init__(self, layers: ModuleType, units: int):
+        super().__init__()
+        sizes = [INPUTS] + [units] * LAYERS
+        self.cells = [layers.ValinaRNNCell(a, b) for a, b in pairwise(sizes)]
+        self.readout = layers.Linear(units, OUTPUTS)
+
+    def update(self, x: jax.Array) -> jax.Array:
+        for cell in self.cells:
+            x = cell(x)
+        return self.readout(x)
+
+
+class SubstepNet(brainstate.nn.Module):
+    """Neurons whose potential is integrated in a thousand sub-steps, one after the other in a loop.
+
+    With the drive u = W x + b, k times within each step, and dt = 1 / k::
+
+        v < -v + dt(u - tanh(v))
+    """
+
+    def __init__(self, layers: ModuleType, units: int):
+        super().__init__()
+        self.units = units
+        self.inputs = layers.Linear(INPUTS, units)
+        self.readout = layers.Linear(units, OUTPUTS)
+
+    def init_state(self, batch_size: int | None = None) -> None:
+        self.v = brainstate.HiddenState(
+            jnp.zeros((self.units,) if batch_size is None else (batch_size, self.units))
+        )
+
+    def update(self, x: jax.Array) -> jax.Array:
+        drive: Any = self.inputs(x)
+
+        def one(v: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return v + (drive - jnp.tanh(v)) / SUBSTEPS, None
+
+        v: Any = self.v.value
+        v, _ = jax.lax.scan(one, v, None, length=SUBSTEPS)
+        self.v.value = v
+        return self.readout(v)
+
+
 @dataclass(frozen=True)
 class Spec:
     """How a model is made, and what its inputs are like."""
@@ -133,6 +223,8 @@ class Spec:
     make: Callable[[ModuleType, int], brainstate.nn.Module]
     input_shape: tuple[int, ...] = (INPUTS,)
     spikes: bool = False
+    #: Whether the model is one of braintrace's layers as well.
+    peer: bool = True
 
 
 MODELS = {
@@ -140,6 +232,9 @@ MODELS = {
     "lstm": Spec(LSTMNet),
     "spiking": Spec(SpikingNet, spikes=True),
     "conv": Spec(ConvNet, IMAGE),
+    "sparse": Spec(SparseNet, spikes=True, peer=False),
+    "deep": Spec(DeepNet, peer=False),
+    "substeps": Spec(SubstepNet, peer=False),
 }
 
 
@@ -174,7 +269,7 @@ class Data:
 def spike_rate(data: Data, steps: int) -> float:
     """The share of a spiking model's neurons that spike at a step, untrained."""
     model = data.model()
-    assert isinstance(model, SpikingNet)
+    assert isinstance(model, (SpikingNet, SparseNet))
     brainstate.nn.init_all_states(model, batch_size=data.batch)
 
     def one(x: jax.Array) -> jax.Array:

@@ -34,6 +34,7 @@ def render(everything: All, command: str) -> str:
         # What is tried today, also where older numbers do without.
         windows=_either(FULL.windows),
         chunks=_either(FULL.chunks),
+        few_steps=_either([how.get("few_steps", FULL.few_steps) for how in settings]),
         braintrace=_either(sorted({_braintrace(results) for results in everything})),
         machines=tables.machines(everything),
         same=f"{tables.SAME:g}",
@@ -44,6 +45,7 @@ def render(everything: All, command: str) -> str:
         e_prop=tables.sequences(everything, "e_prop"),
         memory=tables.memory(everything),
         update=tables.updates(everything),
+        sparse=tables.sparse(everything),
         first=tables.first(everything),
         call=tables.calls(everything),
         gradients=tables.gradients(everything),

@@ -22,7 +22,7 @@ from settings import Settings
 
 import etcompile
 
-__all__ = ["long_sequence", "sequence"]
+__all__ = ["long_sequence", "sequence", "sparse"]
 
 
 def sequence(case: Case, data: Data, settings: Settings) -> dict[str, Any]:
@@ -47,6 +47,25 @@ def long_sequence(case: Case, data: Data, settings: Settings) -> dict[str, Any]:
     makers = {AUTO: lambda: ours.sequence(step), **_backpropagation(data)}
     contenders = [Contender(who, settings.long_steps, {None: make}) for who, make in makers.items()]
     return {"runs": [e.entry for e in _measured(contenders, step, data, settings)]}
+
+
+def sparse(case: Case, data: Data, settings: Settings) -> dict[str, Any]:
+    """Times of a few steps of a large model: forward, in chunks and step by step."""
+    step = ours.compiled(data, case.rule, data.model())
+    makers = {
+        AUTO: lambda: ours.sequence(step),
+        CAUSAL: lambda: ours.sequence(step, chunk=1),
+        FORWARD: lambda: plain.forward(data, data.model()),
+    }
+    contenders = [Contender(who, settings.few_steps, {None: make}) for who, make in makers.items()]
+    found = _measured(contenders, step, data, settings)
+    by_name = {e.entry["who"]: e for e in found if e.gradients}
+    return {
+        "runs": [e.entry for e in found],
+        "trace_bytes": step.report().to_dict()["trace_bytes"],
+        "agreement": _largest(by_name, AUTO, CAUSAL),
+        "spikes": spike_rate(data, settings.few_steps),
+    }
 
 
 def _contenders(case: Case, data: Data, settings: Settings, step: etcompile.Step) -> Iterator[Contender]:

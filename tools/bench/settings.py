@@ -17,6 +17,8 @@ class Settings:
     long_steps: int = 5000
     #: Steps of what carries a parameter-shaped trace from step to step: its time per step does not depend on their number.
     slow_steps: int = 50
+    #: Steps of models so large that each takes long.
+    few_steps: int = 10
     #: Steps that braintrace's window driver handles together: the fastest counts, or all steps. Long ones try the last.
     windows: Sequence[int] = (10, 50)
     #: The same of the program written by hand.
@@ -47,6 +49,7 @@ QUICK = Settings(
     lengths=(8, 12),
     long_steps=120,
     slow_steps=6,
+    few_steps=3,
     windows=(4,),
     chunks=(4,),
     rounds=2,

@@ -21,7 +21,18 @@ from results import (
     ratio,
 )
 
-__all__ = ["calls", "failed", "first", "gradients", "machines", "memory", "sequences", "table", "updates"]
+__all__ = [
+    "calls",
+    "failed",
+    "first",
+    "gradients",
+    "machines",
+    "memory",
+    "sequences",
+    "sparse",
+    "table",
+    "updates",
+]
 
 #: The results of one machine and one version of JAX, and all of them.
 Results = Mapping[str, Any]
@@ -124,6 +135,36 @@ def updates(everything: All) -> str:
                 *told,
                 percent,
             )
+        )
+    return table(head, rows)
+
+
+def sparse(everything: All) -> str:
+    """Milliseconds of a step, and seconds of the first call."""
+    head = [
+        "on",
+        "model",
+        "synapses' traces",
+        "etcompile",
+        "step by step",
+        "forward",
+        "over forward",
+        "over step by step",
+        "first call, s",
+    ]
+    rows = []
+    for label, f in _cases(everything, ("sparse",)):
+        ours, causal, forward = (f.milliseconds(who) for who in (AUTO, CAUSAL, FORWARD))
+        mine, size = f.run(AUTO), f.data.get("trace_bytes")
+        times = (
+            _ms(ours),
+            _ms(causal),
+            _ms(forward),
+            _ratio(ratio(ours, forward)),
+            _ratio(ratio(ours, causal)),
+        )
+        rows.append(
+            (label, f.title, _bytes(size) if size else "", *times, f"{mine['first']:.1f}" if mine else "")
         )
     return table(head, rows)
 
