@@ -111,9 +111,10 @@ def of_xla(step, steps, chunk):
             ),
         )
     traces = step.executor.compiled.causal.init_traces_shapes()
-    given = (Loss.plain(loss), inputs, ((targets, None), None), {})
+    plain = Loss.plain(loss)
+    given = ((plain.fixed, plain.carried), inputs, ((targets, None), None), {})
     args = (step.executor.live.params(), step.executor.live.states(), traces, *given)
-    found = jax.jit(apart(fn), donate_argnums=(DONATED,)).lower(*args).compile()
+    found = jax.jit(apart(fn, plain.program), donate_argnums=(DONATED,)).lower(*args).compile()
     memory, count = found.memory_analysis(), found.cost_analysis()
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return count["flops"], count["bytes accessed"], peak + memory.temp_size_in_bytes
@@ -187,8 +188,14 @@ def test_looking_at_a_cost_changes_nothing_of_what_runs():
             step.executor.live.states(),
             step.executor.compiled.causal.init_traces_shapes(),
         )
-        fn = apart(one_step(step.executor.functions))
-        given = (Loss.plain(loss), step.executor.inputs, (((Shape((40, OUT), jnp.float32),), None), None), {})
+        plain = Loss.plain(loss)
+        fn = apart(one_step(step.executor.functions), plain.program)
+        given = (
+            (plain.fixed, plain.carried),
+            step.executor.inputs,
+            (((Shape((40, OUT), jnp.float32),), None), None),
+            {},
+        )
         return str(jax.make_jaxpr(fn)(*args, *given))
 
     before = program()

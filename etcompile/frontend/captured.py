@@ -10,10 +10,13 @@ from __future__ import annotations
 import enum
 import functools
 import hashlib
+import itertools
+import operator
 import os
 import types
 import weakref
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import brainstate
@@ -22,10 +25,14 @@ import numpy as np
 
 from etcompile.frontend.code_names import code_names
 
-__all__ = ["Same", "captured"]
+__all__ = ["Captured", "Same", "captured"]
 
 #: Values looked at for one function; a function that reaches more is not followed further.
 _LIMIT = 4096
+
+_MISSING = object()
+
+_call: Any = operator.call
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, np.dtype)
 
@@ -47,11 +54,32 @@ class Same:
         return isinstance(other, Same) and (value := self._found()) is not None and value is other._found()
 
 
+class Captured:
+    """What a function reads outside of its arguments, followed from call to call.
+
+    Where everything that the last walk came by is the same object there is no need to walk again: that is asked for in one pass
+    that runs in C. What was found is held until then.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self._walk: _Walk | None = None
+
+    def unchanged(self) -> bool:
+        """Whether nothing has changed since :meth:`key` was asked for the last time."""
+        return self._walk is not None and self._walk.same()
+
+    def key(self) -> tuple[Hashable, ...]:
+        """A key of everything plain, and of every array, that the function reads outside of its arguments."""
+        if self._walk is None or not self._walk.same():
+            self._walk = _Walk()
+            self._walk.visit(self._function, frozenset())
+        return tuple(self._walk.found)
+
+
 def captured(function: Any) -> tuple[Hashable, ...]:
-    """A key of everything plain, and of every array, that ``function`` reads outside of its arguments."""
-    walk = _Walk()
-    walk.visit(function, frozenset())
-    return tuple(walk.found)
+    """The key of a function that is looked at once."""
+    return Captured(function).key()
 
 
 class _Walk:
@@ -59,6 +87,40 @@ class _Walk:
         self.found: list[Hashable] = []
         self._seen: set[tuple[int, str]] = set()
         self._alive: list[Any] = []  # ids are compared: what was made on the way must not go before the end
+        self._steady = True  # whether what was found can only change where something below is another object
+        self._readers: list[Callable[[str, Any], Any]] = []
+        self._names: list[str] = []
+        self._read: list[Any] = []
+        self._containers: list[Any] = []
+        self._entries: list[Any] = []
+
+    def same(self) -> bool:
+        """Whether a walk would find what this one found."""
+        if not self._steady:
+            return False
+        try:
+            now = map(_call, self._readers, self._names, itertools.repeat(_MISSING))
+            return all(map(operator.is_, now, self._read)) and (
+                not self._containers or _same_entries(self._containers, self._entries)
+            )
+        except ValueError:  # a variable of an outer function that is not assigned any more
+            return False
+
+    def _get(self, reader: Callable[[str, Any], Any], name: str) -> Any:
+        """What lies under a name, or ``_MISSING``; looked at again by :meth:`same`."""
+        value = reader(name, _MISSING)
+        self._readers.append(reader)
+        self._names.append(name)
+        self._read.append(value)
+        return value
+
+    def _hold(self, container: Any) -> None:
+        """Compare the entries of a container again."""
+        if type(container) not in (list, dict):
+            self._steady &= isinstance(container, (tuple, frozenset))
+            return
+        self._containers.append(container)
+        self._entries.append(_entries(container))
 
     def visit(self, value: Any, names: frozenset[str]) -> None:
         """Look at a value; ``names`` are those in the code that reaches it."""
@@ -69,29 +131,35 @@ class _Walk:
         elif isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
             digest = hashlib.blake2b(np.ascontiguousarray(value).tobytes(), digest_size=16).digest()
             self.found.append((value.shape, value.dtype.str, digest))
+            self._steady &= isinstance(value, np.generic)  # an array may change in place
         elif isinstance(value, (jax.Array, brainstate.State)):
             self.found.append(Same(value))
         elif isinstance(value, (types.ModuleType, type)):
-            for name in names & vars(value).keys():
-                if self._new(value, name):
-                    self.visit(vars(value)[name], names)
+            for name in names:
+                held = self._get(vars(value).get, name)
+                if held is not _MISSING and self._new(value, name):
+                    self.visit(held, names)
         elif isinstance(value, types.FunctionType):
             if self._new(value):
                 self._function(value)
         elif isinstance(value, types.MethodType):
             self._method(value.__func__, value.__self__)
-        elif isinstance(value, functools.partial):
+        elif isinstance(value, partial):
+            self._hold(value.keywords)
             self._all((value.func, *value.args, *value.keywords.values()), names)
         elif self._new(value):
+            if isinstance(value, (Mapping, list, tuple, set, frozenset)):
+                self._hold(value)
             if isinstance(value, Mapping):
                 self._all((item for pair in value.items() for item in pair), names)
             elif isinstance(value, (list, tuple, set, frozenset)):
                 self.found.append(len(value))
                 self._all(value, names)
             elif isinstance(wrapped := getattr(value, "__wrapped__", None), types.FunctionType):
+                self._get(partial(getattr, value), "__wrapped__")
                 self.visit(wrapped, names)
             else:
-                self._method(vars(type(value)).get("__call__"), value)
+                self._method(self._get(vars(type(value)).get, "__call__"), value)
         if not isinstance(value, (*_PLAIN, types.ModuleType, type, types.FunctionType, jax.Array)):
             self._attributes(value, names)
 
@@ -108,20 +176,25 @@ class _Walk:
             self.visit(value, names)
 
     def _function(self, function: types.FunctionType) -> None:
-        self.found.append(Same(function.__code__))
+        of = partial(getattr, function)
+        self.found.append(Same(self._get(of, "__code__")))
         if _of_library(function.__code__.co_filename):
             return
         names = code_names(function.__code__)
         for cell in function.__closure__ or ():
             try:
-                self.visit(cell.cell_contents, names)
+                self.visit(self._get(partial(getattr, cell), "cell_contents"), names)
             except ValueError:  # not assigned yet
                 self.found.append("unassigned")
-        self._all(function.__defaults__ or (), names)
-        self._all((function.__kwdefaults__ or {}).values(), names)
+                self._steady = False
+        self._all(self._get(of, "__defaults__") or (), names)
+        if function.__kwdefaults__:
+            self._hold(self._get(of, "__kwdefaults__"))
+            self._all(function.__kwdefaults__.values(), names)
         for name in sorted(names):
-            if name in function.__globals__:
-                self.visit(function.__globals__[name], names)
+            held = self._get(function.__globals__.get, name)
+            if held is not _MISSING:
+                self.visit(held, names)
 
     def _method(self, function: Any, owner: Any) -> None:
         if isinstance(function, types.FunctionType):
@@ -134,16 +207,34 @@ class _Walk:
         for name in sorted(names):
             if not self._new(value, name):
                 continue
-            if name in own:
-                self.visit(own[name], names)
+            held = self._get(own.get, name)
+            if held is not _MISSING:
+                self.visit(held, names)
                 continue
-            found = getattr(type(value), name, None)
+            found = self._get(partial(getattr, type(value)), name)
             if isinstance(found, property):
                 self._method(found.fget, value)
             elif isinstance(found, types.FunctionType):
                 self._method(found, value)
             elif isinstance(found, (types.MemberDescriptorType, *_PLAIN, np.ndarray, jax.Array)):
-                self.visit(getattr(value, name, None), names)
+                held = self._get(partial(getattr, value), name)
+                self.visit(None if held is _MISSING else held, names)
+
+
+def _entries(container: Any) -> list[Any]:
+    return list(container.items() if isinstance(container, dict) else container)
+
+
+def _same_entries(containers: list[Any], entries: list[list[Any]]) -> bool:
+    for container, then in zip(containers, entries, strict=True):
+        if len(container) != len(then):
+            return False
+        if isinstance(container, dict):
+            if not all(a is c and b is d for (a, b), (c, d) in zip(container.items(), then, strict=True)):
+                return False
+        elif not all(map(operator.is_, container, then)):
+            return False
+    return True
 
 
 @functools.lru_cache(maxsize=1024)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -70,6 +71,11 @@ class StepModel:
     def given(self) -> tuple[Leaf, ...]:
         """The inputs that a call gives."""
         return self.inputs[: len(self.inputs) - len(self.environment.shapes())]
+
+    @cached_property
+    def input_count(self) -> int:
+        """How many inputs a call gives."""
+        return len(self.input_tree.children())
 
     @property
     def param_vars(self) -> tuple[int, ...]:

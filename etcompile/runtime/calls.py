@@ -6,18 +6,37 @@ from collections.abc import Callable
 from typing import Any
 
 from etcompile.lowering.functions import Call, Carry, Item, StepFunctions, Sums
-from etcompile.lowering.losses import Loss
+from etcompile.lowering.losses import Loss, LossProgram
 from etcompile.lowering.schedules.base import Plan
 
-__all__ = ["DONATED", "apart", "one_step", "sequence"]
+__all__ = ["DONATED", "apart", "apply_apart", "one_step", "sequence"]
 
 #: Which argument of a function made by :func:`apart` is given away: the traces.
 DONATED = 2
 
 
-def apart(whole: Callable) -> Callable:
-    """A function of the carry as one of states and traces, so that the traces may be given away."""
-    return lambda p, s, t, n, i, y, c: whole(p, Carry(s, t), n, i, y, c)
+def apart(whole: Callable, loss: LossProgram) -> Callable:
+    """A function of plain trees: of states and traces, so that the traces may be given away, and of what the loss reads.
+
+    It gives ``(value, aux, carried), gradients, (states, traces)``. Classes of one's own in their place would cost a call as much
+    as a small step takes.
+    """
+
+    def fn(p: Any, s: Any, t: Any, read: tuple[Any, Any], i: Any, y: Item, c: Call) -> Any:
+        found, gradients, carry = whole(p, Carry(s, t), Loss(loss, *read), i, y, c)
+        return (found.value, found.aux, found.carried), gradients, (carry.states, carry.traces)
+
+    return fn
+
+
+def apply_apart(functions: StepFunctions) -> Callable:
+    """``(params, states, traces, inputs, call) -> ((states, traces), outputs)`` of one step."""
+
+    def fn(p: Any, s: Any, t: Any, i: Any, c: Call) -> Any:
+        carry, outputs = functions.apply(p, Carry(s, t), i, c)
+        return (carry.states, carry.traces), outputs
+
+    return fn
 
 
 def one_step(functions: StepFunctions) -> Callable:

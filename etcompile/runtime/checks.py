@@ -27,7 +27,7 @@ __all__ = [
 
 def as_inputs(model: StepModel, x: Any) -> tuple[Any, ...]:
     """The model's inputs from the one argument of the drivers: a tuple where the model takes several."""
-    count = len(model.input_tree.children())
+    count = model.input_count
     if count == 1:
         return (x,)
     if not isinstance(x, tuple) or len(x) != count:
@@ -117,8 +117,10 @@ def keywords_of(program: TraceProgram) -> frozenset[str]:
 
 def given_with(program: TraceProgram, target: Any, modulator: Any) -> Call:
     """What a call gives beside its inputs, without what it does not give."""
+    if target is None and modulator is None:
+        return {}
     given = {k: v for k, v in (("target", target), ("modulator", modulator)) if v is not None}
-    read = keywords_of(program) if given else frozenset()
+    read = keywords_of(program)
     for name, value in given.items():
         if name not in read:
             raise OptionError(

@@ -21,7 +21,7 @@ from etcompile.runtime.calls import DONATED, apart, one_step, sequence
 from etcompile.runtime.checks import keywords_of
 from etcompile.runtime.compilations import Compilation
 from etcompile.runtime.executor import Executor
-from etcompile.runtime.losses import LossOptions, check_callable, join_loss
+from etcompile.runtime.losses import LossFunction, check_callable, join_loss
 from etcompile.runtime.shapes import shapes_of
 from etcompile.schedule import Schedule, check_chunk
 
@@ -53,7 +53,7 @@ def step_cost(
                 expected="steps=1000, or another length of the sequence",
             )
     targets = tuple(jax.tree.map(lambda v: v if hasattr(v, "shape") else as_array(v, "a target"), targets))
-    loss = _Wanted(loss_fn, targets, LossOptions(has_aux))
+    loss = _Wanted(loss_fn, targets, has_aux)
     now, schedule = executor.compiled.causal.model.examples, executor.compiled.schedule
     here = _compiled(executor, executor.compilation, loss)
     if batch is None or batch == now:
@@ -92,7 +92,7 @@ class _Wanted:
 
     loss_fn: Callable | None
     targets: tuple[Any, ...]
-    options: LossOptions
+    has_aux: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,14 +117,22 @@ class _Compiled:
         traces = functions.causal.init_traces_shapes()
         inputs, given = functions.model.with_environment_shapes(self.inputs), self.args
         if steps is None:
-            fn = apart(one_step(functions))
+            fn = apart(one_step(functions), self.loss.program)
         else:
             inputs, given = jax.tree.map(
                 lambda v: jax.ShapeDtypeStruct((steps, *v.shape), v.dtype), (inputs, given)
             )
             plan = functions.plan(schedule, steps, chunk)
-            fn, together = apart(sequence(functions, plan)), plan.together(steps)
-        args = (self.params, self.states, traces, self.loss, inputs, (given, None), call)
+            fn, together = apart(sequence(functions, plan), self.loss.program), plan.together(steps)
+        args = (
+            self.params,
+            self.states,
+            traces,
+            (self.loss.fixed, self.loss.carried),
+            inputs,
+            (given, None),
+            call,
+        )
         counts = [len(jax.tree.leaves(a)) for a in args]
         start = sum(counts[:DONATED])
         with undivided_sums():
@@ -144,7 +152,9 @@ def _compiled(executor: Executor, compilation: Compilation, wanted: _Wanted) -> 
     targets, live = shapes_of(targets), executor.live
     live.look_up()
     with model.environment.supplied():
-        joined = join_loss(live, compilation, loss_fn, wanted.options, targets, None, steps=None)
+        joined = join_loss(
+            live, compilation, LossFunction(loss_fn, wanted.has_aux), targets, None, steps=None
+        )
     params, states = shapes_of((live.params(), live.states()))
     args = (targets, None, joined.environment.shapes())
     return _Compiled(

@@ -18,15 +18,19 @@ from etcompile.runtime.trace_state import TraceState
 
 __all__ = ["carried_alike", "completed", "give_up_traces", "warn_of_many"]
 
+_NOTHING = nullcontext()
+
 #: So many compilations of one step are worth a word.
 _MANY = 8
 
 
 def completed(values: Mapping[str, Any]) -> AbstractContextManager[Any]:
     """The environment with these values for entries that it lacks."""
-    now = brainstate.environ.all() if values else {}
+    if not values:
+        return _NOTHING
+    now = brainstate.environ.all()
     missing = {name: value for name, value in values.items() if name not in now}
-    return brainstate.environ.context(**missing) if missing else nullcontext()
+    return brainstate.environ.context(**missing) if missing else _NOTHING
 
 
 def carried_alike(before: TraceProgram, after: TraceProgram) -> bool:

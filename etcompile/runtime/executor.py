@@ -83,7 +83,7 @@ class Executor:
         self._writes = ForeignWrites(self._clear_for_others)
         self.compilations = Compilations(live, lower, self._writes)
         self._lost = ""
-        self._watched: tuple[Any, Any] | None = None
+        self._watched: tuple[Any, Any] = None, None
         self._left_by: Compilation | None = None
         self.compilations.follow_attributes(compiled)
         first = self.compilations.of(compiled, inputs)
@@ -175,8 +175,10 @@ class Executor:
         self._watch()
         held = self.traces
         self._writes.check(leaves, through=held.shared)
-        traces = self._alive(held.own(), "trace ")
-        return Carry(self._alive(states, "state "), held.own(give_away=True) if give_away else traces)
+        self._require_alive(states, leaves, "state ")
+        traces = held.own()
+        self._require_alive(traces, jax.tree.leaves(traces), "trace ")
+        return Carry(states, held.to_give(traces) if give_away else traces)
 
     def commit(self, carry: Carry) -> None:
         """States and traces after a call."""
@@ -192,7 +194,8 @@ class Executor:
         self.require_arrays()
         states, initial = self.live.states(), getattr(self.live, "initial", None)
         states = {**states, **initial} if isinstance(states, dict) and isinstance(initial, dict) else initial
-        states = jax.tree.map(own_copy, self._alive(states, "initial state "))
+        self._require_alive(states, jax.tree.leaves(states), "initial state ")
+        states = jax.tree.map(own_copy, states)
         place = self.placement
         held = place.put_states(states, self.model.complex_states)
         return Carry(held, dict(place.put_traces(self.compiled.causal.init_traces())))
@@ -220,12 +223,11 @@ class Executor:
                 hint="or use the pure function: carry, out = step.apply(step.params, carry, x) from step.init_carry().",
             )
 
-    def _alive(self, tree: Any, what: str) -> Any:
-        """The tree; :class:`CarryError` where an array of it was given away."""
-        leaves = jax.tree.leaves(tree)
+    def _require_alive(self, tree: Any, leaves: list[Any], what: str) -> None:
+        """Raise :class:`CarryError` where an array of a tree, whose leaves these are, was given away."""
         try:
             if not any(map(_is_deleted, leaves)):
-                return tree
+                return
         except (AttributeError, jax.errors.ConcretizationTypeError):  # numbers, or tracers
             pass
         for k, leaf in enumerate(leaves):
@@ -243,7 +245,6 @@ class Executor:
                     hint="step.reset() brings states and traces back; what is donated elsewhere has to be a copy "
                     "(step.init_carry(), jnp.copy).",
                 )
-        return tree
 
     def _other_states(self, states: Any, kinds: Any) -> CarryError:
         (tree, leaves), (now, found) = self.compilation.kinds, kinds
@@ -262,10 +263,10 @@ class Executor:
 
     def _watch(self) -> None:
         """Follow who else writes the states that traces belong to, in the objects that were last looked up."""
-        now = (self.live.holders, self.compilation)
-        if self._watched is not None and all(a is b for a, b in zip(now, self._watched, strict=True)):
+        holders, compilation = self.live.holders, self.compilation
+        if self._watched[0] is holders and self._watched[1] is compilation:
             return
-        self._watched = now
+        self._watched = holders, compilation
         model = self.model
         carried = [model.states[k].path for g in self.compiled.analysis.groups for k in g.states]
         states = {
@@ -287,7 +288,8 @@ class Executor:
         The data's examples are on axis ``time``.
         """
         self.refuse_unrecorded(data)
-        place, params = self.placement, self._alive(self.live.params(looked_up=True), "parameter ")
+        place, params = self.placement, self.live.params(looked_up=True)
+        self._require_alive(params, jax.tree.leaves(params), "parameter ")
         if place.mesh is None:
             return params, carry, data
         moved = Carry(
@@ -295,14 +297,19 @@ class Executor:
         )
         return place.put_params(params), moved, place.put_batch(data, time)
 
-    def call(self, fn: Callable, *args: Any, loss: Loss | None = None) -> Any:
-        """What a compiled function gives; where it asks the host, once it is there, since until then it may still fail."""
+    def call(self, fn: Callable, *args: Any, loss: Loss | None = None, given: Any = None) -> Any:
+        """What a compiled function gives; where it asks the host, once it is there, since until then it may still fail.
+
+        Inputs of one step are looked at where ``fn`` is traced for them; what JAX does not even trace, ``given`` explains.
+        """
         try:
             found = fn(*args)
             if self.asks_host(None if loss is None else loss.program) and not in_transformation():
                 jax.block_until_ready(found)
         except BaseException as error:
             self._lost = f"{type(error).__name__}: {error}".splitlines()[0]
+            if given is not None and isinstance(error, (TypeError, ValueError)):
+                self.model.flatten_given(given)
             raise
         return found
 

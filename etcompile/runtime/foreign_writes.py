@@ -7,12 +7,13 @@ is. What a transformation writes when it ends is the outcome of writes that were
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -49,7 +50,7 @@ class ForeignWrites:
     def __init__(self, clear: Callable[[], None]) -> None:
         self._name = ""
         self._clear = clear
-        self._watched: dict[int, tuple[weakref.ref, str]] = {}
+        self._watched: dict[int, _Watched] = {}
         self._reset: set[str] = set()
         self._other_step = False
         self._quiet = 0
@@ -65,28 +66,29 @@ class ForeignWrites:
         """Be as fresh as another."""
         self._fresh = other._fresh
 
-    @contextmanager
-    def own(self) -> Iterator[None]:
+    def own(self) -> AbstractContextManager[None]:
         """Meanwhile writes are the step's own."""
-        self._quiet += 1
-        try:
-            yield
-        finally:
-            self._quiet -= 1
+        return _Own(self)
+
+    def _hush(self, more: int) -> None:
+        """Notice nothing as long as anybody wants so; brainstate then has no hook of this step's to call."""
+        self._quiet += more
+        for watched in self._watched.values():
+            watched.hear(not self._quiet)
 
     def watch(self, name: str, states: dict[str, Any]) -> None:
         """Follow a model's ``State`` objects by path; an object that was not there before is a state made anew."""
         self._name = name
         for path, state in states.items():
             known = self._watched.get(id(state))
-            if known is not None and known[0]() is state:
+            if known is not None and known.state() is state:
                 continue
-            if any(other == path for _, other in self._watched.values()):
-                self._watched = {k: v for k, v in self._watched.items() if v[1] != path}
+            if any(other.path == path for other in self._watched.values()):
+                self._watched = {k: v for k, v in self._watched.items() if v.path != path}
                 if not self.fresh:
                     self._reset.add(path)
-            self._watched[id(state)] = (weakref.ref(state), path)
-            state.register_hook("write_after", _Notice(self))
+            handle = state.register_hook("write_after", _Notice(self), enabled=not self._quiet)
+            self._watched[id(state)] = _Watched(weakref.ref(state), path, handle)
         if self._reset:
             self._all_reset()
 
@@ -111,7 +113,7 @@ class ForeignWrites:
         ``through``: they went through a transformation since the step left them, so that other arrays mean nothing.
         """
         if self._reset:
-            path, others = sorted(self._reset)[0], {p for _, p in self._watched.values()} - self._reset
+            path, others = sorted(self._reset)[0], self._paths() - self._reset
             raise CarryError(
                 f"state {path} of {self._name} was reset, but not {', '.join(sorted(others))}.",
                 got="traces that hold what earlier steps left in all of them",
@@ -133,13 +135,14 @@ class ForeignWrites:
 
     def _shares(self) -> bool:
         """Whether another step lives on one of the states."""
-        mine = [ref() for ref, _ in self._watched.values()]
+        mine = [watched.state() for watched in self._watched.values()]
         return any(w is not self for state in mine if state is not None for w in _watching(state))
 
     def _noticed(self, state: Any, traced: bool) -> None:
-        ref, path = self._watched.get(id(state), (lambda: None, ""))
-        if self._quiet or ref() is not state or self.fresh:
+        watched = self._watched.get(id(state))
+        if watched is None or watched.state() is not state or self.fresh:
             return
+        path = watched.path
         writer = _writer(sys._getframe(2))
         if writer is None or _module(writer).startswith(_ENDS):
             return
@@ -158,9 +161,39 @@ class ForeignWrites:
             )
 
     def _all_reset(self) -> None:
-        if self._reset >= {path for _, path in self._watched.values()}:
+        if self._reset >= self._paths():
             self._clear()
             self.settled()
+
+    def _paths(self) -> set[str]:
+        return {watched.path for watched in self._watched.values()}
+
+
+class _Own:
+    """While it lasts a step notices no writes; made at every call, so it is no generator."""
+
+    def __init__(self, writes: ForeignWrites) -> None:
+        self._writes = writes
+
+    def __enter__(self) -> None:
+        self._writes._hush(1)
+
+    def __exit__(self, *_: object) -> None:
+        self._writes._hush(-1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Watched:
+    """A state that is followed, and the hook that tells of its writes."""
+
+    state: weakref.ref
+    path: str
+    handle: Any
+
+    def hear(self, heard: bool) -> None:
+        """Whether writes shall be told of; a state that is gone is not written."""
+        if self.state() is not None:
+            (self.handle.enable if heard else self.handle.disable)()
 
 
 class _Notice:
@@ -171,7 +204,7 @@ class _Notice:
 
     def __call__(self, context: Any) -> None:
         writes = self.writes()
-        if writes is None or writes._quiet:
+        if writes is None:
             return
         state = context.state
         if state is not None:

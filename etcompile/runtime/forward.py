@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from etcompile.lowering.functions import Carry
+from etcompile.runtime.calls import apply_apart
 from etcompile.runtime.checks import check_one, given_with, steps_of
 from etcompile.runtime.executor import Executor
 from etcompile.runtime.gradients import sequence_inputs
@@ -25,12 +26,11 @@ def one_step(run: Executor, inputs: tuple[Any, ...], target: Any, modulator: Any
     """Outputs of one step."""
     run.follow_environment()
     carry = run.carry()
-    run.model.flatten_given(inputs)
-    given = run.with_environment(inputs)
     call = given_with(run.compiled.program, target, modulator)
-    params, carry, data = run.placed(carry, (given, call))
-    carry, out = run.call(run.jit("apply", run.functions.apply), params, carry, *data)
-    run.commit(carry)
+    params, carry, data = run.placed(carry, (run.with_environment(inputs), call))
+    fn = run.jit("apply", apply_apart(run.functions))
+    carry, out = run.call(fn, params, carry.states, carry.traces, *data, given=inputs)
+    run.commit(Carry(*carry))
     return out
 
 

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 
 from etcompile.errors import EtcompileWarning, OptionError
 from etcompile.frontend.user_code import warn
+from etcompile.lowering.functions import Carry
 from etcompile.lowering.losses import LossValue
 from etcompile.lowering.schedules.base import Plan
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence
 from etcompile.runtime.checks import as_inputs, check_sequence, given_with, stacked_steps, steps_of
 from etcompile.runtime.executor import Executor
-from etcompile.runtime.losses import BoundLoss, JoinedLoss, LossOptions, check_mask, join_loss
+from etcompile.runtime.losses import BoundLoss, JoinedLoss, LossFunction, check_mask, join_loss
 from etcompile.runtime.progress import gradients_in_pieces
 from etcompile.runtime.step_data import over_time
 
@@ -39,8 +40,7 @@ Environments = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 def step_gradients(
     run: Executor,
-    loss_fn: Callable,
-    options: LossOptions,
+    loss: LossFunction,
     x: Any,
     targets: tuple[Any, ...],
     modulator: Any,
@@ -48,20 +48,18 @@ def step_gradients(
 ) -> tuple[LossValue, Any]:
     """All that the loss of one step gives, and its gradients; the step is taken."""
     run.follow_environment()
-    inputs, mask = as_inputs(run.model, x), check_mask(mask, None)
-    run.model.flatten_given(inputs)
-    inputs = run.with_environment(inputs)
+    given, mask = as_inputs(run.model, x), check_mask(mask, None)
+    inputs = run.with_environment(given)
     carry = run.carry(give_away=True)
-    bound = bound_loss(run, loss_fn, options, targets, mask, None)
+    bound = bound_loss(run, loss, targets, mask, None)
     data = inputs, bound.item(targets, mask, 0), given_with(run.compiled.program, None, modulator)
     key = "value_and_grad", bound.loss.program
-    return _advanced(run, key, one_step(run.functions), bound, carry, data, time=0)
+    return _advanced(run, key, one_step(run.functions), bound, carry, data, time=0, given=given)
 
 
 def sequence_gradients(
     run: Executor,
-    loss_fn: Callable,
-    options: LossOptions,
+    loss: LossFunction,
     xs: Any,
     targets: tuple[Any, ...],
     modulator: Any = None,
@@ -84,7 +82,7 @@ def sequence_gradients(
     steps = steps_of(inputs)
     mask = check_mask(mask, steps)
     carry = run.carry(give_away=True)
-    bound = bound_loss(run, loss_fn, options, targets, mask, steps)
+    bound = bound_loss(run, loss, targets, mask, steps)
     plan = _plan(run, steps, chunk)
     key, whole = ("sequence", bound.loss.program, plan), sequence(run.functions, plan)
     data = inputs, bound.item(targets, mask, 1), given_with(program, None, modulator)
@@ -100,16 +98,25 @@ def sequence_gradients(
 
 
 def _advanced(
-    run: Executor, key: Any, whole: Callable, bound: BoundLoss, carry: Any, data: tuple[Any, ...], time: int
+    run: Executor,
+    key: Any,
+    whole: Callable,
+    bound: BoundLoss,
+    carry: Any,
+    data: tuple[Any, ...],
+    time: int,
+    given: Any = None,
 ) -> tuple[LossValue, Any]:
     """What ``whole(params, carry, loss, *data)`` gives, jitted; its carry is committed, and what the loss writes."""
     donated = () if run.asks_host(bound.loss.program) else (DONATED,)
-    fn = run.jit(key, apart(whole), donate=donated)
+    loss = bound.loss
+    fn = run.jit(key, apart(whole, loss.program), donate=donated)
     params, carry, data = run.placed(carry, data, time)
-    found, grads, carry = run.call(fn, params, carry.states, carry.traces, bound.loss, *data, loss=bound.loss)
-    run.commit(carry)
-    bound.write(found.carried)
-    return found, grads
+    args = params, carry.states, carry.traces, (loss.fixed, loss.carried), *data
+    (value, aux, carried), grads, new = run.call(fn, *args, loss=loss, given=given)
+    run.commit(Carry(*new))
+    bound.write(carried)
+    return LossValue(value, aux, carried), grads
 
 
 def _plan(run: Executor, steps: int, chunk: int | str | None) -> Plan:
@@ -132,24 +139,19 @@ def sequence_inputs(run: Executor, xs: Any, targets: tuple[Any, ...]) -> tuple[A
     return run.with_environment(inputs, steps_of(inputs)), targets
 
 
-def joined_loss(
-    run: Executor, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, steps: int | None
-) -> JoinedLoss:
+def joined_loss(run: Executor, loss: LossFunction, targets: Any, mask: Any, steps: int | None) -> JoinedLoss:
     """A loss function as it is traced for the compilation and the environment as they are.
 
     With ``steps`` it is one over so many steps: axis 0 of ``targets`` and ``mask`` is time.
     """
     with run.compilations.completed():
-        return join_loss(run.live, run.compilation, loss_fn, options, targets, mask, steps)
+        return join_loss(run.live, run.compilation, loss, targets, mask, steps)
 
 
-def bound_loss(
-    run: Executor, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any, steps: int | None
-) -> BoundLoss:
+def bound_loss(run: Executor, loss: LossFunction, targets: Any, mask: Any, steps: int | None) -> BoundLoss:
     """A loss function for a call over ``steps`` steps, or of one, with what it reads as it is now."""
-    joined = joined_loss(run, loss_fn, options, targets, mask, steps)
     with run.compilations.completed():
-        return joined.now(steps)
+        return join_loss(run.live, run.compilation, loss, targets, mask, steps).now(steps)
 
 
 def environments(run: Executor, joined: JoinedLoss, steps: int) -> Environments:

@@ -22,7 +22,7 @@ from etcompile.runtime.gradients import (
     sequence_gradients,
     step_gradients,
 )
-from etcompile.runtime.losses import JoinedLoss, LossOptions, check_mask, loss_key
+from etcompile.runtime.losses import JoinedLoss, LossFunction, check_mask
 from etcompile.runtime.progress import in_pieces, piece_lengths, segment_lengths
 from etcompile.runtime.step_data import over_time
 
@@ -48,16 +48,14 @@ class Learner:
     Parameters
     ----------
     step : Step
-    loss_fn : callable
-        ``loss_fn(out, *targets) -> scalar``.
+    loss : LossFunction
+        ``loss_fn(out, *targets) -> scalar``, with ``has_aux`` and ``outputs`` of :meth:`Step.learn`: whether it returns
+        ``(loss, aux)``, and whether a call returns outputs as well.
     optimizer : optax.GradientTransformation or braintools optimiser
         With ``init(params)`` and ``update(grads, state, params)``; or with ``register_trainable_weights(states)`` and
         ``update(grads)``.
     update_every : int
         Steps between updates. The weights are fixed in between, so these steps run as a chunk where the rule has chunks.
-    options : LossOptions
-        ``has_aux`` and ``outputs`` of :meth:`Step.learn`: whether the loss function returns ``(loss, aux)``, and whether a call
-        returns outputs as well.
 
     Examples
     --------
@@ -78,15 +76,13 @@ class Learner:
     def __init__(
         self,
         step: Step,
-        loss_fn: Callable,
+        loss: LossFunction,
         optimizer: Any,
         update_every: int,
-        options: LossOptions | None = None,
     ) -> None:
         update_every = positive_integer("update_every", update_every)
         self._step = step
-        self._loss_fn = loss_fn
-        self._options = options or LossOptions()
+        self._loss = loss
         self._every = update_every
         self._update, self._optimizer_states = _update_function(optimizer, step.param_states)
         zeros = jax.tree.map(jnp.zeros_like, {path: s.value for path, s in step.param_states.items()})
@@ -149,7 +145,7 @@ class Learner:
         every = jax.tree.map(lambda m: m if jnp.ndim(m) else jnp.full(steps, m), modulator)
         run.place_states()
         run.live.look_up()
-        joined = joined_loss(run, self._loss_fn, self._options, targets, mask, steps)
+        joined = joined_loss(run, self._loss, targets, mask, steps)
         around = environments(run, joined, steps)
         data = run.placement.put_batch((xs, targets, every, mask, around), 1)
         if progress is False and checkpoints is None and callback is None:
@@ -183,9 +179,9 @@ class Learner:
     def _as_asked(self, found: tuple[Any, Any]) -> Any:
         losses, extra = found
         asked = [losses]
-        if self._options.outputs:
+        if self._loss.outputs:
             asked.append(extra["outputs"])
-        if self._options.has_aux:
+        if self._loss.has_aux:
             asked.append(extra["aux"])
         return asked[0] if len(asked) == 1 else tuple(asked)
 
@@ -247,7 +243,7 @@ class Learner:
     def _loop(self, one: Callable, joined: JoinedLoss) -> Callable:
         """A compiled loop over ``one``; another one where the compilation, or what the loss closes over or reads, is another."""
         read = Same(joined.environment) if joined.environment.reads else None
-        key = (one.__name__, Same(self._step.executor.compilation), read, *loss_key(self._loss_fn))
+        key = (one.__name__, Same(self._step.executor.compilation), read, *self._loss.key())
         if key not in self._loops:
             while len(self._loops) >= _KEPT:
                 self._loops.pop(next(iter(self._loops)))
@@ -282,7 +278,7 @@ class Learner:
     ) -> Any:
         run = self._step.executor
         with environment_of(run, joined, around):
-            found, grads = step_gradients(run, self._loss_fn, self._options, x, targets, modulator, mask)
+            found, grads = step_gradients(run, self._loss, x, targets, modulator, mask)
         keyed = run.live.by_param_state(grads)
         if self._every == 1:
             self._update(_uphill(keyed))
@@ -309,7 +305,7 @@ class Learner:
         """All steps from one update to the next; none waits."""
         run = self._step.executor
         with environment_of(run, joined, around):
-            found, grads = sequence_gradients(run, self._loss_fn, self._options, xs, targets, modulator, mask)
+            found, grads = sequence_gradients(run, self._loss, xs, targets, modulator, mask)
         self._update(_uphill(run.live.by_param_state(grads)))
         return found.value, found.aux
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from etcompile.errors import EtcompileError, EtcompileWarning, InputError
-from etcompile.frontend.captured import Same, captured
+from etcompile.frontend.captured import Captured, Same
 from etcompile.frontend.environment import Environment, at_one_step
 from etcompile.frontend.given import as_array
 from etcompile.frontend.jaxpr import is_traced
@@ -28,7 +28,7 @@ from etcompile.runtime.model_states import ModelAccess
 from etcompile.runtime.shapes import kinds_of
 from etcompile.runtime.trace_state import TraceState
 
-__all__ = ["BoundLoss", "JoinedLoss", "LossOptions", "check_mask", "join_loss", "loss_key", "one_step_shapes"]
+__all__ = ["BoundLoss", "JoinedLoss", "LossFunction", "check_mask", "join_loss", "one_step_shapes"]
 
 #: Folded into the model's own random key, where the loss draws from it: the model's numbers stay those of a step alone.
 _LOSS_STREAM = 0x1055
@@ -37,20 +37,47 @@ _LOSS_STREAM = 0x1055
 _ENVIRONMENTS = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class LossOptions:
-    """How a loss function is called and what it returns.
+class LossFunction:
+    """A loss function as the user gave it, and what is kept of it from call to call.
 
-    Attributes
+    Parameters
     ----------
+    fn : callable
+        ``fn(out, *targets)``.
     has_aux : bool
         It returns ``(loss, aux)``.
     outputs : bool
         The outputs are wanted as well.
     """
 
-    has_aux: bool = False
-    outputs: bool = False
+    def __init__(self, fn: Callable, has_aux: bool = False, outputs: bool = False) -> None:
+        self.fn = fn
+        self.has_aux = has_aux
+        self.outputs = outputs
+        self._captured = Captured(fn)
+        self._last: tuple[Any, JoinedLoss] | None = None
+
+    def key(self) -> tuple[Any, ...]:
+        """Differs where the function, or what it closes over, does."""
+        try:
+            hash(self.fn)
+        except TypeError:
+            return Same(self.fn), self.has_aux, self.outputs, *self._captured.key()
+        return self.fn, self.has_aux, self.outputs, *self._captured.key()
+
+    def keep(self, circumstances: tuple[Any, ...], joined: JoinedLoss) -> None:
+        """Remember what it was traced to the last time."""
+        self._last = circumstances, joined
+
+    def kept(self, circumstances: tuple[Any, ...]) -> JoinedLoss | None:
+        """What it was traced to the last time, if it would be traced to that again."""
+        if self._last is None:
+            return None
+        then, joined = self._last
+        same = all(a is b or a == b for a, b in zip(circumstances, then, strict=True))
+        if not same or not self._captured.unchanged() or joined.environment.differs() is not None:
+            return None
+        return joined
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,9 +102,9 @@ class BoundLoss:
             state.value = value
 
 
-def as_asked(found: LossValue, options: LossOptions) -> Any:
+def as_asked(found: LossValue, loss: LossFunction) -> Any:
     """What the caller asked for: losses, or these with aux values."""
-    return (found.value, found.aux["aux"]) if options.has_aux else found.value
+    return (found.value, found.aux["aux"]) if loss.has_aux else found.value
 
 
 def check_callable(loss_fn: Any) -> None:
@@ -86,15 +113,6 @@ def check_callable(loss_fn: Any) -> None:
         raise InputError(
             "the loss must be a function.", got=repr(loss_fn), expected="loss_fn(out, *targets) -> scalar"
         )
-
-
-def loss_key(loss_fn: Callable) -> tuple[Any, ...]:
-    """A key of a loss function: differs where the function, or what it closes over, does."""
-    try:
-        hash(loss_fn)
-    except TypeError:
-        return Same(loss_fn), *captured(loss_fn)
-    return loss_fn, *captured(loss_fn)
 
 
 def one_step_shapes(tree: Any, time: bool) -> Any:
@@ -117,8 +135,7 @@ def one_step_shapes(tree: Any, time: bool) -> Any:
 def join_loss(
     access: ModelAccess,
     compilation: Compilation,
-    loss_fn: Callable,
-    options: LossOptions,
+    loss: LossFunction,
     targets: Any,
     mask: Any,
     steps: int | None,
@@ -132,14 +149,20 @@ def join_loss(
         kinds = kinds_of(one_step_shapes(given, time) if time else given)
     except TypeError:  # something that is no array
         kinds = kinds_of(one_step_shapes(given, time))
-    key = (*loss_key(loss_fn), options, kinds, Same(access.holders))
+    circumstances = compilation, access.holders, kinds
+    joined = loss.kept(circumstances)
+    if joined is not None:
+        return joined
+    key = (*loss.key(), kinds, Same(access.holders))
     kept: tuple[JoinedLoss, ...] = compilation.losses.get(key, ())
     joined = next((one for one in kept if one.environment.differs() is None), None)
     if joined is None:
         with at_one_step(steps):
-            joined = _joined(access, compilation, loss_fn, options, *one_step_shapes(given, time))
-        if not any(is_traced(v) for v in joined.traced.constants):
-            compilation.keep_loss(key, (*kept[1 - _ENVIRONMENTS :], joined))
+            joined = _joined(access, compilation, loss, *one_step_shapes(given, time))
+        if any(is_traced(v) for v in joined.traced.constants):
+            return joined
+        compilation.keep_loss(key, (*kept[1 - _ENVIRONMENTS :], joined))
+    loss.keep(circumstances, joined)
     return joined
 
 
@@ -172,13 +195,12 @@ class JoinedLoss:
 def _joined(
     access: ModelAccess,
     compilation: Compilation,
-    loss_fn: Callable,
-    options: LossOptions,
+    loss: LossFunction,
     targets: Any,
     mask: Any,
 ) -> JoinedLoss:
     model = compilation.functions.model
-    traced = _traced(model, loss_fn, options, targets, mask)
+    traced = _traced(model, loss, targets, mask)
     sources = _sources(access, model.name, traced)
     read = {kind: [s.path for s in sources if s.kind == kind] for kind in ("state", "param")}
     _say_what_ends_within_the_step(compilation.compiled.program, read["state"])
@@ -195,7 +217,7 @@ def _joined(
     return JoinedLoss(traced, program, fixed, carried)
 
 
-def _traced(model: StepModel, loss_fn: Callable, options: LossOptions, targets: Any, mask: Any) -> TracedLoss:
+def _traced(model: StepModel, loss: LossFunction, targets: Any, mask: Any) -> TracedLoss:
     """The loss as a pure function of outputs, targets and mask, with its mistakes said."""
     outputs = jax.tree.unflatten(
         model.output_tree, [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in model.outputs]
@@ -203,20 +225,20 @@ def _traced(model: StepModel, loss_fn: Callable, options: LossOptions, targets: 
     per_example = mask is not None and mask.shape != ()
 
     def run(outputs: Any, targets: tuple[Any, ...], mask: Any) -> tuple[Any, Any]:
-        found = loss_fn(outputs, *targets)
-        value, aux = _with_aux(found) if options.has_aux else (found, None)
-        aux = {"aux": aux, "outputs": outputs if options.outputs else None}
+        found = loss.fn(outputs, *targets)
+        value, aux = _with_aux(found) if loss.has_aux else (found, None)
+        aux = {"aux": aux, "outputs": outputs if loss.outputs else None}
         if not per_example:
             return checked_loss(value), aux
         return _of_examples(value, mask), aux
 
-    check_takes(loss_fn, outputs, targets)
+    check_takes(loss.fn, outputs, targets)
     try:
         return trace_loss(run, (outputs, targets, mask if per_example else None))
     except EtcompileError:
         raise
     except Exception as error:
-        explained = explained_loss(error, loss_fn, outputs, targets)
+        explained = explained_loss(error, loss.fn, outputs, targets)
         if explained is None:
             raise
         raise explained from error

@@ -27,6 +27,7 @@ from etcompile.frontend.module import (
     snapshot,
     trace_module,
 )
+from etcompile.frontend.state_values import read_values, write_values
 from etcompile.frontend.step_model import TracedStep
 from etcompile.frontend.user_code import user_frame
 from etcompile.runtime.shapes import kinds_of
@@ -167,19 +168,20 @@ class ModuleAccess:
 
     def params(self, looked_up: bool = False) -> Any:
         found = self.found if looked_up and self.found is not None else self._states
-        return {p: s.value for p, s in found.params.items()}
+        return dict(zip(found.params, read_values(found.params.values()), strict=True))
 
     def set_params(self, values: Any) -> None:
         for path, state in self._states.params.items():
             state.value = values[path]
 
     def states(self) -> Any:
-        return {p: s.value for p, s in self._states.states.items()}
+        states = self._states.states
+        return dict(zip(states, read_values(states.values()), strict=True))
 
     def set_states(self, values: Any) -> None:
         assert self.found is not None  # and looked up by the states() of the same call
-        for path, state in self.found.states.items():
-            state.value = values[path]
+        states = self.found.states
+        write_values(states.values(), [values[path] for path in states])
 
     def remember(self) -> None:
         self.initial = {p: s.value for p, s in self._states.states.items() if short_lived(s)}

@@ -18,8 +18,8 @@ from etcompile.runtime.checks import given_with
 from etcompile.runtime.executor import Executor
 from etcompile.runtime.forward import one_step, run_sequence, run_steps
 from etcompile.runtime.gradients import sequence_gradients, step_gradients
-from etcompile.runtime.losses import LossOptions, as_asked, check_callable
-from etcompile.runtime.step_data import has_multi_step, repeated, unwrap
+from etcompile.runtime.losses import LossFunction, as_asked, check_callable
+from etcompile.runtime.step_data import arrays_alone, has_multi_step, repeated, unwrap
 from etcompile.runtime.trace_state import TraceState
 from etcompile.schedule import check_chunk
 
@@ -266,9 +266,12 @@ class Step:
         which the others are the same; outputs then have time on axis 0. ``target`` and ``modulator`` are for rules that read
         them, where the step is differentiated.
         """
-        if has_multi_step((inputs, target, modulator)):
-            return run_steps(self.executor, (inputs, target, modulator))
-        return one_step(self.executor, *unwrap((inputs, target, modulator)))
+        given = inputs, target, modulator
+        if arrays_alone(given):
+            return one_step(self.executor, *given)
+        if has_multi_step(given):
+            return run_steps(self.executor, given)
+        return one_step(self.executor, *unwrap(given))
 
     @named_arguments("step.scan")
     def scan(self, xs: Any, progress: bool | Progress = False) -> Any:
@@ -304,15 +307,17 @@ class Step:
             With arguments in :class:`etcompile.MultiStepData` it is a function of many steps: all else is the same at each, and
             the result that of :meth:`scan_value_and_grad`.
         """
-        options = self._options(loss_fn, has_aux, "value_and_grad of one step")
+        loss = self._loss(loss_fn, has_aux, "value_and_grad of one step")
         executor = self.executor
 
         def run(x: Any, *targets: Any, modulator: Any = None, mask: Any = None) -> tuple[Any, Any]:
             given = (x, targets, modulator, mask)
-            of = sequence_gradients if has_multi_step(given) else step_gradients
-            given = repeated(given) if of is sequence_gradients else unwrap(given)
-            found, grads = of(executor, loss_fn, options, *given)
-            return as_asked(found, options), grads
+            of = step_gradients
+            if not arrays_alone(given):
+                of = sequence_gradients if has_multi_step(given) else step_gradients
+                given = repeated(given) if of is sequence_gradients else unwrap(given)
+            found, grads = of(executor, loss, *given)
+            return as_asked(found, loss), grads
 
         return run
 
@@ -349,7 +354,7 @@ class Step:
         200 pieces of whole chunks, with the numbers of one call: each goes on from the states, traces and summed gradients of
         the one before. A ``rich.progress.Progress`` gets a task of its own instead.
         """
-        options = self._options(loss_fn, has_aux)
+        loss = self._loss(loss_fn, has_aux)
         if chunk is not None:
             chunk = check_chunk(chunk)
         if reduction not in ("sum", "mean"):
@@ -365,9 +370,9 @@ class Step:
         ) -> tuple[Any, Any]:
             given = (xs, targets, modulator, mask)
             found, grads = sequence_gradients(
-                executor, loss_fn, options, *given, chunk=chunk, reduction=reduction, progress=progress
+                executor, loss, *given, chunk=chunk, reduction=reduction, progress=progress
             )
-            return as_asked(found, options), grads
+            return as_asked(found, loss), grads
 
         return run
 
@@ -383,19 +388,19 @@ class Step:
         """A driver that updates the weights while the sequence runs; see :class:`etcompile.runtime.learn.Learner`."""
         from etcompile.runtime.learn import Learner
 
-        options = self._options(loss_fn, has_aux, "learn", outputs=outputs)
+        loss = self._loss(loss_fn, has_aux, "learn", outputs=outputs)
         self.executor.require_arrays()
-        return Learner(self, loss_fn, optimizer, update_every, options)
+        return Learner(self, loss, optimizer, update_every)
 
-    def _options(
+    def _loss(
         self, loss_fn: Any, has_aux: bool, steps_of: str | None = None, outputs: bool = False
-    ) -> LossOptions:
-        """How a loss is called, once it is clear that this step can run it; ``steps_of`` is what goes on from call to call."""
+    ) -> LossFunction:
+        """A loss, once it is clear that this step can run it; ``steps_of`` is what goes on from call to call."""
         check_callable(loss_fn)
         check_end(self.program)
         if steps_of is not None:
             self.executor.functions.require_kept(steps_of)
-        return LossOptions(has_aux, outputs)
+        return LossFunction(loss_fn, has_aux, outputs)
 
     # -- starting anew ------------------------------------------------------------------------------------------
 

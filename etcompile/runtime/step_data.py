@@ -16,6 +16,7 @@ from etcompile.frontend.given import as_array, refuse_iterators
 __all__ = [
     "MultiStepData",
     "SingleStepData",
+    "arrays_alone",
     "extract_y_target",
     "has_multi_step",
     "number_of_steps",
@@ -77,7 +78,7 @@ class MultiStepData:
 
 def has_multi_step(args: Any) -> bool:
     """Whether there is a :class:`MultiStepData` anywhere in `args`."""
-    if _arrays_alone(args):
+    if arrays_alone(args):
         return False
     refuse_iterators(args)
     return any(isinstance(v, MultiStepData) for v in jax.tree.leaves(args, is_leaf=_is_multi))
@@ -196,7 +197,7 @@ def unwrap(args: Any) -> Any:
     InputError
         If there are multi-step data, or wrappers inside wrappers.
     """
-    if _arrays_alone(args):
+    if arrays_alone(args):
         return args
     wrapped = _wrapped(args)
     for path, value in wrapped:
@@ -239,10 +240,10 @@ def _every_step(args: Any, wrapped: list[tuple[str, Any]], steps: int, same: Cal
     return jax.tree.unflatten(jax.tree.structure(args, is_leaf=_is_wrapper), values)
 
 
-def _arrays_alone(args: Any) -> bool:
+def arrays_alone(args: Any) -> bool:
     """Whether there is nothing but arrays, in tuples: the common case, at little cost."""
     if isinstance(args, tuple):
-        return all(map(_arrays_alone, args))
+        return all(map(arrays_alone, args))
     return args is None or isinstance(args, (np.ndarray, jax.Array))
 
 

@@ -24,7 +24,7 @@ from etcompile.lowering.schedules.base import Found, Loop, Plan, Run, Steps, in_
 from etcompile.lowering.schedules.windowed import Windowed, window, windows_refusal
 from etcompile.runtime.checks import steps_of
 from etcompile.runtime.gradients import bound_loss, sequence_inputs
-from etcompile.runtime.losses import BoundLoss, LossOptions, as_asked, check_callable, check_mask
+from etcompile.runtime.losses import BoundLoss, LossFunction, as_asked, check_callable, check_mask
 from etcompile.runtime.step_data import over_time
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class SyntheticGradient:
         self.step = step
         self.loss_fn = loss_fn
         self.stream = stream
-        self._options = LossOptions(has_aux)
+        self._of_step = LossFunction(loss_fn, has_aux)
         self._hidden = hidden
         self._fitted = False
         self._optimizer: Any = None
@@ -182,7 +182,7 @@ class SyntheticGradient:
             )
             self.step.executor.commit(carry)
             bound.write(found.carried)
-            return as_asked(found, self._options), grads
+            return as_asked(found, self._of_step), grads
 
         return run
 
@@ -294,7 +294,7 @@ class SyntheticGradient:
         self.step.executor.commit(carry)
         bound.write(found.carried)
         self._fitted = True
-        return as_asked(found, self._options), grads
+        return as_asked(found, self._of_step), grads
 
     # -- pure functions -----------------------------------------------------------------------------------------
 
@@ -410,7 +410,7 @@ class SyntheticGradient:
         xs, targets, mask = over_time((xs, targets, mask))
         inputs, targets = sequence_inputs(run, xs, targets)
         mask = check_mask(mask, steps_of(inputs))
-        bound = bound_loss(run, self.loss_fn, self._options, targets, mask, steps_of(inputs))
+        bound = bound_loss(run, self._of_step, targets, mask, steps_of(inputs))
         return run.carry(), inputs, bound, bound.item(targets, mask, 1)
 
     def _ran(self, name: str, fn: Callable, bound: BoundLoss, *args: Any) -> Any:

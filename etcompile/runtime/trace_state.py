@@ -50,14 +50,16 @@ class TraceState(brainstate.ShortTermState):
         self.set_own(v)
         vars(self)["shared"] = True
 
-    def own(self, give_away: bool = False) -> Any:
-        """The traces, for who lets nobody else have them; to ``give_away`` are buffers that nobody else holds."""
+    def own(self) -> Any:
+        """The traces, for who lets nobody else have them."""
         self._allocate()
         if self._plainly():
-            traces = self._read_value()
-        else:
-            traces = brainstate.State.value.fget(self)  # type: ignore[attr-defined]
-        if not give_away or not (self.shared or in_transformation()):
+            return self._read_value()
+        return brainstate.State.value.fget(self)  # type: ignore[attr-defined]
+
+    def to_give(self, traces: Any) -> Any:
+        """The traces as :meth:`own` gave them, in buffers that nobody else holds and that may be given away."""
+        if not (self.shared or in_transformation()):
             return traces
         return jax.tree.map(lambda v: v if is_traced(v) else jnp.copy(v), traces)
 

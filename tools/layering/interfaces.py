@@ -54,6 +54,7 @@ RULES = (
         names=("brainstate",),
         allowed=(
             "etcompile/frontend/module.py",
+            "etcompile/frontend/state_values.py",
             "etcompile/frontend/function.py",
             "etcompile/frontend/loss.py",
             "etcompile/frontend/captured.py",

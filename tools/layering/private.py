@@ -13,6 +13,8 @@ __all__ = ["ALLOWED", "private_reads", "stale_reads"]
 ALLOWED: dict[str, set[str]] = {
     # Where kernels of other libraries keep what they compute (jax has no public way to ask).
     "etcompile/frontend/implementations.py": {"_lowerings", "_platform_specific_lowerings", "_kernels"},
+    # What State.value does beside telling of it (brainstate has no public way that tells nobody).
+    "etcompile/frontend/state_values.py": {"_read_value", "_write_value", "_been_writen"},
     "etcompile/runtime/foreign_writes.py": {"_getframe"},  # of sys: documented, though named so
 }
 

@@ -1,0 +1,162 @@
+"""Calls in a row: what one of them leaves out since nothing changed, the next one sees where something did."""
+
+from __future__ import annotations
+
+import brainstate
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_reset import XS, YS, draw, fresh, same, squared
+
+import etcompile
+from etcompile.errors import InputError
+from etcompile.frontend.captured import Captured
+
+SCALE = 1.0
+
+
+class Weigher:
+    """Slots, a property and a list: kinds of places where a loss finds a number."""
+
+    __slots__ = ("held", "slot")
+
+    def __init__(self):
+        self.slot, self.held = 1.0, [1.0]
+
+    @property
+    def product(self):
+        return self.slot * self.held[0]
+
+
+def test_what_a_loss_finds_is_seen_wherever_it_lies():
+    weigher, table, array, closed = Weigher(), {"a": 1.0}, np.ones(2), 1.0
+
+    def loss(out, target, *, more={"b": 1.0}):  # noqa: B006
+        numbers = weigher.product * table["a"] * array[0] * closed * SCALE * more["b"]
+        return numbers * squared(out, target)
+
+    def globally(value):
+        global SCALE
+        SCALE = value
+
+    def closed_over(value):
+        nonlocal closed
+        closed = value
+
+    places = [
+        lambda v: setattr(weigher, "slot", v),
+        lambda v: weigher.held.__setitem__(0, v),
+        lambda v: table.__setitem__("a", v),
+        lambda v: array.__setitem__(0, v),
+        lambda v: loss.__kwdefaults__["more"].__setitem__("b", v),
+        globally,
+        closed_over,
+    ]
+    step = fresh()
+    run = step.value_and_grad(loss)
+    plain = fresh().value_and_grad(squared)(XS[0], YS[0])[0]
+    for put in places:
+        for value in (1.0, 3.0, 3.0, 1.0):
+            put(value)
+            step.reset()
+            same(run(XS[0], YS[0])[0], value * plain)
+
+
+def test_a_function_that_finds_the_same_is_not_walked_again():
+    held, table = draw(0, 3), {"a": 2.0}
+    followed = Captured(lambda x: x * held * table["a"] * SCALE)
+    key = followed.key()
+    assert followed.unchanged() and followed.key() is not None
+    table["a"] = 3.0
+    assert not followed.unchanged() and followed.key() != key
+    table["a"] = 2.0
+    assert followed.key() == key
+    watched = np.ones(3)
+    assert Captured(lambda x: x * watched).key() and not Captured(lambda x: x * watched).unchanged()
+
+
+@pytest.mark.parametrize("globally", [False, True])
+def test_hooks_of_the_user_are_told_of_every_read_and_write(globally):
+    step = fresh()
+    run, told = step.value_and_grad(squared), []
+    run(XS[0], YS[0])
+    state, weight = step.executor.live.state_objects["h"], step.param_states["w"]
+
+    def note(context):
+        if not globally or context.state in (state, weight):
+            told.append((context.operation, context.state is state))
+
+    register = brainstate.register_state_hook if globally else None
+    handles = [
+        (register or owner.register_hook)(kind, note)
+        for kind in ("read", "write_before", "write_after")
+        for owner in ((state,) if globally else (state, weight))
+    ]
+    try:
+        run(XS[1], YS[1])
+        assert {("read", True), ("read", False), ("write_before", True), ("write_after", True)} <= set(told)
+    finally:
+        for handle in handles:
+            handle.remove()
+    told.clear()
+    run(XS[2], YS[2])
+    assert not told
+
+
+def test_a_hook_that_changes_what_is_written_is_heeded():
+    step = fresh()
+    step(XS[0])
+    state = step.executor.live.state_objects["h"]
+
+    def halve(context):
+        context.transformed_value = 0.5 * context.value
+
+    state.register_hook("write_before", halve)
+    out = step(XS[1])
+    same(state.value, 0.5 * out)
+
+
+class Counted(brainstate.HiddenState):
+    """A kind of state that says what it holds in another way."""
+
+    @property
+    def value(self):
+        return brainstate.HiddenState.value.fget(self)
+
+    @value.setter
+    def value(self, v):
+        vars(self)["writes"] = vars(self).get("writes", 0) + 1
+        brainstate.HiddenState.value.fset(self, v)
+
+
+def test_a_state_with_a_value_of_its_own_kind_is_asked_for_it():
+    class Leaky(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.h = brainstate.ParamState(draw(1, 3)), Counted(jnp.zeros(3))
+
+        def update(self, x):
+            self.h.value = 0.9 * self.h.value + self.w.value * x
+            return self.h.value
+
+    step = etcompile.compile(Leaky(), jnp.ones(3))
+    for _ in range(2):
+        step(jnp.ones(3))
+    before = vars(step.executor.live.state_objects["h"])["writes"]
+    step(jnp.ones(3))
+    assert vars(step.executor.live.state_objects["h"])["writes"] == before + 1
+
+
+@pytest.mark.parametrize(
+    "wrong", ["text", np.array(["a"]), XS[0][:, :2], XS[0][None], XS[0] + 1j, [XS[0], XS[0]], iter([1])]
+)
+def test_an_input_that_does_not_fit_is_said_after_calls_that_did(wrong):
+    step = fresh()
+    gradient = step.value_and_grad(squared)
+    step(XS[0]), gradient(XS[0], YS[0])
+    held = step.executor.live.states()["h"]
+    for call in (lambda: step(wrong), lambda: gradient(wrong, YS[0])):
+        with pytest.raises(InputError):
+            call()
+    assert step.executor.live.states()["h"] is held
+    assert gradient(XS[1], YS[1])[1]["w"].shape == (3, 4)
