@@ -20,6 +20,7 @@ from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram
 from etcompile.lowering.check_gradients import backpropagation_at_random, gradients_at_random
 from etcompile.lowering.functions import StepFunctions
+from etcompile.lowering.refused import refuse_operands
 from etcompile.pass_manager import Pass, PassManager, PassRecord
 from etcompile.registry import Algorithm, Mixed, pipeline
 from etcompile.runtime.executor import Executor
@@ -147,6 +148,7 @@ def lower_model(live: ModelAccess, inputs: tuple[Any, ...], request: Request) ->
     """One step of a live model for inputs of these shapes: trace, analyse, run the passes, lower."""
     model = step_model(live.trace(inputs))
     analysis = analyse(model, request.exclude)
+    refuse_operands(analysis)
     empty = TraceProgram("empty", program_header(analysis, windows=request.within_exact))
     program, records = _passed(empty, analysis, request)
     causal = CausalProgram(program, analysis, request.rule.functions, request.schedule)

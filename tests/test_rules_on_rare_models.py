@@ -172,13 +172,30 @@ def test_synthetic_gradients_say_nothing_of_states_without_elements():
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
 
 
+def polygamma(order, x):
+    return jax.lax.polygamma(jnp.broadcast_to(jnp.asarray(order, x.dtype), x.shape), x)
+
+
+@pytest.mark.parametrize("rule", ["d_rtrl", "rtrl", "ostl", "snap", "bptt"])
 @pytest.mark.parametrize(
-    ("rule", "chunk"), [("d_rtrl", 1), ("d_rtrl", 2), ("rtrl", 1), ("ostl", 1), ("snap", 1)]
+    ("name", "fn"),
+    {
+        "regularized_incomplete_beta": lambda h: jax.scipy.special.betainc(1.5 + jnp.tanh(h), 2.0, 0.4),
+        "polygamma": lambda h: polygamma(1.5 + jnp.tanh(h), h + 3.0),
+        "regularized_incomplete_beta in rounds": lambda h: lax.fori_loop(
+            0, 200, lambda _, v: jax.scipy.special.betainc(1.5 + jnp.tanh(v), 2.0, 0.4), h
+        ),
+        "scatter-mul": lambda h: h.at[jnp.zeros(h.shape[0], int)].multiply(1.0 + h),
+    }.items(),
 )
-def test_an_operand_that_jax_does_not_differentiate_by_is_named_where_it_is(rule, chunk):
-    parts = cell(lambda p, h, d: jax.scipy.special.betainc(1.5 + jnp.tanh(h), 2.0, 0.4) + d + p["b"])
+def test_compile_names_an_operand_that_jax_does_not_differentiate_by(rule, name, fn):
+    parts = cell(lambda p, h, d: fn(h) + d + p["b"])
     with pytest.raises(
-        EtcompileError,
-        match=r"test_rules_on_rare_models.py:\d+: .* regularized_incomplete_beta, which JAX does not",
+        EtcompileError, match=rf"test_rules_on_rare_models.py:\d+: .* {name.split()[0]}, which JAX does not"
     ):
-        compiled(parts, rule).scan_value_and_grad(loss, chunk=chunk)(parts[3])
+        compiled(parts, rule)
+
+
+def test_an_operand_whose_credit_is_not_asked_for_needs_no_derivative():
+    parts = cell(lambda p, h, d: polygamma(jax.lax.stop_gradient(h) * 0 + 1.0, h + 3.0) + d + p["b"])
+    compiled(parts, "d_rtrl").scan_value_and_grad(loss)(parts[3])

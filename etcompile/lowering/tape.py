@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from etcompile.analysis.dependence import NO_DERIVATIVE, NO_REVERSE
-from etcompile.errors import UnsupportedError
 from etcompile.frontend.jaxpr import Constant, Graph, Operation, bind, read, silenced, without_derivative
 from etcompile.frontend.loops import Use, within
+from etcompile.lowering.refused import REFUSALS, refusal
 from etcompile.lowering.transposes import written_pullback
 
 __all__ = ["Tape"]
@@ -178,8 +178,8 @@ class Tape:
         fn, at = self._function(number, moving)
         try:
             return jax.jvp(fn, at, tuple(given))[1]
-        except (NotImplementedError, ValueError) as error:
-            raise _not_differentiable(operation, error) from error
+        except REFUSALS as error:
+            raise refusal(operation, error) from error
 
     @contextmanager
     def inner(self) -> Iterator[None]:
@@ -225,8 +225,8 @@ class Tape:
             fn, at = self._function(number, moving, cuts)
             try:
                 _, pull = jax.vjp(fn, *at)
-            except (NotImplementedError, ValueError) as error:  # how rules of jax's own primitives refuse
-                raise _not_differentiable(operation, error) from error
+            except REFUSALS as error:
+                raise refusal(operation, error) from error
 
             def pullback(found: Sequence[Array | None]) -> tuple[Array, ...]:
                 full = []
@@ -243,16 +243,6 @@ class Tape:
 def _passes_none(operation: Operation) -> bool:
     """Whether no credit passes an operation, backwards or forwards."""
     return operation.name in NO_DERIVATIVE | NO_REVERSE or without_derivative(operation)
-
-
-def _not_differentiable(operation: Operation, error: Exception) -> UnsupportedError:
-    return UnsupportedError(
-        f"credit would have to pass {operation.name}, which JAX does not differentiate here.",
-        where=operation.source,
-        got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else operation.name}",
-        expected="an operation with a derivative by every operand that credit passes",
-        hint="give it a derivative with jax.custom_vjp; or, if no credit shall pass, apply it to jax.lax.stop_gradient(value).",
-    )
 
 
 def _accumulate(cotangents: dict[int, Array], variable: int, value: Array) -> None:
