@@ -25,11 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src.core import trace_ctx, trace_state_clean
-from jax.core import Tracer
+from jax.core import Tracer, eval_jaxpr
 from jax.interpreters import ad, batching, mlir
 
 from etcompile.frontend.folding import folded
 from etcompile.frontend.implementations import traced_implementation
+from etcompile.frontend.known_indices import with_known_indices
 from etcompile.frontend.loops import Loop, Use, stopped, within
 from etcompile.frontend.user_code import user_line
 
@@ -49,6 +50,7 @@ __all__ = [
     "is_staged",
     "is_traced",
     "jvp_graph",
+    "run_jaxpr",
 ]
 
 #: A scan that grows to no more than this many operations is unrolled; a longer one stays a loop.
@@ -641,8 +643,13 @@ def _unrolled_size(eqn: Any) -> int:
     return eqn.params["length"] * max(1, count(_closed(eqn.params["jaxpr"])))
 
 
-def run_jaxpr(closed: Any, *args: Any) -> list[Any]:
-    """Evaluate a closed jaxpr; its operations keep their source lines when this is traced again."""
+def run_jaxpr(closed: Any, *args: Any, consts: Sequence[Any] | None = None) -> list[Any]:
+    """Evaluate a closed jaxpr, with other values of its constants if they are given.
+
+    Its operations keep their source lines when this is traced again.
+    """
+    if consts is not None:
+        return eval_jaxpr(closed.jaxpr, consts, *args)
     return list(jex_core.jaxpr_as_fun(closed)(*args))
 
 
@@ -679,10 +686,27 @@ def _folded(graph: Graph) -> Graph:
         operation = dataclasses.replace(operation, inputs=tuple(get(i) for i in operation.inputs))
         values = _computed(operation, [graph.avals[v] for v in operation.outputs])
         if values is None:
-            kept.append(operation)
+            kept.append(_with_known_indices(operation, graph))
         else:
             known.update(zip(operation.outputs, values, strict=True))
     return dataclasses.replace(graph, operations=tuple(kept), outputs=tuple(get(o) for o in graph.outputs))
+
+
+#: Operations whose second operand holds indices into the first.
+_INDEXED = frozenset(
+    {"gather", "scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max", "scatter-sub"}
+)
+
+
+def _with_known_indices(operation: Operation, graph: Graph) -> Operation:
+    if operation.name not in _INDEXED:
+        return operation
+    indices = operation.inputs[1]
+    if not isinstance(indices, Constant) or is_traced(indices.value):
+        return operation
+    shapes = [graph.aval(v).shape for v in operation.inputs]
+    params = with_known_indices(operation.name, operation.params, shapes, indices.value)
+    return dataclasses.replace(operation, params=params)
 
 
 def _computed(operation: Operation, avals: Sequence[Aval]) -> list[Constant] | None:

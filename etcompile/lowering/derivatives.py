@@ -20,6 +20,7 @@ from etcompile.analysis.groups import HiddenGroup
 from etcompile.analysis.visible import Visible, visible_of
 from etcompile.frontend.jaxpr import Constant, calls_out, has_effects
 from etcompile.lowering.geometry import TraceGeometry, trace_geometry
+from etcompile.lowering.places import taken
 from etcompile.lowering.tape import Tape
 from etcompile.sites.operation import WeightOperation
 
@@ -343,6 +344,6 @@ def _at_positions(group: HiddenGroup, k: int, value: Array, mask: np.ndarray | N
     if elements is None:
         value = value.reshape(group.shape)
     else:
-        taken = jnp.take(value.reshape(-1), np.maximum(elements, 0))
-        value = jnp.where(elements >= 0, taken, jnp.zeros((), value.dtype)).reshape(group.shape)
+        there = taken(value, np.maximum(elements, 0))
+        value = jnp.where(elements >= 0, there, jnp.zeros((), value.dtype)).reshape(group.shape)
     return value if mask is None else jnp.where(mask, value, jnp.zeros((), value.dtype))

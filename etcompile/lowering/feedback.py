@@ -18,6 +18,7 @@ import numpy as np
 from etcompile.errors import AlgorithmError, InputError, UnsupportedError
 from etcompile.frontend.jaxpr import full_dtype
 from etcompile.ir.program import Equation
+from etcompile.lowering.places import taken
 
 if TYPE_CHECKING:
     from etcompile.analysis.groups import HiddenGroup
@@ -233,7 +234,7 @@ def _through(new: bool) -> Callable[[Context, Equation, Sequence[Value]], Value]
         total: dict[int, Array] = {}
         for seen in context.model.visible(name):
             aval = step.tape.graph.avals[seen.variable]
-            flat = jnp.take(drive.reshape(-1), np.maximum(seen.position, 0))
+            flat = taken(drive, np.maximum(seen.position, 0))
             seed = jnp.where(seen.position >= 0, flat, jnp.zeros((), flat.dtype)).astype(aval.dtype)
             for variable, value in step.pull_to_states(name, {seen.variable: seed}, seen.cuts).items():
                 total[variable] = value if variable not in total else total[variable] + value

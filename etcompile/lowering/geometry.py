@@ -24,6 +24,7 @@ from jax import lax
 from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.relations import Relation
 from etcompile.lowering.in_place import computed_once, in_rows, sum_products
+from etcompile.lowering.places import taken
 from etcompile.precision import accumulator
 from etcompile.sites.operation import WeightOperation
 
@@ -58,7 +59,7 @@ def gather_positions(position: np.ndarray, shape: tuple[int, ...]) -> Any:
         and (clipped.reshape(clipped.shape[0], -1) == np.arange(size)).all()
     ):
         return lambda v: jnp.broadcast_to(v, clipped.shape)
-    return lambda v: jnp.take(v.reshape(-1), clipped)
+    return lambda v: taken(v, clipped)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,14 +7,13 @@ from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import jax
-
 from etcompile.compiled import Compiled
 from etcompile.errors import EtcompileError
 from etcompile.lowering.functions import StepFunctions
 from etcompile.runtime.changed_attributes import PlainAttributes
 from etcompile.runtime.environment import carried_alike, completed, give_up_traces, warn_of_many
 from etcompile.runtime.foreign_writes import ForeignWrites
+from etcompile.runtime.jitted import Constants, Jitted
 from etcompile.runtime.model_states import ModelAccess
 from etcompile.runtime.shapes import kinds_of, shapes_alone
 from etcompile.runtime.trace_state import TraceState
@@ -55,6 +54,8 @@ class Compilation:
         Shared by compilations whose traces have the same shapes.
     losses : dict
         Loss functions as they were traced, by what they are and close over; several for several environments.
+    constants : Constants
+        Large arrays that these functions close over.
     jitted : dict
         Jitted functions by what runs and which loss.
     """
@@ -67,6 +68,7 @@ class Compilation:
         self.found = found
         self.kinds = kinds
         self.traces = traces
+        self.constants = Constants()
         self.jitted: dict[Any, Callable] = {}
         self.losses: dict[Any, tuple[Any, ...]] = {}
 
@@ -81,11 +83,11 @@ class Compilation:
         self.losses[key] = traced
 
     def jit(self, key: Any, fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
-        """``fn`` jitted, or what was jitted before under the same key."""
+        """``fn`` jitted, its large constants set apart, or what was jitted before under the same key."""
         if key not in self.jitted:
             while len(self.jitted) >= _JITTED:
                 self.jitted.pop(next(iter(self.jitted)))
-            self.jitted[key] = jax.jit(fn, donate_argnums=donate)
+            self.jitted[key] = Jitted(fn, self.constants, donate)
         return self.jitted[key]
 
 

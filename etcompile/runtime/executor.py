@@ -22,6 +22,7 @@ from etcompile.lowering.losses import Loss, LossProgram
 from etcompile.lowering.placement import Placement
 from etcompile.runtime.compilations import Compilation, Compilations, Lower
 from etcompile.runtime.foreign_writes import ForeignWrites
+from etcompile.runtime.jitted import MissingConstants
 from etcompile.runtime.model_states import ModelAccess
 from etcompile.runtime.resizing import batch_leaves
 from etcompile.runtime.shapes import kinds_of, shapes_alone, shapes_of
@@ -279,7 +280,7 @@ class Executor:
     # -- running ------------------------------------------------------------------------------------------------
 
     def jit(self, key: Any, fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
-        """``fn`` jitted, or what was jitted before for this compilation under the same key."""
+        """``fn`` jitted, its large constants set apart, or what was jitted before for this compilation under the same key."""
         return self.compilation.jit(key, fn, donate)
 
     def placed(self, carry: Carry, data: Any, time: int = 0) -> tuple[Any, Carry, Any]:
@@ -306,6 +307,8 @@ class Executor:
             found = fn(*args)
             if self.asks_host(None if loss is None else loss.program) and not in_transformation():
                 jax.block_until_ready(found)
+        except MissingConstants:  # while it was traced: it is called again
+            raise
         except BaseException as error:
             self._lost = f"{type(error).__name__}: {error}".splitlines()[0]
             if given is not None and isinstance(error, (TypeError, ValueError)):

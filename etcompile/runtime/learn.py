@@ -22,6 +22,7 @@ from etcompile.runtime.gradients import (
     sequence_gradients,
     step_gradients,
 )
+from etcompile.runtime.jitted import around
 from etcompile.runtime.losses import JoinedLoss, LossFunction, check_mask
 from etcompile.runtime.progress import in_pieces, piece_lengths, segment_lengths
 from etcompile.runtime.step_data import over_time
@@ -247,8 +248,10 @@ class Learner:
         if key not in self._loops:
             while len(self._loops) >= _KEPT:
                 self._loops.pop(next(iter(self._loops)))
-            self._loops[key] = brainstate.transform.jit(
-                lambda *v: brainstate.transform.for_loop(functools.partial(one, joined), *v)
+            self._loops[key] = around(
+                lambda *v: brainstate.transform.for_loop(functools.partial(one, joined), *v),
+                self._step.executor.compilation.constants,
+                jit=brainstate.transform.jit,
             )
         return self._loops[key]
 

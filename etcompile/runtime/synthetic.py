@@ -24,6 +24,7 @@ from etcompile.lowering.schedules.base import Found, Loop, Plan, Run, Steps, in_
 from etcompile.lowering.schedules.windowed import Windowed, window, windows_refusal
 from etcompile.runtime.checks import steps_of
 from etcompile.runtime.gradients import bound_loss, sequence_inputs
+from etcompile.runtime.jitted import Jitted
 from etcompile.runtime.losses import BoundLoss, LossFunction, as_asked, check_callable, check_mask
 from etcompile.runtime.step_data import over_time
 
@@ -415,7 +416,7 @@ class SyntheticGradient:
 
     def _ran(self, name: str, fn: Callable, bound: BoundLoss, *args: Any) -> Any:
         if name not in self._jitted:
-            self._jitted[name] = jax.jit(fn)
+            self._jitted[name] = Jitted(fn, self.step.executor.compilation.constants)
         return self.step.executor.call(self._jitted[name], *args, loss=bound.loss)
 
 
