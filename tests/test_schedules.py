@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from oracles import relative_error
 from references import compiled, fresh
@@ -93,3 +94,22 @@ def test_names_of_schedules():
     with pytest.raises(etcompile.OptionError, match="a subclass of etcompile"):
         etcompile.register_schedule(int)
     assert list(SCHEDULES)[:3] == ["windows", "chunks", "steps"]
+
+
+@pytest.mark.parametrize(("synapses", "how"), [(60_000, "steps"), (200, "chunks")])
+def test_steps_of_a_sparse_weight_run_one_by_one_where_dense_weights_gain_less(synapses, how):
+    """Nothing of a sparse weight becomes a matrix product in a chunk: its share of f_t is as large as the trace."""
+    senders, receivers = np.random.default_rng(0).integers(0, 100, (2, synapses))
+
+    def leaky(params, state, x):
+        arrived = jax.ops.segment_sum(params["w"] * x[senders], receivers, 100)
+        h = jnp.tanh(0.9 * state["h"] + arrived + x @ params["dense"] + params["bias"])
+        return {"h": h}, h
+
+    shapes = {"w": (synapses,), "dense": (100, 100), "bias": (100,)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    units = jax.ShapeDtypeStruct((100,), jnp.float32)
+    step = etcompile.compile(etcompile.from_function(leaky, params, {"h": units}), units)
+    plan = step.executor.functions.plan
+    assert plan(etcompile.Schedule(), 50).how.name == how
+    assert plan(etcompile.Schedule(), 50, 10).how.name == "chunks"  # as asked

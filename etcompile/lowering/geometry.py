@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Callable, Sequence
+from functools import cached_property, reduce
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from jax import lax
 from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.relations import Relation
 from etcompile.lowering.in_place import computed_once, in_rows, sum_products
-from etcompile.lowering.places import taken
+from etcompile.lowering.places import columns_taken, taken
 from etcompile.precision import accumulator
 from etcompile.sites.operation import WeightOperation
 
@@ -33,33 +33,50 @@ __all__ = ["TraceGeometry", "gather_positions", "trace_geometry"]
 Array = Any
 
 
-def gather_positions(position: np.ndarray, shape: tuple[int, ...]) -> Any:
-    """A function from arrays over the group's positions to arrays over a span of y.
+def gather_positions(position: np.ndarray, shape: tuple[int, ...]) -> Callable[[Array], Array]:
+    """A function from arrays over the group's positions to arrays over a span of y."""
+    found = _in_whole_axes(position, shape)
+    if found is not None:
+        return found
+    columns = _columns(position, shape)
+    return (
+        (lambda v: columns_taken(v, columns))
+        if columns is not None
+        else (lambda v: taken(v, np.maximum(position, 0)))
+    )
 
-    Most correspondences are the identity or repeat one axis (the gates of a fused weight); those need no gather.
-    """
+
+def _in_whole_axes(position: np.ndarray, shape: tuple[int, ...]) -> Callable[[Array], Array] | None:
+    """Such a function without a gather of elements: most correspondences are the identity or repeat one axis (fused gates)."""
     clipped = np.maximum(position, 0)
     size = int(np.prod(shape))
     if clipped.size == size and (clipped.ravel() == np.arange(size)).all():
         return lambda v: v.reshape(position.shape)
-    if len(shape) >= 1 and clipped.ndim == len(shape) and clipped.shape[:-1] == shape[:-1] and size:
-        rows = clipped.reshape(-1, clipped.shape[-1]) - np.arange(size // shape[-1])[:, None] * shape[-1]
-        if (rows == rows[0]).all() and rows.min() >= 0 and rows.max() < shape[-1]:
-            columns = rows[0]
-            repeats, rest = divmod(columns.size, shape[-1])
-            if rest == 0 and (columns == np.tile(np.arange(shape[-1]), repeats)).all():
-                return lambda v: jnp.concatenate([v] * repeats, axis=-1)
-            start = int(columns[0])
-            if (columns == np.arange(start, start + columns.size)).all():
-                return lambda v: v[..., start : start + columns.size]
-            return lambda v: jnp.take(v, columns, axis=-1)
+    columns = _columns(position, shape)
+    if columns is not None:
+        repeats, rest = divmod(columns.size, shape[-1])
+        if rest == 0 and (columns == np.tile(np.arange(shape[-1]), repeats)).all():
+            return lambda v: jnp.concatenate([v] * repeats, axis=-1)
+        start = int(columns[0])
+        if (columns == np.arange(start, start + columns.size)).all():
+            return lambda v: v[..., start : start + columns.size]
+        return None
     if (
         clipped.ndim == len(shape) + 1
         and clipped.shape[1:] == shape
         and (clipped.reshape(clipped.shape[0], -1) == np.arange(size)).all()
     ):
         return lambda v: jnp.broadcast_to(v, clipped.shape)
-    return lambda v: taken(v, clipped)
+    return None
+
+
+def _columns(position: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The units along the last axis, where they are the same for all that stands before it; None elsewhere."""
+    clipped, size = np.maximum(position, 0), int(np.prod(shape))
+    if not (len(shape) >= 1 and clipped.ndim == len(shape) and clipped.shape[:-1] == shape[:-1] and size):
+        return None
+    rows = clipped.reshape(-1, clipped.shape[-1]) - np.arange(size // shape[-1])[:, None] * shape[-1]
+    return rows[0] if (rows == rows[0]).all() and rows.min() >= 0 and rows.max() < shape[-1] else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,6 +131,11 @@ class TraceGeometry:
     def from_positions(self, value: Array) -> Array:
         """An array over the group's positions as one over y's span."""
         return gather_positions(self.relation.position, self.group_shape)(value)
+
+    @cached_property
+    def scattered(self) -> bool:
+        """Whether the positions of y's span are found one by one, as for the weights of a sparse product."""
+        return _in_whole_axes(self.relation.position, self.group_shape) is None
 
     def span(self, value: Array) -> Array:
         """The span of an array over all of y."""

@@ -7,15 +7,23 @@ from typing import Any
 import numpy as np
 from jax import lax
 
-__all__ = ["taken"]
+__all__ = ["columns_taken", "taken"]
 
 Array = Any
 
+_IN_BOUNDS = lax.GatherScatterMode.PROMISE_IN_BOUNDS
 _NUMBERS = lax.GatherDimensionNumbers(offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,))
 
 
 def taken(values: Array, places: np.ndarray) -> Array:
     """Elements at ``places`` of the flat array, all of which are there: no index is looked at twice."""
     narrow = places.astype(np.int32) if values.size <= np.iinfo(np.int32).max else places
-    in_bounds = lax.GatherScatterMode.PROMISE_IN_BOUNDS
-    return lax.gather(values.reshape(-1), narrow[..., None], _NUMBERS, (1,), mode=in_bounds)
+    return lax.gather(values.reshape(-1), narrow[..., None], _NUMBERS, (1,), mode=_IN_BOUNDS)
+
+
+def columns_taken(values: Array, columns: np.ndarray) -> Array:
+    """Elements at these places of the last axis."""
+    last = values.ndim - 1
+    numbers = lax.GatherDimensionNumbers(tuple(range(last)), (last,), (last,))
+    sizes = (*values.shape[:-1], 1)
+    return lax.gather(values, columns.astype(np.int32)[:, None], numbers, sizes, mode=_IN_BOUNDS)

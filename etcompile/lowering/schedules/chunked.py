@@ -36,6 +36,7 @@ from etcompile.lowering.schedules.first_pass import FirstPass, Passed
 from etcompile.lowering.schedules.linear import ChunkEquations, chunk_equations
 from etcompile.lowering.schedules.recurrence import Recurrence, TraceClass, referred, value_key, weighted
 from etcompile.lowering.schedules.relation_traces import RelationTraces
+from etcompile.lowering.schedules.traffic import chunks_pay_off
 from etcompile.lowering.sums import added, by_name
 from etcompile.schedule import Schedule
 
@@ -77,7 +78,7 @@ class Chunked(SequenceSchedule):
         return self._sorted
 
     def size(self, schedule: Schedule, steps: int, wanted: int | str | None) -> int:
-        """What is asked for; of ``"auto"`` as many as pay off, and all where a trace is too large to be stored between chunks."""
+        """What is asked for; of ``"auto"`` as many as pay off, if any do, and all where a trace is too large to be stored."""
         wanted = schedule.chunk if wanted is None else wanted
         if self.causal.carried.too_large:
             if isinstance(wanted, int) and wanted < steps:
@@ -85,9 +86,14 @@ class Chunked(SequenceSchedule):
                 raise site.cannot_store("chunk='auto': the whole sequence is one chunk.")
             return steps
         if not isinstance(wanted, int):
-            wanted = 1 if self.refusal() is not None else self._that_pay_off(steps, schedule.memory)
+            pays = self.refusal() is None and self._pay_off
+            wanted = self._that_pay_off(steps, schedule.memory) if pays else 1
         size = min(wanted, steps)
         return size if size > 1 else 0
+
+    @cached_property
+    def _pay_off(self) -> bool:
+        return chunks_pay_off(self.causal)
 
     def _that_pay_off(self, steps: int, memory: int) -> int:
         """Steps to handle together: enough to make up for the work at a chunk's end, as far as memory allows.
