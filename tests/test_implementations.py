@@ -108,6 +108,20 @@ def test_a_sparse_product_keeps_one_entry_per_stored_weight(name, batch):
     same(gradient(step, xs, ys, chunk="auto"), right)
 
 
+def test_a_sparse_matrix_of_many_units_is_compiled_like_a_small_one():
+    units, targets = 10_000, np.random.default_rng(0).integers(0, 10_000, 20_000).astype(np.int32)
+    starts = np.arange(0, 20_001, 2, dtype=np.int32)
+
+    def leaky(params, state, x):
+        h = 0.9 * state["h"] + x @ brainevent.CSR((params["w"], targets, starts), shape=(units, units))
+        return {"h": h}, h
+
+    w, h = jnp.ones(20_000), jnp.zeros(units)
+    step = etcompile.compile(etcompile.from_function(leaky, {"w": w}, {"h": h}), h)
+    assert step.exact
+    assert trace_numbers(step) == 20_000
+
+
 def test_the_derivative_of_events_by_what_sends_them_is_kept():
     """brainevent lets credit through an event product as if the events were numbers."""
     w = jnp.asarray(draw.standard_normal(6))
