@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 
-from etcompile.errors import EtcompileError, InputError
+from etcompile.errors import EtcompileError, InputError, UnsupportedError
 from etcompile.frontend.explain import known_cause
 from etcompile.frontend.user_code import is_users, user_frame
 
-__all__ = ["check_takes", "explained_loss"]
+__all__ = ["check_takes", "explained_loss", "underivable_loss"]
 
 
 def check_takes(loss_fn: Callable, outputs: Any, targets: tuple[Any, ...]) -> None:
@@ -54,6 +54,27 @@ def explained_loss(
         got=f"{', '.join(given)}; {type(error).__name__}: {str(error).splitlines()[0]}",
         expected="targets that go with the outputs of one step",
         hint="compare these shapes; in a sequence the loss sees one step at a time, without the time axis.",
+    )
+
+
+def underivable_loss(error: BaseException) -> EtcompileError | None:
+    """The error to raise for one of JAX's where a loss that it traced is differentiated; None for any other.
+
+    JAX keeps where an operation was written in the cause of what its rule raises.
+    """
+    cause = error.__cause__
+    if not isinstance(error, (NotImplementedError, ValueError)) or not isinstance(cause, Exception):
+        return None
+    where = user_frame(cause)
+    if where is None:
+        return None
+    return UnsupportedError(
+        "the gradient of the loss would have to pass an operation that JAX does not differentiate here.",
+        where=where,
+        got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+        expected="a loss with a derivative by the outputs, states and parameters that it reads",
+        hint="give the operation a derivative with jax.custom_jvp or jax.custom_vjp; or, if no credit shall pass, apply it to "
+        "jax.lax.stop_gradient(value).",
     )
 
 

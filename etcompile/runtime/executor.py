@@ -14,6 +14,7 @@ from etcompile.compiled import Compiled
 from etcompile.errors import CarryError, ModelError, OptionError, UnsupportedError
 from etcompile.frontend.function import own_copy
 from etcompile.frontend.jaxpr import in_transformation, is_traced
+from etcompile.frontend.loss_errors import underivable_loss
 from etcompile.frontend.module import not_recorded
 from etcompile.frontend.step_model import StepModel, leaf_names
 from etcompile.ir.kinds import KINDS
@@ -313,6 +314,8 @@ class Executor:
             self._lost = f"{type(error).__name__}: {error}".splitlines()[0]
             if given is not None and isinstance(error, (TypeError, ValueError)):
                 self.model.flatten_given(given)
+            if loss is not None and (explained := underivable_loss(error)) is not None:
+                raise explained from error
             raise
         return found
 
