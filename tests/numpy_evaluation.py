@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -38,18 +39,31 @@ class interpreted:
         self._jitted = _JIT(fn, **options)
         self._plain = set(options) <= {"donate_argnums"}
         self._fn = fn
-        self._traced: dict[Any, tuple[Any, Any]] = {}
+        self._traced: dict[Any, Any] = {}
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        if named:
+        if named or self._left_to_jax(arguments):
             return self._jitted(*arguments, **named)
+        traced = self.trace(*arguments)
+        return _results(traced.jaxpr, traced.out_info, jax.tree.leaves(arguments))
+
+    def trace(self, *arguments: Any) -> Any:
+        """As of a jitted function; traced once, whether it is asked for or run."""
+        if self._left_to_jax(arguments):
+            return self._jitted.trace(*arguments)
         leaves, tree = jax.tree.flatten(arguments)
-        if not self._plain or any(isinstance(leaf, Tracer) for leaf in leaves) or in_transformation():
-            return self._jitted(*arguments)
         key = tree, tuple(map(_kind, leaves))
         if key not in self._traced:
-            self._traced[key] = jax.make_jaxpr(self._fn, return_shape=True)(*arguments)
-        return _results(*self._traced[key], leaves)
+            jaxpr, shapes = jax.make_jaxpr(self._fn, return_shape=True)(*arguments)
+            self._traced[key] = types.SimpleNamespace(jaxpr=jaxpr, out_info=shapes)
+        return self._traced[key]
+
+    def _left_to_jax(self, arguments: Sequence[Any]) -> bool:
+        return (
+            not self._plain
+            or in_transformation()
+            or any(isinstance(v, Tracer) for v in jax.tree.leaves(arguments))
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._jitted, name)

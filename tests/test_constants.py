@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from oracles import relative_error
 
 import etcompile
 from etcompile.frontend.jaxpr import Constant
-from tests.oracles import relative_error
+from etcompile.runtime.jitted import Constants
 
 UNITS, SYNAPSES = 40, 6000
 DRAW = np.random.default_rng(0)
@@ -123,3 +124,14 @@ def test_indices_out_of_bounds_are_dropped_as_jax_does(outside):
 
     assert relative_error(grads["w"], jax.grad(whole)(w)) < 1e-10
     assert (float(grads["w"][0]) == 0) is outside
+
+
+def test_a_constant_is_kept_once_and_bound_to_no_device():
+    kept, array = Constants(), np.arange(5000)
+    bound = jax.device_put(jnp.asarray(array), jax.devices()[0])
+    key = kept.key(array)
+    assert key is not None and kept.key(array.copy()) == key == kept.key(bound)
+    assert not kept[key].committed
+    other = Constants()
+    assert not other[other.key(bound)].committed
+    assert kept.key(array[:100]) is None  # small ones stay in the program
