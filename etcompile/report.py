@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from etcompile.analysis.analysis import Analysis
+from etcompile.analysis.relations import Relation
 from etcompile.analysis.silence import reaches_output
 from etcompile.frontend.jaxpr import full_dtype
 from etcompile.frontend.step_model import Leaf
-from etcompile.ir.header import Cut
+from etcompile.ir.header import Cut, Effect
 from etcompile.ir.kinds import KINDS
 from etcompile.ir.ops import OPS
 from etcompile.ir.program import TraceProgram
@@ -127,64 +128,79 @@ def parameter_lines(
     analysis: Analysis, program: TraceProgram, sizes: Mapping[str, int] | None = None
 ) -> tuple[ParameterLine, ...]:
     """How each parameter's gradient is made under ``program``; ``sizes`` are bytes of the carried values by name."""
-    made = _Made.of(program, sizes or {})
+    made = _Made.of(analysis, program, sizes or {})
     leaves = sorted(analysis.model.params, key=lambda leaf: natural_key(leaf.path))
     return tuple(_parameter_line(analysis, program, made, leaf) for leaf in leaves)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Made:
-    """What a program makes gradients of.
+    """What a program makes gradients of, each looked up by what it belongs to.
 
     Attributes
     ----------
-    traced : set of str
-        Relations that have a trace, or whose f is read; sites whose gradients are made of traces.
-    used : set of str
-        All that a value belongs to, or that an equation names.
+    sites : mapping of str to list of str
+        Sites of each parameter.
+    relations : mapping of str to list of Relation
+        Relations of each site that have a trace, or whose f is read; all of them where its gradient is made of traces.
+    effects : mapping of str to list of Effect
+        Effects of each site that the program uses.
     sizes : mapping of str to int
         Bytes of the carried values.
+    of_owner : mapping of str to int
+        The same, for all values that belong to one site, relation or effect.
+    ends : bool
+        Whether it can be told of a parameter that nothing kept of it reaches an output.
     """
 
-    traced: set[str]
-    used: set[str]
+    sites: Mapping[str, list[str]]
+    relations: Mapping[str, list[Relation]]
+    effects: Mapping[str, list[Effect]]
     sizes: Mapping[str, int]
+    of_owner: Mapping[str, int]
+    ends: bool
 
     @classmethod
-    def of(cls, program: TraceProgram, sizes: Mapping[str, int]) -> _Made:
+    def of(cls, analysis: Analysis, program: TraceProgram, sizes: Mapping[str, int]) -> _Made:
         equations = program.equations
         traced = {
             e.type.of for e in equations if KINDS[e.type.kind].owner == "relation" or OPS[e.op].contracts
         }
         used = {e.type.of for e in equations} | {str(a) for e in equations for a in e.args}
-        return cls(traced, used, sizes)
+        of_owner = _listed((program.equation(name).type.of, size) for name, size in sizes.items())
+        given = any(OPS[e.op].signal == "given" or OPS[e.op].unknown for e in equations)
+        return cls(
+            sites=_listed((path, s.name) for s in analysis.sites for path in s.params),
+            relations=_listed(
+                (r.site, r) for r in analysis.relations if not traced.isdisjoint((r.name, r.site))
+            ),
+            effects=_listed((e.site, e) for e in program.header.effects if e.name in used),
+            sizes=sizes,
+            of_owner={owner: sum(found) for owner, found in of_owner.items()},
+            ends=not given and program.window is None,
+        )
 
 
 def _parameter_line(analysis: Analysis, program: TraceProgram, made: _Made, leaf: Leaf) -> ParameterLine:
-    sites = [s.name for s in analysis.sites if leaf.path in s.params]
-    effects = [e for e in program.header.effects if e.site in sites and e.name in made.used]
-    relations = [
-        r
-        for r in analysis.relations
-        if not effects and r.site in sites and not made.traced.isdisjoint((r.name, r.site))
-    ]
+    sites = made.sites.get(leaf.path, [])
+    effects = [e for s in sites for e in made.effects.get(s, ())]
+    relations = [] if effects else [r for s in sites for r in made.relations.get(s, ())]
     groups = tuple(dict.fromkeys(r.group for r in relations))
     owners = {*sites, *(r.name for r in relations), *(e.name for e in effects)}
     decays, saved = _factorised(program, sites, made.sizes)
     silent = analysis.silent.get(leaf.path, "") if sites else ""
+    told = silent or effects or not sites or not made.ends
     return ParameterLine(
         path=leaf.path,
         shape=leaf.aval.shape,
         how=_how(program, leaf.aval.differentiable, sites, [e.layer for e in effects], groups),
         groups=groups,
         part=_parts(analysis, relations) if leaf.aval.differentiable else "",
-        trace_bytes=sum(
-            size for name, size in made.sizes.items() if program.equation(name).type.of in owners
-        ),
+        trace_bytes=sum(made.of_owner.get(owner, 0) for owner in owners),
         decays=decays,
         saved_bytes=saved,
         silent=silent,
-        zero="" if silent or effects or not sites else _zero(analysis, program, leaf.path, groups),
+        zero="" if told else _zero(analysis, program, leaf.path, groups),
     )
 
 
@@ -204,12 +220,16 @@ def _how(
     return "within the step only" if program.window is None else within
 
 
+def _listed(pairs: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
+    """What belongs to each name, in order."""
+    found: dict[str, list[Any]] = {}
+    for name, value in pairs:
+        found.setdefault(name, []).append(value)
+    return found
+
+
 def _zero(analysis: Analysis, program: TraceProgram, path: str, groups: Sequence[str]) -> str:
     """Words where nothing that the rule keeps of a parameter reaches an output; else none."""
-    if program.window is not None or any(
-        OPS[e.op].signal == "given" or OPS[e.op].unknown for e in program.equations
-    ):
-        return ""
     states = [s for g in groups for s in analysis.group(g).states]
     if reaches_output(analysis.model, analysis.dependence, path, states):
         return ""

@@ -189,6 +189,52 @@ class Weights:
 SETTINGS = {"factor": 1.0}
 
 
+def test_a_function_made_anew_in_a_loop_is_traced_once():
+    step = etcompile.compile(Net(), XS[0])
+    weights, scale = Weights(), 2.0
+
+    def made(run):
+        def loss(out, y):
+            return square(out, y) * weights.scale * run.factor * scale
+
+        return loss
+
+    same_run, losses = Weights(), []
+    same_run.factor = 3.0
+    for run in (same_run, same_run, same_run):
+        step.reset()
+        losses.append(step.scan_value_and_grad(made(run))(XS, YS)[0])
+    traced = step.executor.compilations.now.losses
+    assert len(traced) == 1
+    assert relative_error(losses[2], losses[0]) == 0
+    other = Weights()  # what an object holds cannot all be compared: another one is another loss
+    other.factor = 5.0
+    step.reset()
+    found = step.scan_value_and_grad(made(other))(XS, YS)[0]
+    assert len(traced) == 2
+    assert relative_error(found, losses[0] / 3 * 5) < 1e-12
+
+
+def test_two_functions_of_the_same_code_are_told_apart_by_what_they_close_over():
+    step = etcompile.compile(Net(), XS[0])
+    halves, thirds = (lambda v, by=by: v / by for by in (2, 3))
+
+    def made(*fns):
+        first, second, third = fns
+        return lambda out, y: first(square(out, y)) + 5 * second(square(out, y)) + 7 * third(square(out, y))
+
+    def total(*fns):
+        step.reset()
+        return step.scan_value_and_grad(made(*fns))(XS, YS)[0]
+
+    plain = total(lambda v: v, lambda v: v, lambda v: v) / 13
+    for fns, factor in {
+        (halves, thirds, halves): 1 / 2 + 5 / 3 + 7 / 2,
+        (halves, halves, thirds): 3 + 7 / 3,
+    }.items():
+        assert relative_error(total(*fns), factor * plain) < 1e-12
+
+
 def test_what_a_loss_closes_over_is_read_at_every_call():
     step, weights, beta = etcompile.compile(Net(), XS[0]), Weights(), 1.0
 

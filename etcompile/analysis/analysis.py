@@ -87,14 +87,20 @@ class Analysis:
         """Whether nothing is cut: the gradient then equals backpropagation through time."""
         return not self.cuts
 
+    @cached_property
+    def _named(self) -> Mapping[type, Mapping[str, Any]]:
+        parts = (self.layers, self.effects, self.groups, self.sites)
+        kinds = (Layer, Effect, HiddenGroup, Site)
+        return {kind: {part.name: part for part in found} for kind, found in zip(kinds, parts, strict=True)}
+
     def layer(self, name: str) -> Layer:
-        return next(x for x in self.layers if x.name == name)
+        return self._named[Layer][name]
 
     def effect(self, name: str) -> Effect:
-        return next(x for x in self.effects if x.name == name)
+        return self._named[Effect][name]
 
     def group(self, name: str) -> HiddenGroup:
-        return next(g for g in self.groups if g.name == name)
+        return self._named[HiddenGroup][name]
 
     def new_variables(self, group: HiddenGroup) -> set[int]:
         """Variables of the body that hold the group's new states."""
@@ -106,7 +112,7 @@ class Analysis:
         return find_silent(self.model, self.dependence, self.roles)
 
     def site(self, name: str) -> Site:
-        return next(s for s in self.sites if s.name == name)
+        return self._named[Site][name]
 
     def state_name(self, k: int) -> str:
         return self.model.states[k].path
@@ -132,9 +138,13 @@ def analyse(model: StepModel, exclude: Sequence[str] = ()) -> Analysis:
     components = connected_components(hidden, [(link.origin, link.target) for link in links])
     components = sorted(components, key=lambda found: min(natural_key(model.states[s].path) for s in found))
     groups, misplaced = [], []
+    into: dict[int, list[Link]] = {k: [] for k in hidden}  # links by target, in their order
+    for link in links:
+        into[link.target].append(link)
     for members in components:
-        for maps in align(members, shapes, [x for x in links if x.origin in members and x.target in members]):
-            group, moved = _group(f"g{len(groups)}", maps, shapes, links)
+        here = [link for k in sorted(members) for link in into[k]]  # by target, as all links are
+        for maps in align(members, shapes, [x for x in here if x.origin in members]):
+            group, moved = _group(f"g{len(groups)}", maps, shapes, here)
             groups.append(group)
             misplaced += moved
     relations, misfits = _relations(split, groups, found)
@@ -167,27 +177,29 @@ def _influences(
     for k in hidden:
         mask |= 1 << (len(model.params) + k)
     active = [bool(d & mask) for d in dep.derivative]
-    keep = (
-        {model.state_vars[k] for k in hidden}
-        | {model.new_state_vars[k] for k in hidden}
-        | {s.y for s in split.sites}
-    )
+    states, new_states = model.state_vars, model.new_state_vars
+    keep = {states[k] for k in hidden} | {new_states[k] for k in hidden} | {s.y for s in split.sites}
     result = {}
     for k in hidden:
         aval = model.states[k].aval
         seed = np.arange(aval.size).reshape(aval.shape)
-        result[k] = influence_on(split.body, {model.new_state_vars[k]: seed}, active, keep, split.frozen)
+        result[k] = influence_on(split.body, {new_states[k]: seed}, active, keep, split.frozen)
     return result
 
 
 def _links(model: StepModel, found: Mapping[int, Influence], hidden: Sequence[int]) -> list[Link]:
     links = []
+    states, new_states = model.state_vars, model.new_state_vars
+    state_of = {
+        v: k for variables in (states, new_states) for k in hidden if isinstance(v := variables[k], int)
+    }
     for k in hidden:
-        for j in hidden:
-            old = found[k].positions.get(model.state_vars[j])
+        positions = found[k].positions
+        for j in sorted({state_of[v] for v in positions if v in state_of}):
+            old = positions.get(states[j])
             if old is not None and (old != NONE).any():
                 links.append(Link(j, k, old, within_step=False))
-            new = found[k].positions.get(model.new_state_vars[j]) if j != k else None
+            new = positions.get(new_states[j]) if j != k else None
             if new is not None and (new != NONE).any():
                 links.append(Link(j, k, new, within_step=True))
     return links
@@ -227,10 +239,15 @@ def _relations(
     split: SplitStep, groups: Sequence[HiddenGroup], found: Mapping[int, Influence]
 ) -> tuple[list[Relation], list[tuple[Site, HiddenGroup]]]:
     relations, misfits = [], []
+    reaching: dict[int, dict[str, HiddenGroup]] = {}  # groups that a variable reaches, in their order
+    for group in groups:
+        for s in group.states:
+            for v in found[s].positions:
+                reaching.setdefault(v, {})[group.name] = group
     for site in split.sites:
         if not site.does.traced:
             continue
-        for group in groups:
+        for group in reaching.get(site.y, {}).values():
             influence = {
                 k: found[s].positions[site.y]
                 for k, s in enumerate(group.states)

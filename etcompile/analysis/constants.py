@@ -11,7 +11,9 @@ The numbers are then computed once. Elements of y with the same D, and the same 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import jax
@@ -22,9 +24,10 @@ from etcompile.analysis.dependence import Dependence, dependence
 from etcompile.analysis.groups import HiddenGroup
 from etcompile.analysis.relations import Relation
 from etcompile.analysis.sites import SplitStep
-from etcompile.frontend.jaxpr import Constant, Graph, Operand, bind, has_effects, vjp_graph
+from etcompile.frontend.jaxpr import Constant, Graph, Operand, bind, has_effects, is_traced, vjp_graph
 from etcompile.frontend.loops import Use, within
 from etcompile.frontend.step_model import StepModel
+from etcompile.frontend.walks import BackwardWalk
 from etcompile.ir.header import Response
 
 __all__ = ["ConstantResponses", "find_constant_responses"]
@@ -63,6 +66,10 @@ class _Pull:
     moving: tuple[int, ...]
 
 
+#: Operations, last one first, with the uses to follow, (operand, variable); and which starts reach a variable, as bits.
+_Region = tuple[list[tuple[int, tuple[tuple[int, int], ...]]], dict[int, int]]
+
+
 def find_constant_responses(
     model: StepModel,
     split: SplitStep,
@@ -99,10 +106,14 @@ class _Walk:
         self.sites = {s.name: s for s in split.sites}
         self.fixed = [not bits for bits in dep.value]
         for operation in self.body.operations:
-            if has_effects(operation) or not all(map(self._known, operation.inputs)):
+            if has_effects(operation) or not all(map(self.known, operation.inputs)):
                 for v in operation.outputs:
                     self.fixed[v] = False
-        self.made_by = {v: o for o in self.body.operations for v in o.outputs}
+        #: A bit for each variable from which a path may start: old states, and results of sites.
+        starts = dict.fromkeys((*model.state_vars, *(s.y for s in split.sites)))
+        self.bits = {v: 1 << bit for bit, v in enumerate(starts)}
+        self.regions: dict[int, _Region] = {}
+        self.reads: dict[int, tuple[Graph, Sequence[int]]] = {}
         self.read: dict[int, list[bool]] = {}
         self.paths: dict[tuple[int, int], list[_Pull] | None] = {}
 
@@ -139,112 +150,163 @@ class _Walk:
         return self.paths[key]
 
     def _path(self, state: int, target: int) -> list[_Pull] | None:
-        new = self.model.new_state_vars[state]
+        bit = self.bits[target]
+        uses, reached = self._region(state)
+        if not reached.get(self.model.new_state_vars[state], 0) & bit:
+            return []
+        pulls: list[_Pull] = []
         cuts = self.uses_cut[state]
-        reach = self._reach(target)
-        live, pulls = {new}, []
-        for number in range(len(self.body.operations) - 1, -1, -1):
+        for number, followed in uses:
             operation = self.body.operations[number]
-            if not live.intersection(operation.outputs) or operation.name == "stop_gradient":
-                continue
-            moving = tuple(
-                k
-                for k, v in enumerate(operation.inputs)
-                if not isinstance(v, Constant)
-                and reach[v]
-                and (number, k) not in self.frozen
-                and not ((number, k) in cuts and cuts[number, k].all())
-            )
+            moving = tuple(k for k, v in followed if reached.get(v, 0) & bit)
             if not moving:
                 continue
-            if within(cuts, number):
+            if operation.loop is not None and within(cuts, number):
                 return None  # cut in some of the uses inside of a loop
             varying = self._varying(number)
             if any(varying[k] for k in moving) or len(pulls) == LONGEST_PATH:
                 return None
             pulls.append(_Pull(number, moving))
-            live.update(v for k in moving if isinstance(v := operation.inputs[k], int))
         return pulls
 
-    def _reach(self, target: int) -> list[bool]:
-        """Variables through which the target acts, itself included."""
-        reach = [v == target for v in range(len(self.body.avals))]
-        for number, operation in enumerate(self.body.operations):
-            if any(
-                not isinstance(v, Constant) and reach[v] and (number, k) not in self.frozen
+    def _region(self, state: int) -> _Region:
+        """What leads to a new state without a cut; and for each variable there, which targets reach it."""
+        if state not in self.regions:
+            self.regions[state] = self._found_region(state)
+        return self.regions[state]
+
+    def _found_region(self, state: int) -> _Region:
+        body, cuts = self.body, self.uses_cut[state]
+        new = self.model.new_state_vars[state]
+        uses: list[tuple[int, tuple[tuple[int, int], ...]]] = []
+        walk = BackwardWalk(body, [new])
+        for number in walk:
+            operation = body.operations[number]
+            if operation.name == "stop_gradient":
+                continue
+            followed = tuple(
+                (k, v)
                 for k, v in enumerate(operation.inputs)
-            ):
-                for v in operation.outputs:
-                    reach[v] = reach[v] or self.body.avals[v].differentiable
-        return reach
+                if not isinstance(v, Constant)
+                and (number, k) not in self.frozen
+                and not ((number, k) in cuts and cuts[number, k].all())
+            )
+            uses.append((number, followed))
+            for _, v in followed:
+                walk.add(v)
+        reached = {v: self.bits[v] for _, followed in uses for _, v in followed if v in self.bits}
+        for number, followed in reversed(uses):
+            found = reduce(or_, [reached.get(v, 0) for _, v in followed], 0)
+            for v in body.operations[number].outputs if found else ():
+                if body.avals[v].differentiable:
+                    reached[v] = reached.get(v, 0) | found
+        return uses, reached
 
     def _varying(self, number: int) -> list[bool]:
         """For each operand of an operation, whether its cotangent reads anything that is not constant."""
         if number not in self.read:
             operation = self.body.operations[number]
             live = [k for k, v in enumerate(operation.inputs) if self.body.aval(v).differentiable]
-            graph = self._cotangents(number, live)
+            graph = self.cotangents(number, live)
             varying = [True] * len(operation.inputs)
             if graph is not None:
-                reads = dependence(graph).value
+                if id(graph) not in self.reads:  # operations that are equal have one graph
+                    self.reads[id(graph)] = graph, dependence(graph).value
+                reads = self.reads[id(graph)][1]
                 for k, found in zip(live, graph.outputs, strict=True):
                     bits = 0 if isinstance(found, Constant) else reads[found]
                     varying[k] = any(
-                        bits >> j & 1 and not self._known(v) for j, v in enumerate(operation.inputs)
+                        bits >> j & 1 and not self.known(v) for j, v in enumerate(operation.inputs)
                     )
             self.read[number] = varying
         return self.read[number]
 
-    def _cotangents(self, number: int, moving: Sequence[int]) -> Graph | None:
+    def cotangents(self, number: int, moving: Sequence[int]) -> Graph | None:
         """The map from cotangents of an operation's results to those of some operands."""
         operation = self.body.operations[number]
         return vjp_graph(operation, [self.body.aval(v) for v in operation.inputs], moving)
 
-    def _known(self, operand: Operand) -> bool:
+    def known(self, operand: Operand) -> bool:
         return isinstance(operand, Constant) or self.fixed[operand]
-
-    # -- numbers ------------------------------------------------------------------------------------------------
 
     def values(self) -> dict[tuple[int, int], Array]:
         """The derivative along each constant path: ones pulled back from the new state."""
-        known: dict[int, Array] = {}
+        pulled: dict[int, dict[int, set[int]]] = {}
+        for (state, _), pulls in self.paths.items():
+            moving = pulled.setdefault(state, {})
+            for pull in pulls or ():
+                moving.setdefault(pull.operation, set()).update(pull.moving)
+        numbers = _Numbers(self)
+        found = {state: numbers.pulled(state, moving) for state, moving in pulled.items()}
+        return {
+            (state, target): found[state].get(target, numbers.zeros(target))
+            for (state, target), pulls in self.paths.items()
+            if pulls is not None
+        }
 
-        def get(operand: Operand) -> Array:
-            if isinstance(operand, Constant):
-                return operand.value
-            if operand not in known:
-                operation = self.made_by[operand]
-                results = bind(operation, [get(v) for v in operation.inputs])
-                known.update(zip(operation.outputs, results, strict=True))
-            return known[operand]
 
-        return {key: self._pulled(*key, pulls, get) for key, pulls in self.paths.items() if pulls is not None}
+class _Numbers:
+    """Derivatives along constant paths as numbers. What is computed from the same numbers is computed once."""
 
-    def _pulled(self, state: int, target: int, pulls: list[_Pull], get: Any) -> Array:
-        new = self.model.new_state_vars[state]
-        cuts = self.uses_cut[state]
-        avals = self.body.avals
-        cotangents = {new: jnp.ones(avals[new].shape, avals[new].dtype)}
-        for pull in pulls:
-            operation = self.body.operations[pull.operation]
+    def __init__(self, walk: _Walk) -> None:
+        self.walk, self.body = walk, walk.body
+        self.known: dict[int, Array] = {}
+        self.made: dict[Any, tuple[Any, Any]] = {}
+
+    def pulled(self, state: int, moving: Mapping[int, set[int]]) -> dict[int, Array]:
+        """Cotangents of all variables on the way from a new state; ``moving``: through which operands of which operations."""
+        walk, avals = self.walk, self.body.avals
+        new, cuts = walk.model.new_state_vars[state], walk.uses_cut[state]
+        cotangents = {
+            new: self.once("ones", (), avals[new], lambda: jnp.ones(avals[new].shape, avals[new].dtype))
+        }
+        for number in sorted(moving, reverse=True):
+            operation, operands = self.body.operations[number], sorted(moving[number])
             primals = [
-                get(v) if self._known(v) else None for v in operation.inputs
+                self.value(v) if walk.known(v) else None for v in operation.inputs
             ]  # the others are not read
-            given = [
-                cotangents[v] if v in cotangents else jnp.zeros(avals[v].shape, avals[v].dtype)
-                for v in operation.outputs
-                if avals[v].differentiable
-            ]
-            graph = self._cotangents(pull.operation, pull.moving)
+            given = [cotangents.get(v, self.zeros(v)) for v in operation.outputs if avals[v].differentiable]
+            graph = walk.cotangents(number, operands)
             assert graph is not None
-            for k, found in zip(pull.moving, graph.evaluate(*primals, *given), strict=True):
-                mask = cuts.get((pull.operation, k))
-                found = found if mask is None else jnp.where(mask, jnp.zeros((), found.dtype), found)
+            found = self.once(
+                "pull", (graph, *primals, *given), (), lambda g=graph, p=primals, c=given: g.evaluate(*p, *c)
+            )
+            for k, cotangent in zip(operands, found, strict=True):
+                mask = cuts.get((number, k))
+                if mask is not None:
+                    zero = jnp.zeros((), cotangent.dtype)
+                    cotangent = jnp.where(mask, zero, cotangent)
                 v = operation.inputs[k]
                 assert isinstance(v, int)
-                cotangents[v] = cotangents[v] + found if v in cotangents else found
-        aval = avals[target]
-        return cotangents.get(target, jnp.zeros(aval.shape, aval.dtype))
+                if v in cotangents:
+                    before = cotangents[v]
+                    cotangent = self.once("sum", (before, cotangent), (), lambda a=before, b=cotangent: a + b)
+                cotangents[v] = cotangent
+        return cotangents
+
+    def once(self, what: str, of: tuple[Any, ...], key: Any, make: Callable[[], Any]) -> Any:
+        """``make()``; of the same objects the same."""
+        at = what, tuple(map(id, of)), key
+        if at not in self.made:
+            self.made[at] = of, make()  # an object that is kept is the only one with its id
+        return self.made[at][1]
+
+    def zeros(self, variable: int) -> Array:
+        aval = self.body.avals[variable]
+        return self.once("zeros", (), aval, lambda: jnp.zeros(aval.shape, aval.dtype))
+
+    def value(self, operand: Operand) -> Array:
+        """What a constant operand is."""
+        if isinstance(operand, Constant):
+            value, aval = operand.value, operand.aval
+            if is_traced(value) or aval.size > 1 or not aval.differentiable:
+                return value
+            return self.once("number", (), (aval, np.asarray(value).tobytes()), lambda: value)
+        if operand not in self.known:
+            operation = self.body.operations[self.body.made_by[operand]]
+            results = bind(operation, [self.value(v) for v in operation.inputs])
+            self.known.update(zip(operation.outputs, results, strict=True))
+        return self.known[operand]
 
 
 # ----------------------------------------------------------------------------------------------------------------

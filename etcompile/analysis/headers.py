@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.groups import HiddenGroup
 from etcompile.analysis.relations import Relation
-from etcompile.analysis.within_step import carries_whole_credit, reached_beside
-from etcompile.frontend.jaxpr import Constant, short_dtype
+from etcompile.analysis.within_step import WithinStep
+from etcompile.frontend.jaxpr import short_dtype
 from etcompile.ir import header as ir
 
 __all__ = ["group_dtype", "program_header"]
@@ -23,24 +23,26 @@ def program_header(analysis: Analysis, windows: bool = False) -> ir.Header:
     With ``windows`` every old state counts as one that results read directly: those of a window do, at its later steps. No
     relation is whole then: later steps of the window read what the local Jacobians leave out.
     """
-    groups = tuple(_group(analysis, g) for g in analysis.groups)
+    within = WithinStep(analysis)
+    groups = tuple(_group(analysis, g, within) for g in analysis.groups)
     if windows:
         groups = tuple(dataclasses.replace(g, bypass=(True,) * len(g.states)) for g in groups)
     return ir.Header(
         analysis.model.name,
         groups,
         tuple(s.record for s in analysis.sites),
-        tuple(_relation(analysis, r, windows) for r in analysis.relations),
+        tuple(
+            _relation(analysis, r, not windows and within.carries_whole_credit(r)) for r in analysis.relations
+        ),
         analysis.cuts,
         tuple(layer.record for layer in analysis.layers),
         analysis.effects,
     )
 
 
-def _relation(analysis: Analysis, relation: Relation, windows: bool) -> ir.Relation:
+def _relation(analysis: Analysis, relation: Relation, whole: bool) -> ir.Relation:
     found = analysis.constants.get(relation.name)
     constant = () if found is None else found.classes
-    whole = not windows and carries_whole_credit(analysis, relation)
     return ir.Relation(
         relation.name, relation.site, relation.group, relation.span, relation.rows, constant, whole=whole
     )
@@ -50,19 +52,9 @@ def group_dtype(analysis: Analysis, group: HiddenGroup) -> Any:
     return jnp.result_type(*[analysis.model.states[s].aval.dtype for s in group.states])
 
 
-def _group(analysis: Analysis, group: HiddenGroup) -> ir.Group:
+def _group(analysis: Analysis, group: HiddenGroup, within: WithinStep) -> ir.Group:
     states = tuple(
         (analysis.state_name(s), short_dtype(analysis.model.states[s].aval.dtype)) for s in group.states
     )
     dtype = short_dtype(group_dtype(analysis, group))
-    return ir.Group(group.name, states, group.shape, dtype, group.pattern, _bypass(analysis, group))
-
-
-def _bypass(analysis: Analysis, group: HiddenGroup) -> tuple[bool, ...]:
-    """Which old states of the group reach a result by a path that avoids the group's new states."""
-    results = {v for v in analysis.split.body.outputs if not isinstance(v, Constant)}
-    new = analysis.new_variables(group)
-    return tuple(
-        bool(reached_beside(analysis, analysis.model.state_vars[s], new) & (results - new))
-        for s in group.states
-    )
+    return ir.Group(group.name, states, group.shape, dtype, group.pattern, within.bypass(group))

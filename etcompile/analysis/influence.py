@@ -20,6 +20,7 @@ from etcompile.analysis.index_rules import MANY, NONE, join, operand_influence
 from etcompile.analysis.loops import moving_inside, through_rounds
 from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operation, jvp_graph, vjp_graph
 from etcompile.frontend.loops import Loop, Use, within
+from etcompile.frontend.walks import BackwardWalk
 
 __all__ = ["Influence", "Use", "influence_on", "spreads", "through_operation"]
 
@@ -70,9 +71,8 @@ def influence_on(
     """
     if size is None:
         size = max((int(np.prod(p.shape)) for p in seeds.values()), default=0)
-    walk = _Walk(graph, active, keep, frozen, cut or {}, size)
-    walk.uses.update((v, [(None, p)]) for v, p in seeds.items())
-    for number in reversed(range(len(graph.operations))):
+    walk = _Walk(graph, seeds, active, keep, frozen, cut or {}, size)
+    for number in walk.order:
         walk.behind(number)
     for variable in list(walk.uses):
         walk.settle(variable)
@@ -88,6 +88,7 @@ class _Walk:
     def __init__(
         self,
         graph: Graph,
+        seeds: Mapping[int, Array],
         active: Sequence[bool],
         keep: AbstractSet[int],
         frozen: AbstractSet[Use],
@@ -96,15 +97,14 @@ class _Walk:
     ) -> None:
         self._graph, self._active, self._keep, self._frozen = graph, active, keep, frozen
         self._cut, self._size = cut, size
-        self.uses: dict[int, list[tuple[Use | None, Array]]] = {}
+        self.order = BackwardWalk(graph, seeds)
+        self.uses: dict[int, list[tuple[Use | None, Array]]] = {v: [(None, p)] for v, p in seeds.items()}
         self.positions: dict[int, Array] = {}
         self.cuts: dict[Use, Array] = {}
 
     def behind(self, number: int) -> None:
         """Go on from the results of an operation to its operands."""
         operation = self._graph.operations[number]
-        if not any(v in self.uses for v in operation.outputs):
-            return
         results = [self.settle(v) for v in operation.outputs]
         if all(r is None for r in results):
             return
@@ -139,6 +139,7 @@ class _Walk:
             operand = self._graph.operations[number].inputs[k]
             assert isinstance(operand, int)
             self.uses.setdefault(operand, []).append(((number, k), found))
+            self.order.add(operand)
 
     def settle(self, variable: int) -> Array | None:
         """What a variable reaches by all of its uses together; the uses that lose against another are cut."""

@@ -48,9 +48,8 @@ def find_layers(model: StepModel, groups: Sequence[HiddenGroup], dep: Dependence
             if not isinstance(new, Constant):
                 reaches[k] |= dep.derivative[new]
     order = list(range(len(groups)))
-    edges = [
-        (j, k) for k in order for j in order if any(reaches[k] >> (first + s) & 1 for s in groups[j].states)
-    ]
+    bits = [sum(1 << (first + s) for s in group.states) for group in groups]
+    edges = [(j, k) for k in order for j in order if reaches[k] & bits[j]]
     components = strongly_connected_components(order, edges)
     layers = [_layer(model, f"l{n}", [groups[k] for k in found]) for n, found in enumerate(components)]
     return (*layers, _layer(model, NETWORK, groups))
@@ -64,20 +63,33 @@ def _layer(model: StepModel, name: str, groups: Sequence[HiddenGroup]) -> Layer:
 
 
 def find_effects(model: StepModel, split: SplitStep, layers: Sequence[Layer]) -> tuple[ir.Effect, ...]:
-    """Which sites reach which layers."""
-    body = split.body
-    all_new = {model.new_state_vars[s] for s in layers[-1].states}
+    """Which sites reach which layers: those whose y meets a new state of the layer before one of another layer.
+
+    One pass for all sites, a bit for each.
+    """
+    body, new_states = split.body, model.new_state_vars
+    all_new = {new_states[s] for s in layers[-1].states}
+    reached: dict[int, int] = {}
+    for bit, site in enumerate(split.sites):
+        reached[site.y] = reached.get(site.y, 0) | 1 << bit
+    for operation in body.operations:
+        if operation.name in NO_DERIVATIVE | NO_REVERSE:
+            continue
+        found = 0
+        for v in operation.inputs:
+            if not isinstance(v, Constant) and v not in all_new:
+                found |= reached.get(v, 0)
+        if found:
+            for v in operation.outputs:
+                if body.avals[v].differentiable:
+                    reached[v] = reached.get(v, 0) | found
+    # A layer's own new states lead on to others of it, but the layer was reached before.
     effects = []
     for layer in layers:
-        own = {model.new_state_vars[s] for s in layer.states}
-        others = all_new - own
-        for site in split.sites:
-            reached = {site.y}
-            for operation in body.operations:
-                if operation.name not in NO_DERIVATIVE | NO_REVERSE and any(
-                    v in reached and v not in others for v in operation.inputs if not isinstance(v, Constant)
-                ):
-                    reached |= {v for v in operation.outputs if body.avals[v].differentiable}
-            if reached & own:
+        bits = 0
+        for s in layer.states:
+            bits |= reached.get(new_states[s], 0)
+        for bit, site in enumerate(split.sites):
+            if bits >> bit & 1:
                 effects.append(ir.Effect(f"j{len(effects)}", site.name, layer.name))
     return tuple(effects)

@@ -25,7 +25,7 @@ import numpy as np
 
 from etcompile.frontend.code_names import code_names
 
-__all__ = ["Captured", "Same", "captured"]
+__all__ = ["Captured", "Same", "captured", "is_captured"]
 
 #: Values looked at for one function; a function that reaches more is not followed further.
 _LIMIT = 4096
@@ -70,11 +70,15 @@ class Captured:
         return self._walk is not None and self._walk.same()
 
     def key(self) -> tuple[Hashable, ...]:
-        """A key of everything plain, and of every array, that the function reads outside of its arguments."""
+        """A key of everything plain, and of every array, that the function reads outside of its arguments.
+
+        What cannot be looked into, an object or a function of a library, is in it as itself.
+        """
         if self._walk is None or not self._walk.same():
             self._walk = _Walk()
             self._walk.visit(self._function, frozenset())
-        return tuple(self._walk.found)
+        found = self._walk.found
+        return (*found, Same(self._function)) if self._walk.gave_up else tuple(found)
 
 
 def captured(function: Any) -> tuple[Hashable, ...]:
@@ -82,10 +86,18 @@ def captured(function: Any) -> tuple[Hashable, ...]:
     return Captured(function).key()
 
 
+def is_captured(function: Any) -> bool:
+    """Whether a key says all of a function: two with the same key do the same.
+
+    So it is with functions made anew where they are passed on, such as a ``lambda`` in a loop.
+    """
+    return isinstance(function, (types.FunctionType, partial))
+
+
 class _Walk:
     def __init__(self) -> None:
         self.found: list[Hashable] = []
-        self._seen: set[tuple[int, str]] = set()
+        self._seen: dict[tuple[int, str], int] = {}
         self._alive: list[Any] = []  # ids are compared: what was made on the way must not go before the end
         self._steady = True  # whether what was found can only change where something below is another object
         self._readers: list[Callable[[str, Any], Any]] = []
@@ -122,9 +134,14 @@ class _Walk:
         self._containers.append(container)
         self._entries.append(_entries(container))
 
+    @property
+    def gave_up(self) -> bool:
+        """Whether there was more to look at."""
+        return len(self._seen) > _LIMIT
+
     def visit(self, value: Any, names: frozenset[str]) -> None:
         """Look at a value; ``names`` are those in the code that reaches it."""
-        if len(self._seen) > _LIMIT:
+        if self.gave_up:
             return
         if isinstance(value, _PLAIN):
             self.found.append((type(value).__name__, repr(value) if isinstance(value, float) else value))
@@ -135,6 +152,7 @@ class _Walk:
         elif isinstance(value, (jax.Array, brainstate.State)):
             self.found.append(Same(value))
         elif isinstance(value, (types.ModuleType, type)):
+            self.found.append(Same(value))
             for name in names:
                 held = self._get(vars(value).get, name)
                 if held is not _MISSING and self._new(value, name):
@@ -143,9 +161,12 @@ class _Walk:
             if self._new(value):
                 self._function(value)
         elif isinstance(value, types.MethodType):
+            if self._new(value.__self__):
+                self.found.append(Same(value.__self__))
             self._method(value.__func__, value.__self__)
         elif isinstance(value, partial):
             self._hold(value.keywords)
+            self.found.append((len(value.args), *value.keywords))
             self._all((value.func, *value.args, *value.keywords.values()), names)
         elif self._new(value):
             if isinstance(value, (Mapping, list, tuple, set, frozenset)):
@@ -156,9 +177,11 @@ class _Walk:
                 self.found.append(len(value))
                 self._all(value, names)
             elif isinstance(wrapped := getattr(value, "__wrapped__", None), types.FunctionType):
+                self.found.append(Same(value))
                 self._get(partial(getattr, value), "__wrapped__")
                 self.visit(wrapped, names)
             else:
+                self.found.append(Same(value))
                 self._method(self._get(vars(type(value)).get, "__call__"), value)
         if not isinstance(value, (*_PLAIN, types.ModuleType, type, types.FunctionType, jax.Array)):
             self._attributes(value, names)
@@ -166,8 +189,9 @@ class _Walk:
     def _new(self, value: Any, name: str = "") -> bool:
         key = (id(value), name)
         if key in self._seen:
+            self.found.append(("again", self._seen[key]))
             return False
-        self._seen.add(key)
+        self._seen[key] = len(self._seen)
         self._alive.append(value)
         return True
 
@@ -179,6 +203,7 @@ class _Walk:
         of = partial(getattr, function)
         self.found.append(Same(self._get(of, "__code__")))
         if _of_library(function.__code__.co_filename):
+            self.found.append(Same(function))
             return
         names = code_names(function.__code__)
         for cell in function.__closure__ or ():

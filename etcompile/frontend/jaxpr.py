@@ -169,6 +169,21 @@ class Graph:
     def aval(self, operand: Operand) -> Aval:
         return operand.aval if isinstance(operand, Constant) else self.avals[operand]
 
+    @functools.cached_property
+    def made_by(self) -> Mapping[int, int]:
+        """The number of the operation that makes a variable; inputs are not in it."""
+        return {v: number for number, operation in enumerate(self.operations) for v in operation.outputs}
+
+    @functools.cached_property
+    def read_by(self) -> Mapping[int, tuple[int, ...]]:
+        """Numbers of the operations that read a variable, in order; what nobody reads is not in it."""
+        found: dict[int, dict[int, None]] = {}
+        for number, operation in enumerate(self.operations):
+            for v in operation.inputs:
+                if not isinstance(v, Constant):
+                    found.setdefault(v, {})[number] = None
+        return {v: tuple(numbers) for v, numbers in found.items()}
+
     def evaluate(
         self, *args: Any, known: Mapping[int, Any] | None = None, cuts: Mapping[Use, Any] | None = None
     ) -> list[Any]:
@@ -885,8 +900,48 @@ def jvp_graph(operation: Operation, avals: Sequence[Aval], wrt: Sequence[int]) -
     Inputs are all primal operands, then the tangents of the operands in ``wrt``; outputs are the tangents of the
     differentiable outputs.
     """
-    closed = _tangent_jaxpr(lambda *values: bind(operation, values), avals, wrt)
-    return None if closed is None else flatten_jaxpr(closed)
+
+    def traced() -> Graph | None:
+        closed = _tangent_jaxpr(lambda *values: bind(operation, values), avals, wrt)
+        return None if closed is None else flatten_jaxpr(closed)
+
+    return _traced_once("jvp", operation, avals, wrt, traced)
+
+
+#: Derivative maps that were traced before, oldest first; models are made of few kinds of operations.
+_TRACED: dict[Any, Graph] = {}
+_MOST_TRACED = 2048
+
+
+def _traced_once(
+    kind: str,
+    operation: Operation,
+    avals: Sequence[Aval],
+    wrt: Sequence[int],
+    traced: Callable[[], Graph | None],
+) -> Graph | None:
+    """What ``traced()`` makes of an operation; of one equal to an earlier one the same graph.
+
+    Operations are equal by primitive, parameters and types. Those with a program inside are not compared: every trace of a
+    model makes such programs anew.
+    """
+    if operation.loop is not None or inner_programs(operation.params) or operation.params.get("callback"):
+        return traced()
+    key = (
+        *(kind, operation.primitive, tuple(sorted(operation.params.items(), key=lambda item: item[0]))),
+        *(tuple(avals), tuple(wrt), jnp.result_type(float)),
+    )
+    try:
+        known = _TRACED.get(key)
+    except TypeError:  # a parameter that cannot be compared
+        return traced()
+    if known is None:
+        known = traced()
+        if known is not None:
+            if len(_TRACED) >= _MOST_TRACED:
+                del _TRACED[next(iter(_TRACED))]
+            _TRACED[key] = known
+    return known
 
 
 def _tangent_jaxpr(fn: Callable[..., Sequence[Any]], avals: Sequence[Aval], wrt: Sequence[int]) -> Any | None:
@@ -926,16 +981,20 @@ def vjp_graph(
         return [o for o in bind(operation, values) if jnp.issubdtype(o.dtype, jnp.inexact)]
 
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
-    try:
-        outs = jax.eval_shape(lambda *p: fn(p, *[p[k] for k in wrt]), *shapes)
 
-        def cotangents(*args: Any) -> list[Any]:
-            primals, cts = args[: len(avals)], args[len(avals) :]
-            return list(jax.vjp(lambda *m: fn(primals, *m), *[primals[k] for k in wrt])[1](list(cts)))
+    def traced() -> Graph | None:
+        try:
+            outs = jax.eval_shape(lambda *p: fn(p, *[p[k] for k in wrt]), *shapes)
 
-        return flatten_jaxpr(jax.make_jaxpr(cotangents)(*shapes, *outs), inside=inside)
-    except Exception:  # not differentiable backwards: the caller treats the operation as opaque
-        return None
+            def cotangents(*args: Any) -> list[Any]:
+                primals, cts = args[: len(avals)], args[len(avals) :]
+                return list(jax.vjp(lambda *m: fn(primals, *m), *[primals[k] for k in wrt])[1](list(cts)))
+
+            return flatten_jaxpr(jax.make_jaxpr(cotangents)(*shapes, *outs), inside=inside)
+        except Exception:  # not differentiable backwards: the caller treats the operation as opaque
+            return None
+
+    return _traced_once(f"vjp {inside}", operation, avals, wrt, traced)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -77,23 +77,23 @@ class StepModel:
         """How many inputs a call gives."""
         return len(self.input_tree.children())
 
-    @property
+    @cached_property
     def param_vars(self) -> tuple[int, ...]:
         return self.graph.inputs[: len(self.params)]
 
-    @property
+    @cached_property
     def state_vars(self) -> tuple[int, ...]:
         return self.graph.inputs[len(self.params) : len(self.params) + len(self.states)]
 
-    @property
+    @cached_property
     def input_vars(self) -> tuple[int, ...]:
         return self.graph.inputs[len(self.params) + len(self.states) :]
 
-    @property
+    @cached_property
     def output_vars(self) -> tuple[Any, ...]:
         return self.graph.outputs[: len(self.outputs)]
 
-    @property
+    @cached_property
     def new_state_vars(self) -> tuple[Any, ...]:
         return self.graph.outputs[len(self.outputs) :]
 

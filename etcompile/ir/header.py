@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 from etcompile.errors import ProgramError
@@ -210,32 +211,38 @@ class Header:
     layers: tuple[Layer, ...] = ()
     effects: tuple[Effect, ...] = ()
 
+    @cached_property
+    def _named(self) -> Mapping[type, Mapping[str, Any]]:
+        parts = (self.layers, self.effects, self.groups, self.sites, self.relations)
+        kinds = (Layer, Effect, Group, Site, Relation)
+        return {kind: {x.name: x for x in reversed(found)} for kind, found in zip(kinds, parts, strict=True)}
+
+    @cached_property
+    def _by_site(self) -> Mapping[str, tuple[Relation, ...]]:
+        found: dict[str, tuple[Relation, ...]] = {}
+        for relation in self.relations:
+            found[relation.site] = (*found.get(relation.site, ()), relation)
+        return found
+
     def layer(self, name: str) -> Layer:
-        return _find(self.layers, name)
+        return self._named[Layer][name]
 
     def effect(self, name: str) -> Effect:
-        return _find(self.effects, name)
+        return self._named[Effect][name]
 
     def group(self, name: str) -> Group:
-        return _find(self.groups, name)
+        return self._named[Group][name]
 
     def site(self, name: str) -> Site:
-        return _find(self.sites, name)
+        return self._named[Site][name]
 
     def relation(self, name: str) -> Relation:
-        return _find(self.relations, name)
+        return self._named[Relation][name]
 
     def relations_of(self, site: str) -> tuple[Relation, ...]:
-        return tuple(r for r in self.relations if r.site == site)
+        return self._by_site.get(site, ())
 
 
 def name_of(of: Group | Site | Relation | Layer | Effect | str) -> str:
     """The name of a record; a name as it is."""
     return of if isinstance(of, str) else of.name
-
-
-def _find(items: Iterable[Any], name: str) -> Any:
-    for item in items:
-        if item.name == name:
-            return item
-    raise KeyError(name)

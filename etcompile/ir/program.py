@@ -8,7 +8,8 @@ Programs hold no arrays, no states and no jax objects: they print, parse back, c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 
 from etcompile.ir.header import Header
 from etcompile.ir.types import Type
@@ -49,7 +50,7 @@ class Equation:
     args: tuple[Argument, ...]
     type: Type
 
-    @property
+    @cached_property
     def refs(self) -> tuple[Ref, ...]:
         return tuple(a for a in self.args if isinstance(a, Ref))
 
@@ -92,11 +93,12 @@ class TraceProgram:
     window: int | None = None
     end: str | None = None
 
+    @cached_property
+    def _named(self) -> Mapping[str, Equation]:
+        return {equation.name: equation for equation in reversed(self.equations)}
+
     def equation(self, name: str) -> Equation:
-        for equation in self.equations:
-            if equation.name == name:
-                return equation
-        raise KeyError(name)
+        return self._named[name]
 
     def uses(self) -> Iterator[Ref]:
         for equation in self.equations:

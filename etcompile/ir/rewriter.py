@@ -47,16 +47,32 @@ class Rewriter:
         self._made_by = {e.name: e for e in program.equations}
         self._types = {e.name: e.type for e in program.equations}
         self._late = {ref.name for ref in program.uses() if ref.delay}
+        self._traces: dict[str, list[Equation]] = {}
+        self._readers: dict[str, list[Equation]] = {}
+        for e in program.equations:
+            if KINDS[e.type.kind].trace:
+                self._traces.setdefault(e.type.of, []).append(e)
+            for name in dict.fromkeys(ref.name for ref in e.refs):
+                self._readers.setdefault(name, []).append(e)
         self._equations: list[Equation] = []
         self._found: dict[tuple[str, tuple[Argument, ...]], Ref] = {}
         self._same: dict[str, Ref] = {}
         self._started = 0
+        self._tried: dict[str, int] = {}  # by prefix, the numbers below which no name is free
 
     # -- what the program says ----------------------------------------------------------------------------------
 
     def maker(self, argument: Argument) -> Equation | None:
         """The equation of the program that makes this value; None for a symbol, a number, or a value of the step before."""
         return self._made_by[argument.name] if isinstance(argument, Ref) and not argument.delay else None
+
+    def traces(self, relation: str) -> tuple[Equation, ...]:
+        """The equations of the program that make the traces of a relation."""
+        return tuple(self._traces.get(relation, ()))
+
+    def readers(self, name: str) -> tuple[Equation, ...]:
+        """The equations of the program that read a value, at this step or at the next."""
+        return tuple(self._readers.get(name, ()))
 
     def row(self, equation: Equation) -> Op:
         """What the table of ops says of an equation's op."""
@@ -113,9 +129,10 @@ class Rewriter:
 
     def fresh(self, prefix: str, kind: Type) -> str:
         """A name that is free, for a value of this type."""
-        number = 0
+        number = self._tried.get(prefix, 0)
         while f"{prefix}{number}" in self._types:
             number += 1
+        self._tried[prefix] = number + 1
         self._types[f"{prefix}{number}"] = kind
         return f"{prefix}{number}"
 

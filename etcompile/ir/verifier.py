@@ -54,7 +54,8 @@ def verify(program: TraceProgram) -> None:
                 name,
                 f"{name} is carried and depends on the loss: it would advance only where a gradient is taken",
             )
-    missing = [s.name for s in program.header.sites if not any(g.site == s.name for g in program.gradients)]
+    with_gradient = {g.site for g in program.gradients}
+    missing = [s.name for s in program.header.sites if s.name not in with_gradient]
     if missing:
         site = program.header.site(missing[0])
         raise ProgramError(
@@ -66,14 +67,18 @@ def verify(program: TraceProgram) -> None:
 
 def depends_on_loss(program: TraceProgram) -> set[str]:
     """Names of the values that exist only where a loss is given."""
-    found: set[str] = set()
-    while True:
-        grown = {
-            e.name for e in program.equations if OPS[e.op].needs_loss or any(ref.name in found for ref in e.refs)
-        }  # fmt: skip
-        if grown == found:
-            return found
-        found = grown
+    readers: dict[str, list[str]] = {}
+    for e in program.equations:
+        for ref in e.refs:
+            readers.setdefault(ref.name, []).append(e.name)
+    waiting = [e.name for e in program.equations if OPS[e.op].needs_loss]
+    found = set(waiting)
+    while waiting:
+        for name in readers.get(waiting.pop(), ()):
+            if name not in found:
+                found.add(name)
+                waiting.append(name)
+    return found
 
 
 def _check(program: TraceProgram, name: str, ref: Ref, types: dict, defined: set[str]) -> None:

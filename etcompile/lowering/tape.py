@@ -17,6 +17,7 @@ import numpy as np
 from etcompile.analysis.dependence import NO_DERIVATIVE, NO_REVERSE
 from etcompile.frontend.jaxpr import Constant, Graph, Operation, bind, read, silenced, without_derivative
 from etcompile.frontend.loops import Use, within
+from etcompile.frontend.walks import BackwardWalk, ForwardWalk
 from etcompile.lowering.refused import REFUSALS, refusal
 from etcompile.lowering.transposes import written_pullback
 
@@ -64,7 +65,9 @@ class Tape:
             results = bind(operation, [read(self.values, v) for v in operation.inputs])
             self.values.update(zip(operation.outputs, results, strict=True))
         self._pulls: dict[Any, Callable] = {}
-        self._reach: dict[frozenset[int], list[bool]] = {}
+        #: Cotangents by what they were made of; what is kept is the only object with its id.
+        self._made: dict[Any, tuple[Any, Any]] = {}
+        self._reach: dict[frozenset[int], set[int]] = {}
 
     def read(self, operand: Any) -> Array:
         return read(self.values, operand)
@@ -87,9 +90,10 @@ class Tape:
         cotangents: dict[int, Array] = {}
         result: dict[int, Array] = {}
         for variable, seed in seeds.items():
-            if reach[variable] or variable in wanted:
-                _accumulate(cotangents, variable, seed)
-        for number in range(len(self.graph.operations) - 1, -1, -1):
+            if variable in reach:
+                self._accumulate(cotangents, variable, seed)
+        walk = BackwardWalk(self.graph, cotangents)
+        for number in walk:
             operation = self.graph.operations[number]
             found: list[Array | None] = []
             for v in operation.outputs:
@@ -103,14 +107,14 @@ class Tape:
                 k
                 for k, v in enumerate(operation.inputs)
                 if not isinstance(v, Constant)
-                and (reach[v] or v in wanted)
+                and v in reach
                 and (number, k) not in self.frozen
                 and self.graph.avals[v].differentiable
             )
             if not moving or _passes_none(operation):
                 continue
-            pullback = self._pullback(number, moving, within(cuts, number) if operation.loop else {})
-            for k, cotangent in zip(moving, pullback(found), strict=True):
+            pulled = self._pulled(number, moving, within(cuts, number) if operation.loop else {}, found)
+            for k, cotangent in zip(moving, pulled, strict=True):
                 mask = cuts.get((number, k))
                 if mask is not None:
                     if mask.all():
@@ -118,7 +122,8 @@ class Tape:
                     cotangent = jnp.where(mask, jnp.zeros((), cotangent.dtype), cotangent)
                 variable = operation.inputs[k]
                 assert isinstance(variable, int)
-                _accumulate(cotangents, variable, cotangent)
+                self._accumulate(cotangents, variable, cotangent)
+                walk.add(variable)
         result.update((v, c) for v, c in cotangents.items() if v in wanted)
         return result
 
@@ -184,27 +189,56 @@ class Tape:
     @contextmanager
     def inner(self) -> Iterator[None]:
         """For use inside of a loop that jax traces: pullbacks made there must not be kept for use outside."""
-        kept = self._pulls
-        self._pulls = {}
+        kept = self._pulls, self._made
+        self._pulls, self._made = {}, {}
         try:
             yield
         finally:
-            self._pulls = kept
+            self._pulls, self._made = kept
 
-    def _reaching(self, targets: frozenset[int]) -> list[bool]:
-        """Variables that depend on a target."""
+    def _reaching(self, targets: frozenset[int]) -> set[int]:
+        """Variables that depend on a target, the targets themselves included."""
         if targets not in self._reach:
-            reach = [v in targets for v in range(len(self.graph.avals))]
-            for number, operation in enumerate(self.graph.operations):
+            reach = set(targets)
+            walk = ForwardWalk(self.graph, targets)
+            for number in walk:
+                operation = self.graph.operations[number]
                 moved = any(
-                    not isinstance(v, Constant) and reach[v] and (number, k) not in self.frozen
+                    not isinstance(v, Constant) and v in reach and (number, k) not in self.frozen
                     for k, v in enumerate(operation.inputs)
                 )
                 if moved and not _passes_none(operation):
                     for v in operation.outputs:
-                        reach[v] = reach[v] or self.graph.avals[v].differentiable
+                        if v not in reach and self.graph.avals[v].differentiable:
+                            reach.add(v)
+                            walk.add(v)
             self._reach[targets] = reach
         return self._reach[targets]
+
+    def _pulled(
+        self,
+        number: int,
+        moving: tuple[int, ...],
+        cuts: Mapping[Use, np.ndarray],
+        found: list[Array | None],
+    ) -> tuple[Array, ...]:
+        """Cotangents of operands. Pulls that meet where the same comes back share what lies behind: it is computed once."""
+        if cuts:
+            return self._pullback(number, moving, cuts)(found)
+        return self._once(
+            (number, moving, *map(id, found)), found, lambda: self._pullback(number, moving)(found)
+        )
+
+    def _accumulate(self, cotangents: dict[int, Array], variable: int, value: Array) -> None:
+        if variable in cotangents:
+            before = cotangents[variable]
+            value = self._once(("sum", id(before), id(value)), (before, value), lambda: before + value)
+        cotangents[variable] = value
+
+    def _once(self, key: Any, of: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = of, make()
+        return self._made[key][1]
 
     def _pullback(
         self, number: int, moving: tuple[int, ...], cuts: Mapping[Use, np.ndarray] | None = None
@@ -243,10 +277,6 @@ class Tape:
 def _passes_none(operation: Operation) -> bool:
     """Whether no credit passes an operation, backwards or forwards."""
     return operation.name in NO_DERIVATIVE | NO_REVERSE or without_derivative(operation)
-
-
-def _accumulate(cotangents: dict[int, Array], variable: int, value: Array) -> None:
-    cotangents[variable] = value if variable not in cotangents else cotangents[variable] + value
 
 
 def _backward_only(operation: Operation) -> bool:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from etcompile.errors import EtcompileError, EtcompileWarning, InputError
-from etcompile.frontend.captured import Captured, Same
+from etcompile.frontend.captured import Captured, Same, is_captured
 from etcompile.frontend.environment import Environment, at_one_step
 from etcompile.frontend.given import as_array
 from etcompile.frontend.jaxpr import is_traced
@@ -58,12 +58,18 @@ class LossFunction:
         self._last: tuple[Any, JoinedLoss] | None = None
 
     def key(self) -> tuple[Any, ...]:
-        """Differs where the function, or what it closes over, does."""
+        """Differs where the function, or what it closes over, does.
+
+        Functions made of the same code are the same where they close over the same: a ``lambda`` in a loop is compiled once.
+        """
+        options = self.has_aux, self.outputs, *self._captured.key()
+        if is_captured(self.fn):
+            return options
         try:
             hash(self.fn)
         except TypeError:
-            return Same(self.fn), self.has_aux, self.outputs, *self._captured.key()
-        return self.fn, self.has_aux, self.outputs, *self._captured.key()
+            return Same(self.fn), *options
+        return self.fn, *options
 
     def keep(self, circumstances: tuple[Any, ...], joined: JoinedLoss) -> None:
         """Remember what it was traced to the last time."""

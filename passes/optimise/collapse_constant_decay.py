@@ -46,13 +46,15 @@ class CollapseConstantDecay:
     preserves: str = "gradients"
 
     def __call__(self, program: TraceProgram) -> TraceProgram:
+        out = Rewriter(program)
         for relation in program.header.relations:
             if relation.constant and not relation.filtered:
-                out = Rewriter(program)
                 filters = filters_of(out, relation)
                 if filters is not None and len(filters.responses) <= self.most:
-                    program = _collapsed(out, relation, filters)
-        return program
+                    collapsed = _collapsed(out, relation, filters)
+                    if collapsed is not out.program:
+                        out = Rewriter(collapsed)
+        return out.program
 
 
 def _collapsed(out: Rewriter, relation: Relation, filters: Filters) -> TraceProgram:

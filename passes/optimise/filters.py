@@ -51,13 +51,9 @@ class Filters:
 
 def filters_of(out: Rewriter, relation: Relation) -> Filters | None:
     """The traces of ``relation`` as filters; None unless all is linear in them, and the same for all of their elements."""
-    traces = tuple(
-        e for e in out.program.equations if out.kind(Ref(e.name)).trace and e.type.of == relation.name
-    )
+    traces = out.traces(relation.name)
     names = {e.name for e in traces}
-    readers = (
-        e for e in out.program.equations if e.name not in names and any(r.name in names for r in e.refs)
-    )
+    readers = (e for name in names for e in out.readers(name) if e.name not in names)
     if not all(OPS[e.op].contracts for e in readers):
         return None
     decays = any(OPS[e.op].couples for e in traces)

@@ -30,7 +30,8 @@ class Passed:
     before : list of arrays
         Before each of its steps, time on axis 0.
     costly : dict of int to array
-        Variables of the step that are not worth computing again: products, convolutions, random numbers. Time on axis 0.
+        Variables of the step that are not worth computing again: products, convolutions, random numbers; and the new states, or
+        XLA would compute them once more in every loop and product that reads an output. Time on axis 0.
     """
 
     states: list[Array]
@@ -81,4 +82,9 @@ class FirstPass:
             )
             if operation.name not in CHEAP and plain:
                 costly += operation.outputs
-        return tuple(dict.fromkeys([*costly, *(self._model.effects or ())]))
+        new = [
+            v
+            for v in self._model.analysis.model.new_state_vars
+            if isinstance(v, int) and not jnp.issubdtype(graph.avals[v].dtype, jax.dtypes.extended)
+        ]
+        return tuple(dict.fromkeys([*costly, *new, *(self._model.effects or ())]))

@@ -1,0 +1,99 @@
+"""What it takes to compile a model grows as the model does: counted in calls and equations, never in seconds."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import etcompile
+
+PACKAGE = str(Path(etcompile.__file__).parent)
+WIDTH, BATCH = 3, 2
+
+
+def layers(n):
+    """A gated cell on another, n times."""
+    params = {f"{k}{i}": jnp.full((WIDTH, WIDTH), 0.1) for k in "wr" for i in range(n)}
+    state = {f"h{i}": jnp.zeros((BATCH, WIDTH)) for i in range(n)}
+
+    def fn(params, state, x):
+        new = {}
+        for i in range(n):
+            h, drive = state[f"h{i}"], x @ params[f"w{i}"]
+            gate = jax.nn.sigmoid(drive + h @ params[f"r{i}"])
+            x = new[f"h{i}"] = gate * h + (1 - gate) * jnp.tanh(drive)
+        return new, x
+
+    return fn, params, state
+
+
+def populations(n):
+    """n leaky populations with filtered input, each of which projects to three others."""
+    params = {f"w{i}_{k}": jnp.full((WIDTH, WIDTH), 0.1) for i in range(n) for k in range(3)}
+    state = {f"{k}{i}": jnp.zeros((BATCH, WIDTH)) for k in "vs" for i in range(n)}
+
+    def fn(params, state, x):
+        new = {}
+        for i in range(n):
+            current = 0.8 * state[f"s{i}"] + (x if i == 0 else 0)
+            for k in range(3):
+                current += jnp.tanh(state[f"v{(i + k + 1) % n}"]) @ params[f"w{i}_{k}"]
+            new[f"s{i}"] = current
+            new[f"v{i}"] = jnp.tanh(0.9 * state[f"v{i}"] + current)
+        return new, new["v0"]
+
+    return fn, params, state
+
+
+MODELS = {"layers": layers, "populations": populations}
+EXAMPLE = jnp.ones((BATCH, WIDTH))
+
+
+def compiled(name, n):
+    return etcompile.compile(etcompile.from_function(*MODELS[name](n)), EXAMPLE)
+
+
+def calls(run):
+    """How many functions of the package are called."""
+    count = 0
+
+    def seen(frame, event, _):
+        nonlocal count
+        count += event == "call" and frame.f_code.co_filename.startswith(PACKAGE)
+
+    before = sys.getprofile()
+    sys.setprofile(seen)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+def growth(of_size, n):
+    """How much more is added from 2n to 4n than from n to 2n: 2 where it is linear, 4 where it is quadratic."""
+    small, middle, large = (of_size(size) for size in (n, 2 * n, 4 * n))
+    return (large - middle) / (middle - small)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_calls_to_compile_and_report_grow_with_the_model(name):
+    compiled(name, 4)  # what all models share is traced
+    assert growth(lambda n: calls(lambda: str(compiled(name, n).report())), 4) < 2.2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equations_of_a_step_with_gradients_grow_with_the_model(name):
+    def equations(n):
+        step = compiled(name, n)
+
+        def loss(params, carry, x):
+            return jnp.sum(step.apply(params, carry, x)[1] ** 2)
+
+        return len(jax.make_jaxpr(jax.grad(loss))(step.params, step.init_carry(), EXAMPLE).jaxpr.eqns)
+
+    assert growth(equations, 3) < 2.1
