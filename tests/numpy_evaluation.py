@@ -217,9 +217,16 @@ def _stack(rows: Sequence[Any]) -> Any:
 def _while(params: Params, values: list[Any]) -> list[Any]:
     a, b = params["cond_nconsts"], params["body_nconsts"]
     test, body, carry = values[:a], values[a : a + b], values[a + b :]
-    while bool(np.all(_closed(params["cond_jaxpr"], [*test, *carry])[0])):
-        carry = _closed(params["body_jaxpr"], [*body, *carry])
+    # Of a batch, JAX goes on while any goes on, and keeps what is done.
+    while np.any(going := _closed(params["cond_jaxpr"], [*test, *carry])[0]):
+        new = _closed(params["body_jaxpr"], [*body, *carry])
+        carry = [_where(going, n, c) for n, c in zip(new, carry, strict=True)] if np.ndim(going) else new
     return carry
+
+
+def _where(which: np.ndarray, new: Any, old: Any) -> Any:
+    """Entries of `new` where `which`, that has their first axes, says so."""
+    return np.where(which.reshape(which.shape + (1,) * (np.ndim(new) - which.ndim)), new, old)
 
 
 def _cond(params: Params, values: list[Any]) -> list[Any]:

@@ -29,6 +29,11 @@ def numbers(a, whole):
     }  # fmt: skip
 
 
+def halved(a):
+    """Each until it is small: of a batch, some go on longer."""
+    return jax.vmap(lambda v: lax.while_loop(lambda w: abs(w).sum() > 1, lambda w: w / 2, v))(a)
+
+
 def draws(key):
     first, second = jax.random.split(key)
     return (
@@ -50,8 +55,13 @@ def agree(found, wanted):
 
 @pytest.mark.parametrize(
     ("fn", "arguments"),
-    [(numbers, (A, WHOLE)), (draws, (jax.random.PRNGKey(3),)), (draws, (jax.random.key(4),))],
-    ids=["numbers", "raw key", "typed key"],
+    [
+        (numbers, (A, WHOLE)),
+        (halved, (jnp.cumsum(A**2, 0),)),
+        (draws, (jax.random.PRNGKey(3),)),
+        (draws, (jax.random.key(4),)),
+    ],
+    ids=["numbers", "loops of a batch", "raw key", "typed key"],
 )
 def test_numpy_gives_what_xla_gives(fn, arguments):
     wanted = jax.jit(fn)(*arguments)

@@ -11,6 +11,8 @@ from small_models import SMALL, STEPS
 import etcompile
 from etcompile.errors import EtcompileError
 
+pytestmark = pytest.mark.usefixtures("by_numpy")
+
 
 def loss(out):
     """A loss of all floating-point results."""
