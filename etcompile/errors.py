@@ -25,6 +25,10 @@ __all__ = [
 ]
 
 
+#: Letters of what was found; more is nothing that anybody reads.
+_LONGEST = 600
+
+
 class EtcompileError(Exception):
     """Base class of all exceptions raised by etcompile.
 
@@ -35,7 +39,7 @@ class EtcompileError(Exception):
     where : str, optional
         ``file:line`` in the user's model.
     got, expected, hint : str, optional
-        What was found, what was expected, and what to do.
+        What was found, what was expected, and what to do. What was found is cut where it is long: it may be an array.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class EtcompileError(Exception):
         expected: str | None = None,
         hint: str | None = None,
     ) -> None:
+        got = None if got is None else _short(got)
         self.where, self.got, self.expected, self.hint = where, got, expected, hint
         parts = [message if where is None else f"{where}: {message}"]
         parts += [f"  {label}: {text}" for label, text in _labelled(got, expected, hint) if text]
@@ -58,6 +63,12 @@ class EtcompileWarning(UserWarning):
 
     To have it raised: ``warnings.simplefilter("error", etcompile.EtcompileWarning)``.
     """
+
+
+def _short(text: str) -> str:
+    if len(text) <= _LONGEST:
+        return text
+    return f"{' '.join(text.split())[:_LONGEST].rstrip()} ... ({len(text)} characters)"
 
 
 def _labelled(got: str | None, expected: str | None, hint: str | None) -> list[tuple[str, str | None]]:

@@ -52,8 +52,12 @@ def unknown_option(rule: str, key: str, value: Any, options: Sequence[str]) -> O
     )
 
 
-def named_arguments(owner: str) -> Callable[[_Function], _Function]:
-    """Refuse keywords that the function does not have with :class:`OptionError`, which knows the near ones."""
+def named_arguments(owner: str, then: str = "") -> Callable[[_Function], _Function]:
+    """Refuse keywords that the function does not have with :class:`OptionError`, which knows the near ones.
+
+    A method that gives a function of the data says with ``then`` how that is called: data given to the method itself are
+    refused.
+    """
 
     def decorate(fn: _Function) -> _Function:
         parameters = list(inspect.signature(fn).parameters)
@@ -61,6 +65,13 @@ def named_arguments(owner: str) -> Callable[[_Function], _Function]:
 
         @functools.wraps(fn)
         def checked(*args: Any, **kwargs: Any) -> Any:
+            if then and (len(args) > len(parameters) or any(map(_is_data, args[1:]))):
+                raise OptionError(
+                    f"{owner} takes no data.",
+                    got=f"{len(args) - 1} arguments: {', '.join(type(a).__name__ for a in args[1:])}",
+                    expected="a loss, and options",
+                    hint=f"it gives a function, and that takes the data: {then}.",
+                )
             for key, value in kwargs.items():
                 if key not in known:
                     raise unknown_keyword(owner, key, value, known)
@@ -69,3 +80,8 @@ def named_arguments(owner: str) -> Callable[[_Function], _Function]:
         return checked  # pyright: ignore[reportReturnType]
 
     return decorate
+
+
+def _is_data(value: Any) -> bool:
+    """Whether an argument is an array with axes, or a container of some; an optimiser may be a tuple."""
+    return bool(getattr(value, "shape", ())) or isinstance(value, (list, dict))

@@ -127,6 +127,23 @@ AT_CALLS = {
     "a generator over time": (lambda s: s.scan(v for v in XS), "jnp.stack(list("),
     "features over time": (lambda s: s.scan(jnp.ones((5, 2, 7))), "axis 1 has 7 entries in place of 3"),
     "chunks=": (lambda s: s.scan_value_and_grad(loss, chunks=2), "did you mean 'chunk'"),
+    "data beside the loss": (
+        lambda s: s.value_and_grad(loss, X, X),
+        "step.value_and_grad(loss_fn)(x, *targets)",
+    ),
+    "one input beside the loss": (
+        lambda s: s.value_and_grad(loss, X),
+        "step.value_and_grad(loss_fn)(x, *targets)",
+    ),
+    "a sequence beside the loss": (
+        lambda s: s.scan_value_and_grad(loss, XS, XS),
+        "step.scan_value_and_grad(loss_fn)(xs",
+    ),
+    "a sequence to learn beside the loss": (
+        lambda s: s.learn(loss, XS, XS),
+        "step.learn(loss_fn, optimizer)(xs",
+    ),
+    "a large array for a number": (lambda s: s.reset(list(range(1000))), "characters)"),
     "batch=": (lambda s: s.reset(batch=3), "did you mean 'batch_size'"),
     "two inputs": (lambda s: s(X, X), "2 input(s)"),
 }

@@ -281,7 +281,7 @@ class Step:
         """
         return run_sequence(self.executor, xs, progress)
 
-    @named_arguments("step.value_and_grad")
+    @named_arguments("step.value_and_grad", then="step.value_and_grad(loss_fn)(x, *targets)")
     def value_and_grad(self, loss_fn: Callable, has_aux: bool = False) -> Callable:
         """A function ``(x, *targets, modulator=None, mask=None) -> (loss, grads)`` that runs one online step.
 
@@ -321,7 +321,7 @@ class Step:
 
         return run
 
-    @named_arguments("step.scan_value_and_grad")
+    @named_arguments("step.scan_value_and_grad", then="step.scan_value_and_grad(loss_fn)(xs, *targets)")
     def scan_value_and_grad(
         self, loss_fn: Callable, chunk: int | str | None = None, has_aux: bool = False, reduction: str = "sum"
     ) -> Callable:
@@ -376,7 +376,7 @@ class Step:
 
         return run
 
-    @named_arguments("step.learn")
+    @named_arguments("step.learn", then="step.learn(loss_fn, optimizer)(xs, *targets)")
     def learn(
         self,
         loss_fn: Callable,
