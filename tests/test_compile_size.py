@@ -31,8 +31,13 @@ def layers(n):
     return fn, params, state
 
 
-def populations(n):
-    """n leaky populations with filtered input, each of which projects to three others."""
+def leaky_populations(n):
+    """The same, and all decays are numbers: traces are replaced by filters."""
+    return populations(n, jnp.asarray)
+
+
+def populations(n, squash=jnp.tanh):
+    """n populations with filtered input, each of which projects to three others."""
     params = {f"w{i}_{k}": jnp.full((WIDTH, WIDTH), 0.1) for i in range(n) for k in range(3)}
     state = {f"{k}{i}": jnp.zeros((BATCH, WIDTH)) for k in "vs" for i in range(n)}
 
@@ -43,13 +48,13 @@ def populations(n):
             for k in range(3):
                 current += jnp.tanh(state[f"v{(i + k + 1) % n}"]) @ params[f"w{i}_{k}"]
             new[f"s{i}"] = current
-            new[f"v{i}"] = jnp.tanh(0.9 * state[f"v{i}"] + current)
+            new[f"v{i}"] = squash(0.9 * state[f"v{i}"] + current)
         return new, new["v0"]
 
     return fn, params, state
 
 
-MODELS = {"layers": layers, "populations": populations}
+MODELS = {"layers": layers, "populations": populations, "leaky populations": leaky_populations}
 EXAMPLE = jnp.ones((BATCH, WIDTH))
 
 

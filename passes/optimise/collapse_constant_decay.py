@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from etcompile.pass_api import (
     Equation,
@@ -28,6 +29,7 @@ from etcompile.pass_api import (
     Rewriter,
     Symbol,
     TraceProgram,
+    Type,
     carried_rows,
     infer_type,
     support,
@@ -47,45 +49,86 @@ class CollapseConstantDecay:
 
     def __call__(self, program: TraceProgram) -> TraceProgram:
         out = Rewriter(program)
-        for relation in program.header.relations:
-            if relation.constant and not relation.filtered:
-                filters = filters_of(out, relation)
-                if filters is not None and len(filters.responses) <= self.most:
-                    collapsed = _collapsed(out, relation, filters)
-                    if collapsed is not out.program:
-                        out = Rewriter(collapsed)
-        return out.program
+        solved = {r: filters_of(out, r) for r in program.header.relations if r.constant and not r.filtered}
+        few = {r: f for r, f in solved.items() if f is not None and len(f.responses) <= self.most}
+        if not few:
+            return program
+        rows = carried_rows(program)
+        smaller = {r: _numbers_instead(program, r, f, rows) for r, f in few.items()}
+        replaced = [_Replaced.of(out, r, few[r], rows) for r, numbers in smaller.items() if numbers]
+        if not replaced:
+            return program
+        _rewrite(out, {e.name: r for r in replaced for e in r.filters.traces}, support(program))
+        changed = {
+            r.relation: dataclasses.replace(r.relation, filtered=smaller[r.relation], decays=r.decays)
+            for r in replaced
+        }
+        relations = tuple(changed.get(r, r) for r in program.header.relations)
+        return out.finish(dataclasses.replace(program.header, relations=relations))
 
 
-def _collapsed(out: Rewriter, relation: Relation, filters: Filters) -> TraceProgram:
-    """The program in which nobody reads these traces any more, if less is carried then; the traces are swept up later."""
-    program = out.program
-    kind = infer_type(program.header, "factor", (Symbol(relation.site),), {})
-    rows = carried_rows(program)
+@dataclasses.dataclass(frozen=True)
+class _Replaced:
+    """A relation whose traces nobody reads any more.
+
+    Attributes
+    ----------
+    relation : Relation
+    filters : Filters
+    values : dict of Key to Ref
+        z of every entry that is written by now. One that is carried has a name from the start, since its own sum reads it.
+    """
+
+    relation: Relation
+    filters: Filters
+    values: dict[Key, Ref]
+
+    @classmethod
+    def of(cls, out: Rewriter, relation: Relation, filters: Filters, rows: Mapping[str, Any]) -> _Replaced:
+        kind = _factor(out.program, relation)
+        return cls(
+            relation, filters, {key: Ref(out.fresh("z", kind)) for key in filters.sums if key[0] in rows}
+        )
+
+    @property
+    def decays(self) -> int:
+        return len({response.decay for response in self.filters.responses})
+
+
+def _factor(program: TraceProgram, relation: Relation) -> Type:
+    return infer_type(program.header, "factor", (Symbol(relation.site),), {})
+
+
+def _numbers_instead(
+    program: TraceProgram, relation: Relation, filters: Filters, rows: Mapping[str, Any]
+) -> int:
+    """How many numbers the traces carry, if filters carry fewer; else none."""
     numbers = sum(sum(rows[e.name]) * math.prod(e.type.shape[1:]) for e in filters.traces if e.name in rows)
     carried = [(name, r, state) for name, r, state in filters.sums if name in rows and rows[name][state]]
-    if len(carried) * math.prod(kind.shape) >= numbers:
-        return program
-    #: z of every entry: under a name of its own where it is carried, since its own sum reads it
-    values = {key: Ref(out.fresh("z", kind)) for key in filters.sums if key[0] in rows}
-    can = support(program)
-    traces = {e.name for e in filters.traces}
-    for e in program.equations:
-        credit = None
-        if e.name not in traces and any(ref.name in traces for ref in e.refs):
-            credit = _gradient(out, relation, filters, e, values, can)
+    return numbers if len(carried) * math.prod(_factor(program, relation).shape) < numbers else 0
+
+
+def _rewrite(out: Rewriter, by_trace: Mapping[str, _Replaced], can: Mapping[str, Any]) -> None:
+    """Beside each trace its filters, and gradients made of them; the traces are swept up later."""
+    for e in out.program.equations:
+        if e.name in by_trace:
+            out.keep(e)
+            _write_filters(out, by_trace[e.name], e)
+            continue
+        read = next((by_trace[ref.name] for ref in e.refs if ref.name in by_trace), None)
+        credit = None if read is None else _gradient(out, read, e, can)
         if credit is None:
             out.keep(e)
         else:
             out.define(e, credit)
-        for key, terms in filters.sums.items() if e.name in traces else ():
-            if key[0] == e.name:
-                total = _sum(out, relation, terms, values)
-                values[key] = out.define(values[key], total) if key in values else total
-    decays = len({response.decay for response in filters.responses})
-    changed = dataclasses.replace(relation, filtered=numbers, decays=decays)
-    relations = tuple(changed if r == relation else r for r in program.header.relations)
-    return out.finish(dataclasses.replace(program.header, relations=relations))
+
+
+def _write_filters(out: Rewriter, replaced: _Replaced, e: Equation) -> None:
+    values = replaced.values
+    for key, terms in replaced.filters.sums.items():
+        if key[0] == e.name:
+            total = _sum(out, replaced.relation, terms, values)
+            values[key] = out.define(values[key], total) if key in values else total
 
 
 def _sum(out: Rewriter, relation: Relation, terms: list[Term], values: Mapping[Key, Ref]) -> Ref:
@@ -108,10 +151,9 @@ def _sum(out: Rewriter, relation: Relation, terms: list[Term], values: Mapping[K
     return total
 
 
-def _gradient(
-    out: Rewriter, relation: Relation, filters: Filters, e: Equation, values: Mapping[Key, Ref], can: Mapping
-) -> Ref | None:
+def _gradient(out: Rewriter, replaced: _Replaced, e: Equation, can: Mapping[str, Any]) -> Ref | None:
     """``contract(L, e)`` as Σ_k pullback(z_k, L_k s); None where it is zero for every input."""
+    relation, filters, values = replaced.relation, replaced.filters, replaced.values
     signal, trace = e.refs
     credits: dict[Ref, Ref] = {}
     for response, numbers in filters.responses.items():
