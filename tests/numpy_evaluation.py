@@ -310,7 +310,7 @@ _ENTRIES: dict[str, Callable[..., Any]] = {
     "real": np.real, "imag": np.imag, "conj": np.conj, "copy": _same, "copy_p": _same, "stage": _same,
     "clamp": lambda low, v, high: np.minimum(np.maximum(v, low), high),
     "complex": lambda re, im: re + 1j * im, "stop_gradient": _same, "rem": _rem,
-    "erf": special.erf, "erfc": special.erfc, "erf_inv": special.erfinv,
+    "erf": special.erf, "erfc": special.erfc,
     "shift_left": _shifted(np.left_shift), "shift_right_logical": _shifted(np.right_shift, logical=True),
     "shift_right_arithmetic": _shifted(np.right_shift),
 }  # fmt: skip
@@ -444,7 +444,7 @@ def _gathered(p: Params, v: np.ndarray, indices: np.ndarray) -> np.ndarray | Non
         slices.append(v[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))])
     found = np.stack(slices).squeeze(tuple(d + 1 for d in how.collapsed_slice_dims))
     batch = indices.shape[:-1]
-    found = found.reshape(*batch, *found.shape[1:])
+    found = found.reshape((*batch, *found.shape[1:]))
     return np.moveaxis(found, range(len(batch), found.ndim), how.offset_dims)
 
 
