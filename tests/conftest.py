@@ -29,7 +29,6 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 import brainstate
 import jax
 import numpy_evaluation
-from eager_numpy import run_eager_operations_by_numpy
 from shared import forget_if_much
 
 jax.config.update("jax_enable_x64", True)
@@ -103,8 +102,6 @@ def pytest_configure(config):
         os.environ["ETCOMPILE_EVERY_RULE"] = "1"
     if config.getoption("--by-xla"):
         os.environ["ETCOMPILE_BY_XLA"] = "1"
-    if "ETCOMPILE_BY_XLA" not in os.environ:
-        run_eager_operations_by_numpy()
 
 
 @pytest.hookimpl(tryfirst=True)
