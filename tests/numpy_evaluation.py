@@ -21,7 +21,7 @@ from scipy import special
 
 from etcompile.frontend.jaxpr import in_transformation, scan_signature
 
-__all__ = ["TABLE", "by_jax", "by_numpy", "evaluate", "interpreted", "op_by_op", "operations"]
+__all__ = ["by_numpy", "interpreted", "op_by_op"]
 
 Params = dict[str, Any]
 
@@ -102,10 +102,8 @@ def _array(value: Any) -> Any:
     return np.asarray(value, jax.dtypes.canonicalize_dtype(np.result_type(value)))
 
 
-def evaluate(
-    jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], otherwise: Callable | None = None
-) -> list[Any]:
-    """What an open jaxpr gives; ``otherwise(eqn, values)`` runs what numpy does not know, and JAX if that is not given."""
+def evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    """What an open jaxpr gives."""
     known = dict(zip(jaxpr.constvars, map(_array, consts), strict=True))
     known.update(zip(jaxpr.invars, arguments, strict=True))
 
@@ -113,7 +111,7 @@ def evaluate(
         return _literal(atom) if isinstance(atom, Literal) else known[atom]
 
     for eqn in jaxpr.eqns:
-        found = _run(eqn, [read(v) for v in eqn.invars], otherwise or by_jax)
+        found = _run(eqn, [read(v) for v in eqn.invars])
         known.update(zip(eqn.outvars, found, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
@@ -122,12 +120,12 @@ def _literal(atom: Any) -> np.ndarray:
     return np.asarray(atom.val, atom.aval.dtype)
 
 
-def _run(eqn: Any, values: list[Any], otherwise: Callable) -> Sequence[Any]:
+def _run(eqn: Any, values: list[Any]) -> Sequence[Any]:
     name, params = eqn.primitive.name, eqn.params
     if name in _LOOPS:
         return _LOOPS[name](params, values)
     if (inner := _called(eqn)) is not None:
-        return evaluate(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values, otherwise)
+        return evaluate(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values)
     if name == "optimization_barrier":
         return values
     avals = [v.aval for v in eqn.outvars]
@@ -136,10 +134,10 @@ def _run(eqn: Any, values: list[Any], otherwise: Callable) -> Sequence[Any]:
         for v, aval in zip(found, avals, strict=True):
             assert v.shape == aval.shape, (eqn, v.shape)
         return found
-    return otherwise(eqn, values)
+    return _by_jax(eqn, values)
 
 
-def by_jax(eqn: Any, values: list[Any]) -> list[Any]:
+def _by_jax(eqn: Any, values: list[Any]) -> list[Any]:
     """One equation run by JAX."""
     found = eqn.primitive.bind(*values, **eqn.params)
     return [_array(v) for v in (found if eqn.primitive.multiple_results else [found])]
@@ -150,15 +148,6 @@ def _called(eqn: Any) -> Any:
     if eqn.primitive.name not in _CALLS:
         return None
     return next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call") if k in eqn.params)
-
-
-def operations(jaxpr: Any) -> Iterator[str]:
-    """Names of all operations that are done once, those of jaxprs that are called included."""
-    for eqn in jaxpr.eqns:
-        if (inner := _called(eqn)) is not None:
-            yield from operations(getattr(inner, "jaxpr", inner))
-        else:
-            yield eqn.primitive.name
 
 
 def _is_number(value: Any) -> bool:
@@ -507,6 +496,3 @@ _SEVERAL: dict[str, Callable[..., Sequence[np.ndarray] | None]] = {
     "split": lambda p, v: np.split(v, np.cumsum(p["sizes"])[:-1], p["axis"]),
     "sort": _sorted,
 }
-
-#: Operations that numpy does here, at least on some numbers.
-TABLE = frozenset([*_ENTRIES, *_OTHERS, *_SEVERAL])

@@ -52,18 +52,30 @@ PATHS = {
 }
 
 
+def longest_literal(run, where):
+    """Letters of the longest array in hexadecimal in what JAX compiles meanwhile: 8 or 16 for each index."""
+    jax.config.update("jax_dump_ir_to", str(where))
+    try:
+        run()
+    finally:
+        jax.config.update("jax_dump_ir_to", "")
+    programs = [p.read_text() for p in where.glob("*") if p.is_file()]
+    assert programs
+    return max(
+        (len(found) for program in programs for found in re.findall("0x[0-9A-F]+", program)), default=0
+    )
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_large_constants_are_not_in_the_compiled_program(path, tmp_path):
     step = sparse_step()
-    jax.config.update("jax_dump_ir_to", str(tmp_path))
-    try:
-        PATHS[path](step)
-    finally:
-        jax.config.update("jax_dump_ir_to", "")
-    programs = [p.read_text() for p in tmp_path.glob("*") if p.is_file()]
-    literals = [len(found) for program in programs for found in re.findall("0x[0-9A-F]+", program)]
-    assert programs
-    assert max(literals, default=0) < SYNAPSES  # an index array in hexadecimal takes 8 or 16 letters for each
+    assert longest_literal(lambda: PATHS[path](step), tmp_path) < SYNAPSES
+
+
+def test_a_function_of_the_user_that_closes_over_them_has_them_inside(tmp_path):
+    step = sparse_step()
+    args = step.params, step.init_carry(), XS[0]
+    assert longest_literal(lambda: jax.jit(step.apply)(*args), tmp_path) > 8 * SYNAPSES
 
 
 def test_gradients_are_those_of_the_step_that_closes_over_them():
@@ -88,9 +100,9 @@ def test_gradients_are_those_of_the_step_that_closes_over_them():
         assert relative_error(step.scan_value_and_grad(squared, chunk=chunk)(XS, YS)[1], total) < 1e-10
     step.reset()
     assert jnp.abs(jax.tree.leaves(total)[0]).max() > 0.01
-    shorter = step.scan_value_and_grad(squared, chunk=1)(XS[:2], YS[:2])[
-        1
-    ]  # another length of the same function
+    _, shorter = step.scan_value_and_grad(squared, chunk=1)(
+        XS[:2], YS[:2]
+    )  # another length of the same function
     assert relative_error(shorter, jax.tree.map(lambda *v: sum(v), *wanted[:2])) < 1e-10
 
 

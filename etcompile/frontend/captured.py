@@ -25,7 +25,7 @@ import numpy as np
 
 from etcompile.frontend.code_names import code_names
 
-__all__ = ["Captured", "Same", "captured", "is_captured"]
+__all__ = ["Captured", "Same", "is_captured"]
 
 #: Values looked at for one function; a function that reaches more is not followed further.
 _LIMIT = 4096
@@ -79,11 +79,6 @@ class Captured:
             self._walk.visit(self._function, frozenset())
         found = self._walk.found
         return (*found, Same(self._function)) if self._walk.gave_up else tuple(found)
-
-
-def captured(function: Any) -> tuple[Hashable, ...]:
-    """The key of a function that is looked at once."""
-    return Captured(function).key()
 
 
 def is_captured(function: Any) -> bool:

@@ -10,46 +10,51 @@ from etcompile.frontend.jaxpr import Graph
 __all__ = ["BackwardWalk", "ForwardWalk"]
 
 
-class BackwardWalk:
-    """Operations that make variables, last one first; what reads a value is met before what makes it.
+class _Walk:
+    """Operations beside variables, each once, in an order in which an operation comes before those that it leads to.
 
-    Variables are added while the walk goes on: those that an operation reads, and from which it goes on.
+    Variables are added while the walk goes on: those to which an operation leads.
     """
 
+    #: 1 in program order, -1 against it.
+    _direction: int
+
     def __init__(self, graph: Graph, variables: Iterable[int]) -> None:
-        self._made_by = graph.made_by
+        self._graph = graph
         self._waiting: list[int] = []
         self._met: set[int] = set()
         for v in variables:
             self.add(v)
 
-    def add(self, variable: int) -> None:
-        number = self._made_by.get(variable)
-        if number is not None and number not in self._met:
-            self._met.add(number)
-            heapq.heappush(self._waiting, -number)
-
-    def __iter__(self) -> Iterator[int]:
-        while self._waiting:
-            yield -heapq.heappop(self._waiting)
-
-
-class ForwardWalk:
-    """Operations that read variables, first one first; variables that they make are added while the walk goes on."""
-
-    def __init__(self, graph: Graph, variables: Iterable[int]) -> None:
-        self._read_by = graph.read_by
-        self._waiting: list[int] = []
-        self._met: set[int] = set()
-        for v in variables:
-            self.add(v)
+    def _beside(self, variable: int) -> Iterable[int]:
+        """Numbers of the operations to which a variable leads."""
+        raise NotImplementedError
 
     def add(self, variable: int) -> None:
-        for number in self._read_by.get(variable, ()):
+        for number in self._beside(variable):
             if number not in self._met:
                 self._met.add(number)
-                heapq.heappush(self._waiting, number)
+                heapq.heappush(self._waiting, self._direction * number)
 
     def __iter__(self) -> Iterator[int]:
         while self._waiting:
-            yield heapq.heappop(self._waiting)
+            yield self._direction * heapq.heappop(self._waiting)
+
+
+class BackwardWalk(_Walk):
+    """From variables to the operations that make them, last one first: what reads a value is met before what makes it."""
+
+    _direction = -1
+
+    def _beside(self, variable: int) -> Iterable[int]:
+        made = self._graph.made_by.get(variable)
+        return () if made is None else (made,)
+
+
+class ForwardWalk(_Walk):
+    """From variables to the operations that read them, first one first."""
+
+    _direction = 1
+
+    def _beside(self, variable: int) -> Iterable[int]:
+        return self._graph.read_by.get(variable, ())

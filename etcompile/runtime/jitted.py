@@ -61,11 +61,11 @@ class Constants:
         array = np.ascontiguousarray(value)
         key = array.shape, str(array.dtype), hashlib.blake2b(array.tobytes(), digest_size=16).digest()
         if key not in self._arrays:
-            with jax.ensure_compile_time_eval():
-                own = isinstance(value, jax.Array) and not value.committed
-                self._arrays[key] = (
-                    value if own else jnp.asarray(array)
-                )  # it goes wherever the other arguments are
+            free = isinstance(value, jax.Array) and not value.committed
+            with (
+                jax.ensure_compile_time_eval()
+            ):  # bound to no device: it goes wherever the other arguments are
+                self._arrays[key] = value if free else jnp.asarray(array)
         if isinstance(value, jax.Array):  # it cannot change, and while it is held here its id is its own
             self._known[id(value)] = value, key
         return key
