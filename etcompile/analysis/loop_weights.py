@@ -227,7 +227,7 @@ class _Loop:
             return False
         return (
             self._of_parameters(v)
-            and not weight_operation_at(self.body, operation, k).weight_is_y
+            and not weight_operation_at(self.body, operation, k).by_element
             and self._mappable(operation)
         )
 

@@ -7,6 +7,7 @@ within a sequence. They form the *hoisted* graph; its results, the effective wei
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -184,19 +185,25 @@ def _find_sites(model: StepModel, body: Graph, weights: tuple[int, ...], dep: De
         else:
             operation = body.operations[number]
             y = operation.outputs[0]
-            others = tuple(body.aval(v) for k, v in enumerate(operation.inputs) if k != operand)
-            does = check_axes(kind(params, body.avals[weight], body.avals[y], operation, operand, others))
+            does = check_axes(kind.at(_use(body, operation, operand), params))
         record = ir.Site(
             f"s{len(sites)}", kind.name, params, primitive, source, does.weight.shape, does.y.shape,
             short_dtype(does.y.dtype), does.contracted if kind.traced else None, tuple(a.shape for a in does.others),
         )  # fmt: skip
         sites.append(Site(record, does, weight, number, operand, y))
 
-    for number, operation in enumerate(body.operations):
-        for k, v in enumerate(operation.inputs):
-            if not isinstance(v, Constant) and v in trained:
-                kind = weight_operation_at(body, operation, k)
-                add(kind, v, number, k, operation.source, operation.name)
+    uses = [
+        (v, number, k, weight_operation_at(body, operation, k))
+        for number, operation in enumerate(body.operations)
+        for k, v in enumerate(operation.inputs)
+        if not isinstance(v, Constant) and v in trained
+    ]
+    often = Counter(v for v, _, _, kind in uses if kind.traced and kind.by_element)
+    for v, number, k, kind in uses:
+        operation = body.operations[number]
+        if kind.traced and kind.by_element and often[v] > 1:
+            kind = Direct  # one trace for all of them
+        add(kind, v, number, k, operation.source, operation.name)
     for v in body.outputs:
         if not isinstance(v, Constant) and v in trained:
             add(Direct, v, -1, -1, "?", "output")
@@ -205,7 +212,11 @@ def _find_sites(model: StepModel, body: Graph, weights: tuple[int, ...], dep: De
 
 def weight_operation_at(graph: Graph, operation: Operation, operand: int) -> type[WeightOperation]:
     """What a weight does as an operand of an operation."""
-    return recognised(WeightUse(graph, operation, operand, _spreads))
+    return recognised(_use(graph, operation, operand))
+
+
+def _use(graph: Graph, operation: Operation, operand: int) -> WeightUse:
+    return WeightUse(graph, operation, operand, _spreads)
 
 
 def _spreads(graph: Graph, operation: Operation, operand: int) -> bool:

@@ -16,6 +16,7 @@ class Direct(WeightOperation):
 
     name = "direct"
     weight_is_y = True
+    by_element = True
 
     @classmethod
     def recognise(cls, use: WeightUse) -> bool:

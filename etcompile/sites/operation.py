@@ -91,6 +91,8 @@ class WeightOperation(SiteKind):
         Whether there can be a trace, and not a one-step gradient only.
     weight_is_y : bool
         Whether the weight itself plays the part of y: one site for all of its uses.
+    by_element : bool
+        Whether each element of the weight makes one of y. In a loop the weight itself then plays the part of y.
     params : tuple of str
         Paths of the parameters in the weight.
     weight, y : Aval
@@ -106,6 +108,7 @@ class WeightOperation(SiteKind):
     name: ClassVar[str]
     traced: ClassVar[bool] = True
     weight_is_y: ClassVar[bool] = False
+    by_element: ClassVar[bool] = False
 
     params: tuple[str, ...]
     weight: Aval
@@ -120,6 +123,14 @@ class WeightOperation(SiteKind):
     def recognise(cls, use: WeightUse) -> bool:
         """Whether this use of a weight is of this kind."""
         raise NotImplementedError
+
+    @classmethod
+    def at(cls, use: WeightUse, params: tuple[str, ...]) -> WeightOperation:
+        """The operation at a use that :meth:`recognise` said yes to, of a weight made of these parameters."""
+        avals = use.avals
+        y = use.graph.aval(use.operation.outputs[0])
+        others = (*avals[: use.operand], *avals[use.operand + 1 :])
+        return cls(params, avals[use.operand], y, use.operation, use.operand, others)
 
     @property
     def shared(self) -> tuple[tuple[int, int], ...]:

@@ -12,6 +12,7 @@ from etcompile.ir.header import SITE_KINDS
 from etcompile.sites.convolution import Convolution
 from etcompile.sites.direct import Direct
 from etcompile.sites.embedding import Embedding
+from etcompile.sites.gathered import Gathered
 from etcompile.sites.generic import Generic
 from etcompile.sites.matrix import Matrix
 from etcompile.sites.opaque import Opaque
@@ -21,7 +22,7 @@ __all__ = ["check_axes", "recognised", "weight_operation"]
 
 Kind = type[WeightOperation]
 
-_SHIPPED: tuple[Kind, ...] = (Matrix, Convolution, Embedding, Direct, Generic, Opaque)
+_SHIPPED: tuple[Kind, ...] = (Gathered, Matrix, Convolution, Embedding, Direct, Generic, Opaque)
 #: Those of users, asked first.
 _REGISTERED: dict[str, Kind] = {}
 

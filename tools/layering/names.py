@@ -48,7 +48,7 @@ TABLES = (
         "",
         ("kind",),
         (),
-        ("dot_general", "conv", "embedding", "generic", "opaque", "direct"),
+        ("dot_general", "conv", "embedding", "generic", "opaque", "direct", "gathered"),
     ),
 )
 
