@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import brainstate
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from test_reset import XS, YS, draw, fresh, same, squared
 
 import etcompile
-from etcompile.errors import InputError
+from etcompile.errors import ForeignWriteWarning, InputError
 from etcompile.frontend.captured import Captured
 
 SCALE = 1.0
@@ -160,3 +162,48 @@ def test_an_input_that_does_not_fit_is_said_after_calls_that_did(wrong):
             call()
     assert step.executor.live.states()["h"] is held
     assert gradient(XS[1], YS[1])[1]["w"].shape == (3, 4)
+
+
+@pytest.mark.by_xla
+def test_all_is_looked_at_only_where_something_is_another(monkeypatch):
+    step = fresh()
+    run, executor = step.value_and_grad(squared), step.executor
+    looked, follow = [], executor.follow_environment
+    monkeypatch.setattr(executor, "follow_environment", lambda: (looked.append(1), follow())[1])
+
+    def in_full(do):
+        looked.clear()
+        do()
+        return bool(looked)
+
+    def forward():
+        return in_full(lambda: step(XS[0]))
+
+    def gradient():
+        return in_full(lambda: run(XS[0], YS[0]))
+
+    state, weight = executor.live.state_objects["h"], step.param_states["w"]
+    changes = {
+        "reset": step.reset,
+        "another value": lambda: setattr(state, "value", state.value + 0),
+        "traces seen": lambda: step.traces_state.value,
+        "a hook": lambda: weight.register_hook("read", lambda context: None),
+        "another size": lambda: step(XS[0][:1]),
+    }
+    for _ in range(2):  # the second state has another type than the first: it is not weak
+        forward(), gradient()
+    assert not forward() and not gradient()
+    step.params = {path: 2 * value for path, value in step.params.items()}
+    assert not forward() and not gradient()
+    for name, change in changes.items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ForeignWriteWarning)
+                change()
+        except InputError:
+            assert name == "another size" and not forward()
+            continue
+        assert forward(), name
+        weight.clear_hooks()
+        forward()
+        assert not forward() and not gradient(), name

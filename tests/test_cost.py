@@ -112,7 +112,7 @@ def of_xla(step, steps, chunk):
         )
     traces = step.executor.compiled.causal.init_traces_shapes()
     plain = Loss.plain(loss)
-    given = ((plain.fixed, plain.carried), inputs, ((targets, None), None), {})
+    given = (inputs, (plain.fixed, plain.carried), ((targets, None), None), {})
     args = (step.executor.live.params(), step.executor.live.states(), traces, *given)
     found = jax.jit(apart(fn, plain.program), donate_argnums=(DONATED,)).lower(*args).compile()
     memory, count = found.memory_analysis(), found.cost_analysis()
@@ -191,8 +191,8 @@ def test_looking_at_a_cost_changes_nothing_of_what_runs():
         plain = Loss.plain(loss)
         fn = apart(one_step(step.executor.functions), plain.program)
         given = (
-            (plain.fixed, plain.carried),
             step.executor.inputs,
+            (plain.fixed, plain.carried),
             (((Shape((40, OUT), jnp.float32),), None), None),
             {},
         )

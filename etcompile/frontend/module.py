@@ -52,14 +52,23 @@ class ModuleStates:
         default=None, init=False, repr=False
     )
 
-    def refreshed(self, model: Any) -> ModuleStates:
-        """The same paths with the ``State`` objects that the model holds now."""
+    def linked(self, model: Any) -> bool:
+        """Whether it is clear at once that these are the ``State`` objects that the model holds now."""
         owners, names, found = self._links or ((), (), ())
         try:  # at every call: in C, where all that lies on the way are attributes
-            if owners and owners[0] is model and all(map(operator.is_, map(getattr, owners, names), found)):
-                return self
+            return (
+                bool(owners)
+                and owners[0] is model
+                and all(map(operator.is_, map(getattr, owners, names), found))
+            )
         except AttributeError:
-            pass
+            return False
+
+    def refreshed(self, model: Any) -> ModuleStates:
+        """The same paths with the ``State`` objects that the model holds now."""
+        if self.linked(model):
+            return self
+        owners = self._links[0] if self._links else ()
         for owner, held in self._places:
             there = _lies_at(model, owner)
             if there is None or not all(_part(there, name) is state for name, state in held):

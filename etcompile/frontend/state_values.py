@@ -6,6 +6,7 @@ parameters and states, so where there is nobody to tell, it is asked for once.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,10 +15,18 @@ import brainstate
 from etcompile.frontend.jaxpr import in_transformation
 from etcompile.frontend.module import recording
 
-__all__ = ["read_values", "write_values"]
+__all__ = ["PlainValues", "read_values", "write_values"]
 
 #: What subclasses may replace.
 _VALUE = brainstate.State.value
+
+#: What they may replace of reading and writing beside.
+_PARTS = ("value", "_read_value", "_write_value", "_setattr", "__setattr__", "check_if_deleted")
+
+_VALUE_OF, _MANAGER = operator.itemgetter("_value"), operator.itemgetter("_hooks_manager")
+
+#: Kinds of hooks that a read or a write tells.
+_HOOKS = ("read", "write_before", "write_after")
 
 
 def read_values(states: Iterable[Any]) -> list[Any]:
@@ -43,3 +52,49 @@ def write_values(states: Iterable[Any], values: Iterable[Any]) -> None:
 
 def _is_hooked(state: Any) -> bool:
     return state.has_hooks() and (state.has_hooks("write_before") or state.has_hooks("write_after"))
+
+
+class PlainValues:
+    """Values of some ``State`` objects, taken from where brainstate keeps them as long as nobody else follows these.
+
+    Whoever follows them when this is made goes on being told nothing: the maker has to know that it is himself.
+
+    Parameters
+    ----------
+    states : iterable of State
+
+    Attributes
+    ----------
+    plain : bool
+        Whether brainstate keeps all of them in the way that this knows; without, nothing here may be used.
+    """
+
+    def __init__(self, states: Iterable[Any]) -> None:
+        states = tuple(states)
+        self._held = [vars(s) for s in states]
+        self._managers = [s.hooks for s in states]
+        lists = [getattr(m, "_get_hook_list", None) for m in self._managers]
+        self.plain = all(map(_is_plain, states)) and None not in lists
+        self._hooks = [of(kind) for of in lists if of is not None for kind in _HOOKS]
+        self._counts = [len(hooks) for hooks in self._hooks]
+
+    def read(self) -> list[Any] | None:
+        """The values; None where somebody follows the states who did not before."""
+        held = self._held
+        if list(map(len, self._hooks)) != self._counts:
+            return None
+        if not all(map(operator.is_, map(_MANAGER, held), self._managers)):
+            return None
+        return list(map(_VALUE_OF, held))
+
+    def write(self, values: Iterable[Any]) -> None:
+        """Put in other values; right after :meth:`read` gave some."""
+        for held, value in zip(self._held, values, strict=True):
+            held["_value"] = value
+
+
+def _is_plain(state: Any) -> bool:
+    """Whether ``value`` of a state is what lies in its dict under ``_value``."""
+    kind, held = type(state), vars(state)
+    own = all(getattr(kind, part, None) is getattr(brainstate.State, part, None) for part in _PARTS)
+    return own and held.keys() >= {"_value", "_hooks_manager"}

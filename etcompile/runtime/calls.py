@@ -11,18 +11,18 @@ from etcompile.lowering.schedules.base import Plan
 
 __all__ = ["DONATED", "apart", "apply_apart", "one_step", "sequence"]
 
-#: Which argument of a function made by :func:`apart` is given away: the traces.
+#: Which argument of a function made by :func:`apart` may be given away: the traces.
 DONATED = 2
 
 
 def apart(whole: Callable, loss: LossProgram) -> Callable:
-    """A function of plain trees: of states and traces, so that the traces may be given away, and of what the loss reads.
+    """A function of plain trees: ``(params, states, traces, inputs, read by the loss, items, call)``.
 
     It gives ``(value, aux, carried), gradients, (states, traces)``. Classes of one's own in their place would cost a call as much
     as a small step takes.
     """
 
-    def fn(p: Any, s: Any, t: Any, read: tuple[Any, Any], i: Any, y: Item, c: Call) -> Any:
+    def fn(p: Any, s: Any, t: Any, i: Any, read: tuple[Any, Any], y: Item, c: Call) -> Any:
         found, gradients, carry = whole(p, Carry(s, t), Loss(loss, *read), i, y, c)
         return (found.value, found.aux, found.carried), gradients, (carry.states, carry.traces)
 
@@ -30,11 +30,11 @@ def apart(whole: Callable, loss: LossProgram) -> Callable:
 
 
 def apply_apart(functions: StepFunctions) -> Callable:
-    """``(params, states, traces, inputs, call) -> ((states, traces), outputs)`` of one step."""
+    """``(params, states, traces, inputs, call) -> (outputs, (states, traces))`` of one step."""
 
     def fn(p: Any, s: Any, t: Any, i: Any, c: Call) -> Any:
         carry, outputs = functions.apply(p, Carry(s, t), i, c)
-        return (carry.states, carry.traces), outputs
+        return outputs, (carry.states, carry.traces)
 
     return fn
 

@@ -69,7 +69,7 @@ class Compilation:
         self.kinds = kinds
         self.traces = traces
         self.constants = Constants()
-        self.jitted: dict[Any, Callable] = {}
+        self.jitted: dict[Any, Jitted] = {}
         self.losses: dict[Any, tuple[Any, ...]] = {}
 
     @property
@@ -82,7 +82,7 @@ class Compilation:
             self.losses.pop(next(iter(self.losses)))
         self.losses[key] = traced
 
-    def jit(self, key: Any, fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
+    def jit(self, key: Any, fn: Callable, donate: tuple[int, ...] = ()) -> Jitted:
         """``fn`` jitted, its large constants set apart, or what was jitted before under the same key."""
         if key not in self.jitted:
             while len(self.jitted) >= _JITTED:
@@ -208,6 +208,11 @@ class Compilations:
         alike = carried_alike(before.compiled.program, self.now.compiled.program)
         if before.traces is not self.now.traces or not alike:
             give_up_traces(name, before.traces, self.now.traces)
+
+    def differs(self) -> bool:
+        """Whether the model read something in ``brainstate.environ`` that is now another than it was compiled for."""
+        with self.completed():
+            return self.now.functions.model.environment.differs() is not None
 
     def completed(self) -> AbstractContextManager[Any]:
         """The environment, with what the model cannot do without as it was."""

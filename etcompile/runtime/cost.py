@@ -128,8 +128,8 @@ class _Compiled:
             self.params,
             self.states,
             traces,
-            (self.loss.fixed, self.loss.carried),
             inputs,
+            (self.loss.fixed, self.loss.carried),
             (given, None),
             call,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,11 +23,12 @@ from etcompile.lowering.losses import Loss, LossProgram
 from etcompile.lowering.placement import Placement
 from etcompile.runtime.compilations import Compilation, Compilations, Lower
 from etcompile.runtime.foreign_writes import ForeignWrites
-from etcompile.runtime.jitted import MissingConstants
+from etcompile.runtime.jitted import MissingConstants, NotSeen
 from etcompile.runtime.model_states import ModelAccess
 from etcompile.runtime.resizing import batch_leaves
 from etcompile.runtime.shapes import kinds_of, shapes_alone, shapes_of
 from etcompile.runtime.trace_state import TraceState
+from etcompile.runtime.unchanged import Unchanged
 from etcompile.schedule import require_divisible_batch
 
 __all__ = ["Executor"]
@@ -87,6 +88,7 @@ class Executor:
         self._lost = ""
         self._watched: tuple[Any, Any] = None, None
         self._left_by: Compilation | None = None
+        self._unchanged: Unchanged | None = None
         self.compilations.follow_attributes(compiled)
         first = self.compilations.of(compiled, inputs)
         self.compilations.keep(first)
@@ -190,6 +192,8 @@ class Executor:
             self.traces.set_own(carry.traces)
         self._writes.left(carry.states)
         self._left_by = self.compilation
+        if self._unchanged is None or not self._unchanged.of_now():
+            self._unchanged = Unchanged.of(self.live, self.compilations, self._writes)
 
     def initial_carry(self) -> Carry:
         """The model's initial states and zero traces; copies."""
@@ -311,12 +315,37 @@ class Executor:
         except MissingConstants:  # while it was traced: it is called again
             raise
         except BaseException as error:
-            self._lost = f"{type(error).__name__}: {error}".splitlines()[0]
+            self._lost = _told(error)
             if given is not None and isinstance(error, (TypeError, ValueError)):
                 self.model.flatten_given(given)
             if loss is not None and (explained := underivable_loss(error)) is not None:
                 raise explained from error
             raise
+        return found
+
+    def again(self, key: Hashable, inputs: Any, *data: Any) -> list[Any] | None:
+        """What the jitted function under a key gives beside the carry, where all but these data is as the last call left it.
+
+        None where it is not, or where the function has not seen such data: the call is then made in full, and says what is wrong
+        if anything is. It is for functions ``(params, states, traces, inputs, *data) -> (..., (states, traces))``.
+        """
+        unchanged = self._unchanged
+        carry = None if unchanged is None else unchanged.carry()
+        if unchanged is None or carry is None:
+            return None
+        fn = unchanged.compilation.jitted.get(key)
+        if fn is None:
+            return None
+        try:
+            *found, (states, traces) = fn.again(*carry, unchanged.with_environment(inputs), *data)
+        except NotSeen:
+            return None
+        except BaseException as error:
+            self._lost = _told(error)
+            if isinstance(error, Exception):
+                return None
+            raise
+        unchanged.leave(states, traces)
         return found
 
     def asks_host(self, loss: LossProgram | None = None) -> bool:
@@ -426,3 +455,7 @@ class Executor:
         state.release()  # zeros at the next use
         if counts:
             state.set_own({**state.own(), **counts})
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -12,7 +12,7 @@ import operator
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
@@ -106,6 +106,22 @@ class ForeignWrites:
     def as_left(self, leaves: Sequence[Any], tree: Any) -> bool:
         """Whether these are the very arrays that the step left."""
         return self._left is not None and tree == self._left[1] and not _differ(leaves, self._left[0])
+
+    def left_again(self, values: Sequence[Any]) -> None:
+        """The step leaves other arrays in states of the structure that it left before."""
+        if self._left is not None:
+            self._left = jax.tree.leaves(values), self._left[1]
+
+    def undisturbed(self, values: Sequence[Any]) -> bool:
+        """Whether these hold the very arrays that the step left, and nobody else has written since."""
+        if self._left is None or self._reset or self._other_step:
+            return False
+        return not _differ(jax.tree.leaves(values), self._left[0])
+
+    def alone_on(self, states: Iterable[Any]) -> bool:
+        """Whether nobody else follows these ``State`` objects."""
+        callbacks = (hook.callback for state in states for hook in state.list_hooks())
+        return all(isinstance(c, _Notice) and c.writes() in (self, None) for c in callbacks)
 
     def check(self, leaves: Sequence[Any], through: bool) -> None:
         """Raise :class:`CarryError` where the traces do not belong to the states.

@@ -14,27 +14,37 @@ from etcompile.runtime.checks import check_one, given_with, steps_of
 from etcompile.runtime.executor import Executor
 from etcompile.runtime.gradients import sequence_inputs
 from etcompile.runtime.progress import in_pieces, piece_lengths
-from etcompile.runtime.step_data import MultiStepData, over_time, split
+from etcompile.runtime.step_data import MultiStepData, has_multi_step, over_time, split, unwrap
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["one_step", "run_sequence", "run_steps"]
+__all__ = ["called", "run_sequence"]
 
 
-def one_step(run: Executor, inputs: tuple[Any, ...], target: Any, modulator: Any) -> Any:
+def called(run: Executor, inputs: tuple[Any, ...], target: Any, modulator: Any) -> Any:
+    """Outputs of one step; of many where something is multi-step data."""
+    if target is None and modulator is None and (again := run.again("apply", inputs, {})) is not None:
+        return again[0]
+    given = inputs, target, modulator
+    if has_multi_step(given):
+        return _many_steps(run, given)
+    return _one_step(run, *unwrap(given))
+
+
+def _one_step(run: Executor, inputs: tuple[Any, ...], target: Any, modulator: Any) -> Any:
     """Outputs of one step."""
     run.follow_environment()
     carry = run.carry()
     call = given_with(run.compiled.program, target, modulator)
     params, carry, data = run.placed(carry, (run.with_environment(inputs), call))
     fn = run.jit("apply", apply_apart(run.functions))
-    carry, out = run.call(fn, params, carry.states, carry.traces, *data, given=inputs)
+    out, carry = run.call(fn, params, carry.states, carry.traces, *data, given=inputs)
     run.commit(Carry(*carry))
     return out
 
 
-def run_steps(run: Executor, args: tuple[Any, Any, Any]) -> Any:
+def _many_steps(run: Executor, args: tuple[Any, Any, Any]) -> Any:
     """Outputs of all steps of multi-step arguments ``(inputs, target, modulator)``, time on axis 0."""
     run.follow_environment()
     per_step, join = split(args)

@@ -12,20 +12,21 @@ import jax.numpy as jnp
 from etcompile.errors import EtcompileWarning, OptionError
 from etcompile.frontend.user_code import warn
 from etcompile.lowering.functions import Carry
-from etcompile.lowering.losses import LossValue
+from etcompile.lowering.losses import LossProgram, LossValue
 from etcompile.lowering.schedules.base import Plan
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence
 from etcompile.runtime.checks import as_inputs, check_sequence, given_with, stacked_steps, steps_of
 from etcompile.runtime.executor import Executor
 from etcompile.runtime.losses import BoundLoss, JoinedLoss, LossFunction, check_mask, join_loss
 from etcompile.runtime.progress import gradients_in_pieces
-from etcompile.runtime.step_data import over_time
+from etcompile.runtime.step_data import has_multi_step, over_time, repeated, unwrap
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 __all__ = [
     "bound_loss",
+    "called_with_gradients",
     "environment_of",
     "environments",
     "joined_loss",
@@ -36,6 +37,23 @@ __all__ = [
 
 #: What a model takes from the environment, and what a loss does.
 Environments = tuple[tuple[Any, ...], tuple[Any, ...]]
+
+
+def called_with_gradients(
+    run: Executor,
+    loss: LossFunction,
+    x: Any,
+    targets: tuple[Any, ...],
+    modulator: Any,
+    mask: Any,
+) -> tuple[LossValue, Any]:
+    """All that the loss of one step gives, and its gradients; of many steps where something is multi-step data."""
+    if modulator is None and mask is None and (again := _step_again(run, loss, x, targets)) is not None:
+        return again
+    given = (x, targets, modulator, mask)
+    if has_multi_step(given):
+        return sequence_gradients(run, loss, *repeated(given))
+    return step_gradients(run, loss, *unwrap(given))
 
 
 def step_gradients(
@@ -53,8 +71,30 @@ def step_gradients(
     carry = run.carry(give_away=True)
     bound = bound_loss(run, loss, targets, mask, None)
     data = inputs, bound.item(targets, mask, 0), given_with(run.compiled.program, None, modulator)
-    key = "value_and_grad", bound.loss.program
+    key = _step_key(bound.loss.program)
     return _advanced(run, key, one_step(run.functions), bound, carry, data, time=0, given=given)
+
+
+def _step_again(
+    run: Executor, loss: LossFunction, x: Any, targets: tuple[Any, ...]
+) -> tuple[LossValue, Any] | None:
+    """As :func:`step_gradients`, where nothing but data and parameters changed since the last call; else None."""
+    joined = loss.unchanged()
+    if joined is None or joined.program.asks_host:
+        return None
+    bound = joined.now(None)
+    inputs = (x,) if run.model.input_count == 1 else x
+    read = bound.loss.fixed, bound.loss.carried
+    found = run.again(_step_key(joined.program), inputs, read, bound.item(targets, None, 0), {})
+    if found is None:
+        return None
+    (value, aux, carried), grads = found
+    bound.write(carried)
+    return LossValue(value, aux, carried), grads
+
+
+def _step_key(program: LossProgram) -> Any:
+    return "value_and_grad", program
 
 
 def sequence_gradients(
@@ -112,7 +152,8 @@ def _advanced(
     loss = bound.loss
     fn = run.jit(key, apart(whole, loss.program), donate=donated)
     params, carry, data = run.placed(carry, data, time)
-    args = params, carry.states, carry.traces, (loss.fixed, loss.carried), *data
+    inputs, *items = data
+    args = params, carry.states, carry.traces, inputs, (loss.fixed, loss.carried), *items
     (value, aux, carried), grads, new = run.call(fn, *args, loss=loss, given=given)
     run.commit(Carry(*new))
     bound.write(carried)

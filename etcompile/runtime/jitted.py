@@ -8,6 +8,7 @@ those that are alike are one array on the device, for all functions of a compila
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import numpy as np
 
 from etcompile.frontend.jaxpr import is_traced, run_jaxpr
 
-__all__ = ["Constants", "Jitted", "MissingConstants", "around"]
+__all__ = ["Constants", "Jitted", "MissingConstants", "NotSeen", "around"]
 
 Array = Any
 
@@ -40,6 +41,10 @@ class MissingConstants(Exception):
     def __init__(self, keys: Sequence[Key]) -> None:
         super().__init__(f"{len(keys)} constant(s)")
         self.keys = tuple(keys)
+
+
+class NotSeen(Exception):
+    """A function was to be called for arguments as some before, and JAX began to trace it for others."""
 
 
 class Constants:
@@ -91,14 +96,29 @@ class Jitted:
     """
 
     def __init__(self, fn: Callable, constants: Constants, donate: tuple[int, ...] = ()) -> None:
+        @functools.wraps(fn)
+        def traced(*args: Any) -> Any:
+            if self._again:
+                raise NotSeen
+            return fn(*args)
+
+        self._again = False
         self._constants = constants
         self._keys: tuple[Key, ...] = ()
-        self._plain: Any = jax.jit(fn, donate_argnums=donate)
+        self._plain: Any = jax.jit(traced, donate_argnums=donate)
         self._apart = jax.jit(self._with_constants, donate_argnums=tuple(k + 1 for k in donate))
         self._run: Callable = self._first
 
     def __call__(self, *args: Any) -> Any:
         return self._run(*args)
+
+    def again(self, *args: Any) -> Any:
+        """What it gives for arguments like those of an earlier call; raises :class:`NotSeen` where they are not."""
+        self._again = True
+        try:
+            return self._run(*args)
+        finally:
+            self._again = False
 
     def _first(self, *args: Any) -> Any:
         """Decide, once, whether there is anything to set apart."""

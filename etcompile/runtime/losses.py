@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -79,11 +80,16 @@ class LossFunction:
         """What it was traced to the last time, if it would be traced to that again."""
         if self._last is None:
             return None
-        then, joined = self._last
+        then, _ = self._last
         same = all(a is b or a == b for a, b in zip(circumstances, then, strict=True))
-        if not same or not self._captured.unchanged() or joined.environment.differs() is not None:
+        return self.unchanged() if same else None
+
+    def unchanged(self) -> JoinedLoss | None:
+        """What it was traced to the last time, if all that it finds outside of its arguments and the model is as it was."""
+        if self._last is None or not self._captured.unchanged():
             return None
-        return joined
+        joined = self._last[1]
+        return joined if joined.environment.differs() is None else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,6 +200,14 @@ class JoinedLoss:
 
     def now(self, steps: int | None) -> BoundLoss:
         """With states and environment as they are now; with ``steps``, for each of so many steps."""
+        return self._always or self._bound(steps)
+
+    @functools.cached_property
+    def _always(self) -> BoundLoss | None:
+        """What :meth:`now` gives where nothing outside of the model and the arguments is read."""
+        return None if self.traced.states or self.environment.inputs else self._bound(None)
+
+    def _bound(self, steps: int | None) -> BoundLoss:
         written = tuple(self.traced.states[k] for k in self.carried)
         return BoundLoss(self.loss(), written, self.environment.values(steps))
 

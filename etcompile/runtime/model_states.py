@@ -53,12 +53,20 @@ class ModelAccess(Protocol):
 
     def look_up(self) -> None: ...
 
+    def as_looked_up(self) -> bool: ...
+
     def initialise(self, batch_size: int) -> None: ...
 
     def trace(self, inputs: tuple[Any, ...]) -> TracedStep: ...
 
     @property
     def param_states(self) -> dict[str, Any]: ...
+
+    def as_params(self, values: list[Any]) -> Any: ...
+
+    def as_states(self, values: list[Any]) -> Any: ...
+
+    def of_states(self, states: Any) -> list[Any]: ...
 
     def by_param_state(self, grads: Any) -> dict[str, Any]: ...
 
@@ -151,6 +159,26 @@ class ModuleAccess:
     def look_up(self) -> None:
         """Find the ``State`` objects that the module has now."""
         self.found = self._states
+
+    def as_looked_up(self) -> bool:
+        """Whether the module has the ``State`` objects that were found the last time."""
+        found = self.found
+        return found is not None and (found.linked(self.module) or found.refreshed(self.module) is found)
+
+    def as_params(self, values: list[Any]) -> Any:
+        """Parameters as the compiled functions take them, of values in the order of :attr:`param_states`."""
+        assert self.found is not None
+        return dict(zip(self.found.params, values, strict=True))
+
+    def as_states(self, values: list[Any]) -> Any:
+        """States as the compiled functions take them, of values in the order of :attr:`state_objects`."""
+        assert self.found is not None
+        return dict(zip(self.found.states, values, strict=True))
+
+    def of_states(self, states: Any) -> list[Any]:
+        """The values again of which :meth:`as_states` makes the states."""
+        assert self.found is not None
+        return list(map(states.__getitem__, self.found.states))
 
     @property
     def param_states(self) -> dict[str, Any]:
@@ -288,6 +316,18 @@ class FunctionAccess:
 
     def look_up(self) -> None:
         """Nothing: they stay the same."""
+
+    def as_looked_up(self) -> bool:
+        return True
+
+    def as_params(self, values: list[Any]) -> Any:
+        return values[0]
+
+    def as_states(self, values: list[Any]) -> Any:
+        return values[0]
+
+    def of_states(self, states: Any) -> list[Any]:
+        return [states]
 
     @property
     def param_states(self) -> dict[str, Any]:

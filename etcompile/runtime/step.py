@@ -16,10 +16,9 @@ from etcompile.lowering.schedules.windowed import check_end
 from etcompile.report import Report, make_report
 from etcompile.runtime.checks import given_with
 from etcompile.runtime.executor import Executor
-from etcompile.runtime.forward import one_step, run_sequence, run_steps
-from etcompile.runtime.gradients import sequence_gradients, step_gradients
+from etcompile.runtime.forward import called, run_sequence
+from etcompile.runtime.gradients import called_with_gradients, sequence_gradients
 from etcompile.runtime.losses import LossFunction, as_asked, check_callable
-from etcompile.runtime.step_data import arrays_alone, has_multi_step, repeated, unwrap
 from etcompile.runtime.trace_state import TraceState
 from etcompile.schedule import check_chunk
 
@@ -266,12 +265,7 @@ class Step:
         which the others are the same; outputs then have time on axis 0. ``target`` and ``modulator`` are for rules that read
         them, where the step is differentiated.
         """
-        given = inputs, target, modulator
-        if arrays_alone(given):
-            return one_step(self.executor, *given)
-        if has_multi_step(given):
-            return run_steps(self.executor, given)
-        return one_step(self.executor, *unwrap(given))
+        return called(self.executor, inputs, target, modulator)
 
     @named_arguments("step.scan")
     def scan(self, xs: Any, progress: bool | Progress = False) -> Any:
@@ -311,12 +305,7 @@ class Step:
         executor = self.executor
 
         def run(x: Any, *targets: Any, modulator: Any = None, mask: Any = None) -> tuple[Any, Any]:
-            given = (x, targets, modulator, mask)
-            of = step_gradients
-            if not arrays_alone(given):
-                of = sequence_gradients if has_multi_step(given) else step_gradients
-                given = repeated(given) if of is sequence_gradients else unwrap(given)
-            found, grads = of(executor, loss, *given)
+            found, grads = called_with_gradients(executor, loss, x, targets, modulator, mask)
             return as_asked(found, loss), grads
 
         return run

@@ -57,6 +57,15 @@ class TraceState(brainstate.ShortTermState):
             return self._read_value()
         return brainstate.State.value.fget(self)  # type: ignore[attr-defined]
 
+    def alone(self) -> Any | None:
+        """The traces, if they are there and the step alone has seen them; for who knows that no transformation runs."""
+        held = vars(self)
+        return held["_value"] if held["allocated"] and not held["shared"] else None
+
+    def put(self, traces: Any) -> None:
+        """Put in traces that nobody else has, in the place of those that :meth:`alone` gave."""
+        vars(self)["_value"] = traces
+
     def to_give(self, traces: Any) -> Any:
         """The traces as :meth:`own` gave them, in buffers that nobody else holds and that may be given away."""
         if not (self.shared or in_transformation()):

@@ -1,0 +1,92 @@
+"""Calls that find all as the last one left it: what they ask in place of looking at everything.
+
+A call in full follows ``brainstate.environ``, looks up the model's ``State`` objects, holds their shapes against what was
+compiled, and asks who else wrote them. Of all that nothing is new if every object on the way is the one that was there the last
+time. That is asked for here, for many objects in one pass that runs in C: in a training loop it is what every call but the first
+finds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import brainstate
+
+from etcompile.frontend.jaxpr import in_transformation
+from etcompile.frontend.module import recording
+from etcompile.frontend.state_values import PlainValues
+from etcompile.runtime.compilations import Compilation, Compilations
+from etcompile.runtime.foreign_writes import ForeignWrites
+from etcompile.runtime.model_states import ModelAccess
+
+__all__ = ["Unchanged"]
+
+_has_global_hooks = brainstate.has_state_hooks
+
+
+class Unchanged:
+    """Where parameters, states and traces lie as long as nobody but the step touches them, and whether that is so.
+
+    Parameters
+    ----------
+    live : ModelAccess
+    compilations : Compilations
+    writes : ForeignWrites
+
+    Attributes
+    ----------
+    compilation : Compilation
+        The one that the last call ran.
+    """
+
+    def __init__(self, live: ModelAccess, compilations: Compilations, writes: ForeignWrites) -> None:
+        self.compilation: Compilation = compilations.now
+        self._live = live
+        self._compilations = compilations
+        self._writes = writes
+        self._holders = live.holders
+        self._reads_environment = self.compilation.functions.model.environment.reads
+        self._params = PlainValues(live.param_states.values())
+        self._states = PlainValues(live.state_objects.values())
+
+    @classmethod
+    def of(cls, live: ModelAccess, compilations: Compilations, writes: ForeignWrites) -> Unchanged | None:
+        """For a model as a call leaves it; None where every call has to be made in full."""
+        now = compilations.now
+        if in_transformation() or recording() or now.functions.asks_host:
+            return None
+        if now.compiled.causal.placement.mesh is not None:
+            return None
+        if not writes.alone_on((*live.param_states.values(), *live.state_objects.values())):
+            return None
+        new = cls(live, compilations, writes)
+        return new if new._params.plain and new._states.plain else None
+
+    def of_now(self) -> bool:
+        """Whether it is about what runs now and the ``State`` objects of the last call."""
+        return self.compilation is self._compilations.now and self._holders is self._live.holders
+
+    def carry(self) -> tuple[Any, Any, Any] | None:
+        """Parameters, states and traces; None unless all but the numbers in parameters is as the last call left it."""
+        if in_transformation() or recording() or _has_global_hooks():
+            return None
+        if self.compilation is not self._compilations.now or not self._live.as_looked_up():
+            return None
+        traces, params, states = self.compilation.traces.alone(), self._params.read(), self._states.read()
+        if traces is None or params is None or states is None or self._holders is not self._live.holders:
+            return None
+        if not self._writes.undisturbed(states) or (self._reads_environment and self._compilations.differs()):
+            return None
+        self._compilations.attributes.say_what_changed()
+        return self._live.as_params(params), self._live.as_states(states), traces
+
+    def with_environment(self, inputs: Any) -> Any:
+        """Inputs of one step with what it takes from ``brainstate.environ``."""
+        return self._compilations.with_environment(inputs) if self._reads_environment else inputs
+
+    def leave(self, states: Any, traces: Any) -> None:
+        """States and traces after a call that began with :meth:`carry`."""
+        values = self._live.of_states(states)
+        self._states.write(values)
+        self.compilation.traces.put(traces)
+        self._writes.left_again(values)
