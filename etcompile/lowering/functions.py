@@ -14,7 +14,15 @@ from etcompile.frontend.host_calls import graph_asks_host
 from etcompile.frontend.step_model import StepModel
 from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.losses import Loss, LossValue
-from etcompile.lowering.schedules.base import Call, Item, Loop, Plan, Run, Steps
+from etcompile.lowering.schedules.base import (
+    Call,
+    Item,
+    Loop,
+    Plan,
+    Run,
+    Steps,
+    in_parts,
+)
 from etcompile.lowering.schedules.choose import choose, schedules_for
 from etcompile.lowering.schedules.chunked import refuse_too_large
 from etcompile.lowering.schedules.windowed import check_end
@@ -166,14 +174,46 @@ class StepFunctions:
         """The sums of no steps at all."""
         return zero_sums(self.causal, loss)
 
-    def scan(self, params: Any, carry: Carry, xs: tuple) -> tuple[Any, Carry]:
-        """Outputs of every step; the traces advance."""
+    def forward_plan(self, steps: int) -> Plan | None:
+        """How ``steps`` steps are run without a loss; None: one after the other."""
+        sizes = ((how, how.forward_size(self.causal.schedule, steps)) for how in self.schedules)
+        return next((Plan(how, size) for how, size in sizes if size), None)
 
+    def scan(self, plan: Plan | None, params: Any, carry: Carry, xs: tuple) -> tuple[Any, Carry]:
+        """Outputs of every step; the traces advance.
+
+        Differentiated, it is a scan of :meth:`apply`, however many steps are handled together.
+        """
+        if plan is None:
+            return self._one_by_one(params, carry, xs)
+
+        def forward(*given: Any) -> tuple[Any, Any]:
+            return self._in_parts(plan, *given), given
+
+        def backward(given: Any, cotangents: Any) -> Any:
+            return jax.vjp(self._one_by_one, *given)[1](cotangents)
+
+        run = jax.custom_vjp(lambda *given: self._in_parts(plan, *given))
+        run.defvjp(forward, backward)
+        return run(params, carry, xs)
+
+    def _one_by_one(self, params: Any, carry: Carry, xs: tuple) -> tuple[Any, Carry]:
         def body(loop: Carry, x: tuple) -> tuple[Carry, Any]:
             return self.apply(params, loop, x)
 
         carry, outputs = lax.scan(body, carry, xs)
         return outputs, carry
+
+    def _in_parts(self, plan: Plan, params: Any, carry: Carry, xs: tuple) -> tuple[Any, Carry]:
+        weights = self.causal.model.hoist(self._leaves(params))
+
+        def part(loop: Loop, steps: Steps) -> tuple[Loop, list[Array]]:
+            return plan.how.forward(weights, loop, jax.vmap(self.model.flatten_inputs)(steps.inputs))
+
+        start = Loop(*self._enter(carry), {}, ())
+        loop, outputs = in_parts(part, start, Steps(xs, ((), None), []), plan.size)
+        outputs = jax.vmap(self.placement.hold_batch)(outputs)
+        return jax.tree.unflatten(self.model.output_tree, outputs), self._leave(loop.states, loop.traces)
 
     def gradients(self, params: Any, sums: Sums) -> Any:
         """Parameter gradients from the summed gradients of the sites."""

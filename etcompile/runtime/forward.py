@@ -83,14 +83,18 @@ def _one(per_step: Any) -> Any:
 def run_sequence(run: Executor, xs: Any, progress: bool | Progress) -> Any:
     """Outputs of a sequence, time on axis 0."""
     inputs, _ = sequence_inputs(run, over_time(xs), ())
+    functions, steps = run.functions, steps_of(inputs)
+    plan = functions.forward_plan(steps)
+    key = ("forward",) if plan is None else ("forward", plan.how.name, plan.size)
 
     def forward(inputs: Any) -> Any:
         params, carry, (placed,) = run.placed(run.carry(), (inputs,), time=1)
-        outputs, carry = run.call(run.jit("forward", run.functions.scan), params, carry, placed)
+        fn = run.jit(key, lambda params, carry, xs: functions.scan(plan, params, carry, xs))
+        outputs, carry = run.call(fn, params, carry, placed)
         run.commit(carry)
         return outputs
 
     if progress is False:
         return forward(inputs)
-    lengths = piece_lengths(steps_of(inputs))
+    lengths = piece_lengths(steps, 1 if plan is None else plan.size)
     return in_pieces(run, forward, (inputs,), lengths, progress, "steps", shown=None)

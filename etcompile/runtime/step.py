@@ -271,6 +271,7 @@ class Step:
     def scan(self, xs: Any, progress: bool | Progress = False) -> Any:
         """Run a sequence forward (time is axis 0) and return all outputs; states and traces advance.
 
+        Steps are handled together as the schedule says of :meth:`scan_value_and_grad`, with the same result.
         ``progress`` as in :meth:`scan_value_and_grad`, and so are ``t`` and ``i`` of ``brainstate.environ``.
         """
         return run_sequence(self.executor, xs, progress)

@@ -175,6 +175,9 @@ class SequenceSchedule:
     cuts_credit : bool
         Whether credit ends where a part ends, so that the steps that are handled together change the gradient.
 
+    A schedule may also run a sequence without a loss (:meth:`forward_size` and :meth:`forward`); where it does not, steps run one
+    after the other.
+
     Examples
     --------
     >>> import etcompile, jax, jax.numpy as jnp
@@ -235,6 +238,14 @@ class SequenceSchedule:
 
     def part(self, run: Run, loop: Loop, steps: Steps) -> tuple[Loop, Found]:
         """Run some steps: the new loop, and the losses with what else the loss gave, time on axis 0."""
+        raise NotImplementedError
+
+    def forward_size(self, schedule: Schedule, steps: int) -> int:
+        """Steps to handle together of a call without a loss; 0: one after the other."""
+        return 0
+
+    def forward(self, weights: list[Array], loop: Loop, inputs: list[Array]) -> tuple[Loop, list[Array]]:
+        """Run some steps without a loss: the new loop, and the outputs, time on axis 0."""
         raise NotImplementedError
 
     def over(self, run: Run, loop: Loop, steps: Steps, size: int) -> tuple[Loop, Found]:

@@ -16,6 +16,7 @@ The states of all steps come from a first pass that does nothing else. Derivativ
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -115,10 +116,40 @@ class Chunked(SequenceSchedule):
             run, loop.carried, steps, passed, inputs
         )  # D_t, f_t, x_t, L_t, K_t
         values, filters = self._filtered(values, traces)
-        sites, ends = self._gradients_and_ends(values, traces)
-        traces = self.causal.stored({**filters, **ends})
+        values = self._after_filters(values)
+        recurrences = self._recurrences(values, traces)
+        sites = self._gradients(recurrences, values, traces)
+        traces = self.causal.stored({**filters, **self._ends(recurrences, values, traces)})
         sums = added(loop.sums, by_name(sites, own))
         return Loop(passed.states, traces, sums, found.carried), (found.value, found.aux)
+
+    def forward_size(self, schedule: Schedule, steps: int) -> int:
+        if self.causal.program.window is not None or self.refusal() is not None:
+            return 0
+        if (
+            self.causal.carried.too_large
+        ):  # never made where there is no loss, so that steps need not be one chunk
+            return self._that_pay_off(steps, schedule.memory)
+        return self.size(schedule, steps, None)
+
+    def forward(self, weights: list[Array], loop: Loop, inputs: list[Array]) -> tuple[Loop, list[Array]]:
+        passed = self._first_pass(weights, loop.states, inputs)
+        model, keeps = self.causal.model, self.causal.keeps
+
+        def at_step(
+            old: list[Array], costly: dict[int, Array], x: list[Array]
+        ) -> tuple[list[Array], dict[str, Value]]:
+            step = model.step(weights, old, x, costly, quiet=True)
+            context = Context(self.causal.program, model, step, None, self.causal.functions)
+            return step.outputs, evaluate(context, self._equations.alone, {}, {}) if keeps else {}
+
+        outputs, values = mapped(at_step, passed.before, passed.costly, inputs)
+        if not keeps:
+            return dataclasses.replace(loop, states=passed.states), outputs
+        traces = self.causal.carried.wide(loop.traces)
+        values, filters = self._filtered(values, traces)
+        ends = self._ends(self._recurrences(values, traces), values, traces)
+        return Loop(passed.states, self.causal.stored({**filters, **ends}), loop.sums, loop.carried), outputs
 
     def _at_all_steps(
         self, run: Run, carried: Any, steps: Steps, passed: Passed, inputs: list[Array]
@@ -145,6 +176,7 @@ class Chunked(SequenceSchedule):
 
             carried, before = lax.scan(write, carried, (made, given))
         without_params = dataclasses.replace(reads, params=())
+        equations = [*self._equations.alone, *self._equations.signals]
 
         def at_step(
             old: list[Array], costly: dict[int, Array], x: list[Array], given: Any, now: Any
@@ -155,7 +187,7 @@ class Chunked(SequenceSchedule):
             )
             after = step.with_loss(cotangents.outputs, cotangents.states, run.call(*given))
             context = Context(self.causal.program, model, step, after, self.causal.functions)
-            return (found.value, found.aux), evaluate(context, self._equations.alone, {}, {})
+            return (found.value, found.aux), evaluate(context, equations, {}, {})
 
         (losses, aux), values = mapped(at_step, *seen, given, before)
         own = _by_params(run, made, given, before) if reads.params else {}
@@ -163,7 +195,7 @@ class Chunked(SequenceSchedule):
 
     def _filtered(self, values: dict[str, Value], traces: Traces) -> tuple[dict[str, Value], Traces]:
         """Values with those that are recurrences of the size of states or presynaptic values; and these after the chunk."""
-        filters, late, context = self._equations.filters, self._equations.late, self._quiet
+        filters, context = self._equations.filters, self._quiet
         carried = {e.name: traces[e.name] for e in filters if e.name in self._carried}
         carried.update({e.name: traces[e.name] for e in self._equations.alone if e.name in self._carried})
 
@@ -175,50 +207,69 @@ class Chunked(SequenceSchedule):
         if not carried and not filters:
             return values, {}
         end, (found, before) = lax.scan(one, carried, values)
-        values = {**values, **found, **{value_key(Ref(name, -1)): v for name, v in before.items()}}
-        if late:
+        return {**values, **found, **{value_key(Ref(name, -1)): v for name, v in before.items()}}, end
 
-            def after(now: dict[str, Value]) -> dict[str, Value]:
-                previous = {name: now[value_key(Ref(name, -1))] for name in carried}
-                done = evaluate(context, late, now, previous)
-                return {e.name: done[e.name] for e in late}
+    def _after_filters(self, values: dict[str, Value]) -> dict[str, Value]:
+        """Values with those that need the loss and filters."""
+        late = self._equations.late
+        if not late:
+            return values
 
-            values = {**values, **mapped(after, values)}
-        return values, end
+        def after(now: dict[str, Value]) -> dict[str, Value]:
+            previous = {
+                name: now[value_key(Ref(name, -1))]
+                for name in self._carried
+                if value_key(Ref(name, -1)) in now
+            }
+            done = evaluate(self._quiet, late, now, previous)
+            return {e.name: done[e.name] for e in late}
+
+        return {**values, **mapped(after, values)}
 
     # -- gradients, and traces at the end -----------------------------------------------------------------------
 
-    def _gradients_and_ends(
-        self, values: dict[str, Value], traces: Traces
-    ) -> tuple[dict[str, Array], Traces]:
-        """Gradients of the sites summed over the chunk, and the traces after it."""
+    def _recurrences(self, values: dict[str, Value], traces: Traces) -> list[Recurrence]:
+        """The traces of the chunk, class by class."""
+        return [self._recurrence(one, values, traces) for one in self._equations.classes]
+
+    def _traces_of(self, recurrence: Recurrence) -> Iterator[tuple[str, RelationTraces]]:
+        """The traces of each relation of a class, with the site whose weight they are for."""
+        for relation, equations in recurrence.traces.traces.items():
+            geometry = self.causal.model.traces[relation]
+            lent = [(e, first.name) for e, first in zip(equations, recurrence.traces.first, strict=True)]
+            yield geometry.relation.site, RelationTraces(geometry, lent)
+
+    def _gradients(
+        self, recurrences: list[Recurrence], values: dict[str, Value], traces: Traces
+    ) -> dict[str, Array]:
+        """Gradients of the sites, summed over the chunk."""
         weight = self._weights(values)
         credits: dict[tuple[str, str], Array] = {}  # of y for all steps, by the x that meets it and the site
         gradients: dict[str, Array] = {}
-        ends: Traces = {}
         for e in self._equations.gradients:  # q_t, which needs no trace
             if OPS[e.op].pulls_back and e.name in weight:
                 x, q = map(referred, e.args)
                 if values[value_key(q)] is not None:
                     q_t = weighted(values[value_key(q)], weight[e.name])
                     _add(credits, (value_key(x), self._equation(x.name).type.of), q_t)
-        for one in self._equations.classes:
-            recurrence = self._recurrence(one, values, traces)
+        for recurrence in recurrences:
             a_t, a_0 = recurrence.asked(weight)
-            r = recurrence.left()
-            for relation, equations in one.traces.items():
-                geometry = self.causal.model.traces[relation]
-                own = RelationTraces(
-                    geometry, [(e, lent.name) for e, lent in zip(equations, one.first, strict=True)]
-                )
-                site = geometry.relation.site
+            for site, own in self._traces_of(recurrence):
                 for x, credit in own.credits(values, a_t):
                     _add(credits, (x, site), credit)  # f_t a_t
                 _add(gradients, site, own.gradient_of_start(traces, a_0))  # a_0 e_0
-                ends.update(own.at_end(values, traces, r))  # r_0 e_0 + sum_t (r_t f_t) (x) x_t
         for (x, site), credit in credits.items():  # sum_t pullback(x_t, q_t + f_t a_t)
             _add(gradients, site, self.causal.model.sites[site].pullback_of_steps(values[x], credit))
-        return gradients, ends
+        return gradients
+
+    def _ends(self, recurrences: list[Recurrence], values: dict[str, Value], traces: Traces) -> Traces:
+        """The traces after the chunk: r_0 e_0 + sum_t (r_t f_t) (x) x_t."""
+        ends: Traces = {}
+        for recurrence in recurrences:
+            r = recurrence.left()
+            for _, own in self._traces_of(recurrence):
+                ends.update(own.at_end(values, traces, r))
+        return ends
 
     def _weights(self, values: dict[str, Value]) -> dict[str, Any]:
         """What each value that gradients are made of counts in them: a number, or one for each step."""

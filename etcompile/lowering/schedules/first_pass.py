@@ -1,4 +1,7 @@
-"""The first pass over a chunk: its states, and with them what was computed at a price; no derivatives."""
+"""The first pass over a chunk: its states, and with them what was computed at a price; no derivatives.
+
+What reads no state (encoders, embeddings, convolutions of the input) leaves the loop: it is computed for all steps at once.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from etcompile.analysis.index_rules import CHEAP
-from etcompile.frontend.jaxpr import bind, read
+from etcompile.frontend.jaxpr import Operation, bind, has_effects, read
 from etcompile.lowering.derivatives import LoweredModel
+from etcompile.lowering.mapped import mapped
 
 __all__ = ["FirstPass", "Passed"]
 
@@ -39,52 +43,120 @@ class Passed:
     costly: dict[int, Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """The operations of a step on the way to its new states.
+
+    Attributes
+    ----------
+    ahead : tuple of Operation
+        They read inputs and weights alone, and at least one of them is costly: for all steps at once.
+    across : tuple of int
+        What they make that the loop reads.
+    inside : tuple of Operation
+        The loop's; some that are cheap stand in both.
+    """
+
+    ahead: tuple[Operation, ...]
+    across: tuple[int, ...]
+    inside: tuple[Operation, ...]
+
+
 class FirstPass:
     """The model alone, step by step."""
 
     def __init__(self, model: LoweredModel) -> None:
         self._model = model
+        self._graph = model.analysis.split.body
+        self._states = model.analysis.model.state_vars
+        self._after = model.analysis.model.new_state_vars
 
     def __call__(self, weights: list[Array], states: list[Array], inputs: list[Array]) -> Passed:
         """Run it; ``inputs`` have time on axis 0."""
-        graph = self._model.analysis.split.body
-        after = self._model.analysis.model.new_state_vars
+        graph, parts = self._graph, self._parts
 
-        def forward(now: list[Array], x: list[Array]) -> tuple[list[Array], Any]:
-            env: dict[int, Array] = dict(zip(graph.inputs, [*weights, *now, *x], strict=True))
-            for operation in graph.operations:
-                results = bind(operation, [read(env, v) for v in operation.inputs])
-                env.update(zip(operation.outputs, results, strict=True))
-            return [read(env, v) for v in after], (now, {v: env[v] for v in self._costly})
+        def values(now: list[Array] | None, x: list[Array]) -> dict[int, Array]:
+            own = [None] * len(self._states) if now is None else now
+            return dict(zip(graph.inputs, [*weights, *own, *x], strict=True))
 
-        last, (before, costly) = lax.scan(forward, states, inputs)
-        return Passed(last, before, costly)
+        def first(x: list[Array]) -> dict[int, Array]:
+            env = _run(parts.ahead, values(None, x))
+            return {v: env[v] for v in {*parts.across, *self._costly} if v in env}
+
+        def forward(now: list[Array], given: Any) -> tuple[list[Array], Any]:
+            x, made = given
+            env = _run(parts.inside, {**values(now, x), **made})
+            costly = {v: env[v] for v in self._costly if v in env and v not in ahead}
+            return [read(env, v) for v in self._after], (now, costly)
+
+        ahead = mapped(first, inputs) if parts.ahead else {}
+        across = {v: ahead[v] for v in parts.across}
+        last, (before, costly) = lax.scan(forward, states, (inputs, across))
+        return Passed(last, before, {**costly, **{v: ahead[v] for v in self._costly if v in ahead}})
 
     @cached_property
     def bytes_of_a_step(self) -> int:
         """What one step holds in a chunk, about: its values, and as much for their derivatives."""
-        graph = self._model.analysis.split.body
-        made = [graph.avals[v] for operation in graph.operations for v in operation.outputs]
+        made = [self._graph.avals[v] for operation in self._graph.operations for v in operation.outputs]
         return max(1, 2 * sum(a.size * a.dtype.itemsize for a in made))
+
+    @cached_property
+    def _needed(self) -> tuple[Operation, ...]:
+        """Operations on the way to the new states, and those that do something beside their results."""
+        needed = {v for v in self._after if isinstance(v, int)}
+        found: list[Operation] = []
+        for operation in reversed(self._graph.operations):
+            if not needed.isdisjoint(operation.outputs) or has_effects(operation):
+                needed.update(_variables(operation))
+                found.append(operation)
+        return tuple(reversed(found))
 
     @cached_property
     def _costly(self) -> tuple[int, ...]:
         """Variables on the way to the new states whose operations are worth keeping, and what comes from outside."""
-        graph = self._model.analysis.split.body
-        needed = {v for v in self._model.analysis.model.new_state_vars if isinstance(v, int)}
-        costly: list[int] = []
-        for operation in reversed(graph.operations):
-            if needed.isdisjoint(operation.outputs):
-                continue
-            needed.update(v for v in operation.inputs if isinstance(v, int))
-            plain = all(
-                not jnp.issubdtype(graph.avals[v].dtype, jax.dtypes.extended) for v in operation.outputs
-            )
-            if operation.name not in CHEAP and plain:
-                costly += operation.outputs
-        new = [
-            v
-            for v in self._model.analysis.model.new_state_vars
-            if isinstance(v, int) and not jnp.issubdtype(graph.avals[v].dtype, jax.dtypes.extended)
-        ]
+        costly = [v for operation in self._needed if self._is_costly(operation) for v in operation.outputs]
+        new = [v for v in self._after if isinstance(v, int) and self._is_plain(v)]
         return tuple(dict.fromkeys([*costly, *new, *(self._model.effects or ())]))
+
+    def _is_costly(self, operation: Operation) -> bool:
+        return operation.name not in CHEAP and all(map(self._is_plain, operation.outputs))
+
+    def _is_plain(self, variable: int) -> bool:
+        return not jnp.issubdtype(self._graph.avals[variable].dtype, jax.dtypes.extended)
+
+    @cached_property
+    def _parts(self) -> _Parts:
+        still = set(self._model.analysis.model.input_vars)  # made of inputs, and of no state
+        moving = set(self._states)
+        costly: set[int] = set()  # of what is still: made by a costly operation, or of what one makes
+        for operation in self._needed:
+            reads = set(_variables(operation))
+            if has_effects(operation) or not moving.isdisjoint(reads):
+                moving.update(operation.outputs)
+            elif not still.isdisjoint(reads):
+                still.update(operation.outputs)
+                if self._is_costly(operation) or not costly.isdisjoint(reads):
+                    costly.update(operation.outputs)
+        away = [not costly.isdisjoint(operation.outputs) for operation in self._needed]
+        inside = [operation for operation, leaves in zip(self._needed, away, strict=True) if not leaves]
+        wanted = {v for operation in inside for v in _variables(operation)} | set(self._after)
+        ahead: list[Operation] = []
+        needs: set[int] = set()
+        for operation, leaves in zip(reversed(self._needed), reversed(away), strict=True):
+            if leaves or not needs.isdisjoint(operation.outputs):  # what is cheap before them is done twice
+                needs.update(_variables(operation))
+                ahead.append(operation)
+        across = tuple(v for v in costly if v in wanted)
+        return _Parts(tuple(reversed(ahead)), across, tuple(inside))
+
+
+def _variables(operation: Operation) -> list[int]:
+    return [v for v in operation.inputs if isinstance(v, int)]
+
+
+def _run(operations: tuple[Operation, ...], env: dict[int, Array]) -> dict[int, Array]:
+    """Values with those that operations make of them."""
+    for operation in operations:
+        results = bind(operation, [read(env, v) for v in operation.inputs])
+        env.update(zip(operation.outputs, results, strict=True))
+    return env

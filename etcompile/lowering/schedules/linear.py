@@ -25,7 +25,9 @@ class ChunkEquations:
     Attributes
     ----------
     alone : tuple of Equation
-        They need nothing of other steps: for all steps at once.
+        They need nothing of other steps, and not the loss: for all steps at once.
+    signals : tuple of Equation
+        They need nothing of other steps, and the loss.
     filters : tuple of Equation
         They need earlier steps, and not the loss: recurrences of the size of states or presynaptic values.
     late : tuple of Equation
@@ -37,6 +39,7 @@ class ChunkEquations:
     """
 
     alone: tuple[Equation, ...]
+    signals: tuple[Equation, ...]
     filters: tuple[Equation, ...]
     late: tuple[Equation, ...]
     gradients: tuple[Equation, ...]
@@ -64,7 +67,8 @@ def chunk_equations(program: TraceProgram) -> ChunkEquations:
     loss = depends_on_loss(program)
     plain = [e for e in program.equations if not _summed(e.type)]
     return ChunkEquations(
-        alone=tuple(e for e in plain if e.name not in earlier),
+        alone=tuple(e for e in plain if e.name not in earlier and e.name not in loss),
+        signals=tuple(e for e in plain if e.name not in earlier and e.name in loss),
         filters=tuple(e for e in plain if e.name in earlier and e.name not in loss),
         late=tuple(e for e in plain if e.name in earlier and e.name in loss),
         gradients=tuple(e for e in program.equations if KINDS[e.type.kind].gradient),
