@@ -85,15 +85,18 @@ class RelationTraces:
         r_t, r_0 = left
         total = jnp.zeros(like.shape, like.dtype)
         added = {lent: (f, x) for f, x, lent in self._added}
+        credits: dict[str, Array] = {}  # by x, since they are summed before anything is as large as a trace
         for e, lent in self.equations:
             for r, e_0 in zip(r_0[lent], traces[e.name], strict=True) if lent in r_0 else ():
                 if r is not None and e_0 is not None:
                     kept = self.geometry.spread(self.geometry.from_positions(r))
                     total = total + (kept * e_0).astype(like.dtype)
             if lent in added:
-                f, x = (values[value_key(ref)] for ref in added[lent])
-                for r, f_t in zip(r_t[lent], f, strict=True):
+                f, x = map(value_key, added[lent])
+                for r, f_t in zip(r_t[lent], values[f], strict=True):
                     if r is not None and f_t is not None:
                         part = jax.vmap(self.geometry.from_positions)(r) * f_t
-                        total = total + self.geometry.accumulate(part, x).astype(like.dtype)
+                        credits[x] = credits[x] + part if x in credits else part
+        for x, credit in credits.items():
+            total = total + self.geometry.accumulate(credit, values[x]).astype(like.dtype)
         return total
