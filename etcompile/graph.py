@@ -268,13 +268,10 @@ class _Builder:
 
         None for one inside of a loop, whose variables are not drawn.
         """
-        operands = []
-        for group in self.analysis.groups:
-            uses = {use for s in group.states for use in self.analysis.uses_cut[s]}
-            operands += [
-                [self.body.operations[use[0]].inputs[use[1]]] if len(use) == 2 else [] for use in sorted(uses)
-            ]
-        return operands
+        return [
+            [self.body.operations[use[0]].inputs[use[1]]] if len(use) == 2 else []
+            for use in self.analysis.cut_at
+        ]
 
     def _has_credit(self, node: str) -> bool:
         about = self.graph.nodes[node]

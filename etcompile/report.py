@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -49,9 +50,11 @@ class ParameterLine:
     ``"backpropagation inside of windows"``, ``"not used"`` or ``"not trained"``;
     ``part`` tells which part of a weight has no trace. A trace of an expression of several parameters counts for each.
     Where the trace is factorised, filtered presynaptic values are carried in its place: ``decays`` counts the different
-    decays (else 0), ``saved_bytes`` what that saves. ``silent`` says it where no differentiable path leads from the
-    parameter to any output, with the operation that ends it; ``zero`` where there is one, and all that the rule keeps of the
-    parameter misses the outputs: with a loss of the outputs alone its gradient is zero at every step.
+    decays (else 0), ``saved_bytes`` what that saves. ``positions`` is the largest number of positions of a group that one
+    element of the weight's result reaches: its trace has an entry for each of them.
+    ``silent`` says it where no differentiable path leads from the parameter to any output, with the operation that ends it;
+    ``zero`` where there is one, and all that the rule keeps of the parameter misses the outputs: with a loss of the outputs
+    alone its gradient is zero at every step.
     """
 
     path: str
@@ -64,6 +67,7 @@ class ParameterLine:
     saved_bytes: int = 0
     silent: str = ""
     zero: str = ""
+    positions: int = 1
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -186,6 +190,7 @@ def _parameter_line(analysis: Analysis, program: TraceProgram, made: _Made, leaf
     effects = [e for s in sites for e in made.effects.get(s, ())]
     relations = [] if effects else [r for s in sites for r in made.relations.get(s, ())]
     groups = tuple(dict.fromkeys(r.group for r in relations))
+    positions = {g: max(math.prod(r.fan) for r in relations if r.group == g) for g in groups}
     owners = {*sites, *(r.name for r in relations), *(e.name for e in effects)}
     decays, saved = _factorised(program, sites, made.sizes)
     silent = analysis.silent.get(leaf.path, "") if sites else ""
@@ -193,7 +198,7 @@ def _parameter_line(analysis: Analysis, program: TraceProgram, made: _Made, leaf
     return ParameterLine(
         path=leaf.path,
         shape=leaf.aval.shape,
-        how=_how(program, leaf.aval.differentiable, sites, [e.layer for e in effects], groups),
+        how=_how(program, leaf.aval.differentiable, sites, [e.layer for e in effects], positions),
         groups=groups,
         part=_parts(analysis, relations) if leaf.aval.differentiable else "",
         trace_bytes=sum(made.of_owner.get(owner, 0) for owner in owners),
@@ -201,13 +206,18 @@ def _parameter_line(analysis: Analysis, program: TraceProgram, made: _Made, leaf
         saved_bytes=saved,
         silent=silent,
         zero="" if told else _zero(analysis, program, leaf.path, groups),
+        positions=max(positions.values(), default=1),
     )
 
 
 def _how(
-    program: TraceProgram, trained: bool, sites: Sequence[str], layers: Sequence[str], groups: Sequence[str]
+    program: TraceProgram,
+    trained: bool,
+    sites: Sequence[str],
+    layers: Sequence[str],
+    groups: Mapping[str, int],
 ) -> str:
-    """How the gradient is made, in words."""
+    """How the gradient is made, in words; ``groups`` with the positions that an element of y reaches."""
     if not trained:
         return "not trained: its numbers have no derivative"
     if not sites:
@@ -216,7 +226,8 @@ def _how(
     if layers:
         return f"influence on {', '.join(dict.fromkeys(layers))}, and {within}"
     if groups:
-        return f"trace of {', '.join(groups)}, and {within}"
+        named = [g if many == 1 else f"{g} ({many} positions each)" for g, many in groups.items()]
+        return f"trace of {', '.join(named)}, and {within}"
     return "within the step only" if program.window is None else within
 
 
@@ -276,17 +287,28 @@ def _factorised(program: TraceProgram, sites: Sequence[str], sizes: Mapping[str,
     return max((r.decays for r in relations), default=0), instead - filters
 
 
-def _parts(analysis: Analysis, relations: list) -> str:
+def _parts(analysis: Analysis, relations: Sequence[Relation]) -> str:
     """Which part of a fused weight has a trace, where not all of it has."""
-    notes = []
+    together: dict[tuple[str, str], list[Relation]] = {}
     for r in relations:
-        site = analysis.site(r.site)
-        shape = analysis.split.body.avals[site.y].shape
-        for axis, ((start, stop), size) in enumerate(zip(r.span, shape, strict=True)):
-            if (start, stop) != (0, size):
-                rest = ", ".join(f"{a}:{b}" for a, b in ((0, start), (stop, size)) if a < b)
-                notes.append(f"elements {rest} of axis {axis} of its result within the step only")
+        together.setdefault((r.site, r.group), []).append(r)
+    notes = []
+    for (site, _), found in together.items():
+        for axis, size in enumerate(analysis.split.body.avals[analysis.site(site).y].shape):
+            rest = _gaps([r.span[axis] for r in found], size)
+            if rest:
+                notes.append(f"elements {', '.join(rest)} of axis {axis} of its result within the step only")
     return "; ".join(dict.fromkeys(notes))
+
+
+def _gaps(spans: Sequence[tuple[int, int]], size: int) -> list[str]:
+    """What of an axis is in none of the spans, as slices."""
+    found, end = [], 0
+    for start, stop in [*sorted(spans), (size, size)]:
+        if end < start:
+            found.append(f"{end}:{start}")
+        end = max(end, stop)
+    return found
 
 
 def make_report(

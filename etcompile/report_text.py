@@ -48,6 +48,8 @@ def _lines(report: Report) -> Iterator[str]:
     for name, size in report.traces.items():
         owner = report.trace_owners.get(name)
         yield f"    {name}  {_bytes(size)}" + (f"  {owner}" if owner else "")
+    if report.traces and any(p.positions > 1 for p in report.parameters):
+        yield "    in chunks these are needed from call to call alone: Schedule(keep_traces=False) carries none"
     if report.devices:
         yield "  devices"
         yield from (f"    {line}" for line in report.devices)

@@ -13,6 +13,7 @@ from etcompile.analysis.components import connected_components
 from etcompile.analysis.constants import ConstantResponses, find_constant_responses
 from etcompile.analysis.cuts import find_cuts
 from etcompile.analysis.dependence import Dependence, dependence
+from etcompile.analysis.fan_out import FannedOut, find_fan_out
 from etcompile.analysis.groups import HiddenGroup, Link, align, consistent
 from etcompile.analysis.hidden import StateRole, require_hidden, state_roles
 from etcompile.analysis.index_rules import NONE
@@ -54,6 +55,8 @@ class Analysis:
     split : SplitStep
     relations : tuple of Relation
     cuts : tuple of Cut
+    cut_at : tuple of Use
+        The uses that the first cuts are about; the cuts behind them are at no use.
     uses_cut : mapping of int to mapping of Use to array
         Per hidden state, the operand uses where its local derivative stops.
     dependence : Dependence
@@ -72,6 +75,7 @@ class Analysis:
     split: SplitStep
     relations: tuple[Relation, ...]
     cuts: tuple[Cut, ...]
+    cut_at: tuple[Use, ...]
     uses_cut: Mapping[int, Mapping[Use, Array]]
     dependence: Dependence
     layers: tuple[Layer, ...]
@@ -147,15 +151,18 @@ def analyse(model: StepModel, exclude: Sequence[str] = ()) -> Analysis:
             group, moved = _group(f"g{len(groups)}", maps, shapes, here)
             groups.append(group)
             misplaced += moved
-    relations, misfits = _relations(split, groups, found)
-    cuts = find_cuts(model, split.body, dep, roles, groups, found, misplaced, misfits, unfollowed)
+    fanned = find_fan_out(model, split, groups, found)
+    relations, misfits = _relations(split, groups, found, fanned)
+    cuts, cut_at = find_cuts(
+        model, split.body, dep, roles, groups, found, fanned, misplaced, misfits, unfollowed
+    )
     uses_cut = {k: influence.cuts for k, influence in found.items()}
     layers = find_layers(model, groups, dep)
     effects = find_effects(model, split, layers)
     constants = find_constant_responses(model, split, groups, relations, uses_cut, dep)
     return Analysis(
-        model, roles, tuple(groups), split, tuple(relations), cuts, uses_cut, dep, layers, effects, constants
-    )
+        model, roles, tuple(groups), split, tuple(relations), cuts, cut_at, uses_cut, dep, layers, effects, constants
+    )  # fmt: skip
 
 
 def require_trained(model: StepModel, dep: Dependence) -> None:
@@ -236,9 +243,10 @@ def _group(
 
 
 def _relations(
-    split: SplitStep, groups: Sequence[HiddenGroup], found: Mapping[int, Influence]
+    split: SplitStep, groups: Sequence[HiddenGroup], found: Mapping[int, Influence], fanned: FannedOut
 ) -> tuple[list[Relation], list[tuple[Site, HiddenGroup]]]:
-    relations, misfits = [], []
+    relations: list[Relation] = []
+    misfits: list[tuple[Site, HiddenGroup]] = []
     reaching: dict[int, dict[str, HiddenGroup]] = {}  # groups that a variable reaches, in their order
     for group in groups:
         for s in group.states:
@@ -247,7 +255,10 @@ def _relations(
     for site in split.sites:
         if not site.does.traced:
             continue
-        for group in reaching.get(site.y, {}).values():
+        single = reaching.get(site.y, {})
+        for group in groups if fanned.relations else single.values():
+            for r in fanned.relations.get((site.name, group.name), ()):
+                relations.append(dataclasses.replace(r, name=f"r{len(relations)}"))
             influence = {
                 k: found[s].positions[site.y]
                 for k, s in enumerate(group.states)

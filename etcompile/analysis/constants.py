@@ -80,7 +80,8 @@ def find_constant_responses(
 ) -> dict[str, ConstantResponses]:
     """For each relation whose f is constant in time its classes; D is among them where it is constant as well."""
     walk = _Walk(model, split, groups, uses_cut, dep)
-    relations = [r for r in relations if walk.of_one_dtype(r) and walk.immediate(r)]
+    single = [r for r in relations if r.fan_out is None]
+    relations = [r for r in single if walk.of_one_dtype(r) and walk.immediate(r)]
     if not relations:
         return {}
     fading = {name: walk.transition(walk.groups[name]) for name in {r.group: None for r in relations}}

@@ -6,7 +6,10 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from etcompile.analysis.dependence import Dependence
+from etcompile.analysis.fan_out import FannedOut
 from etcompile.analysis.groups import HiddenGroup, Link
 from etcompile.analysis.hidden import StateRole
 from etcompile.analysis.influence import Influence
@@ -34,20 +37,22 @@ def find_cuts(
     roles: Sequence[StateRole],
     groups: Sequence[HiddenGroup],
     found: Mapping[int, Influence],
+    fanned: FannedOut,
     misplaced: Sequence[Link],
     misfits: Sequence[tuple[Site, HiddenGroup]],
     unfollowed: Sequence[Unfollowed],
-) -> tuple[Cut, ...]:
-    """Where credit ends, group by group, and then for every rule."""
+) -> tuple[tuple[Cut, ...], tuple[Use, ...]]:
+    """Where credit ends, group by group, and then for every rule; and the uses that the first of the cuts are about."""
     names = {s: g.name for g in groups for s in g.states}
+    inside = [at for g in groups for at in _inside(model, body, dep, g, names, found, fanned)]
     cuts = itertools.chain(
-        *(_inside(model, body, dep, g, names, found) for g in groups),
+        (fields for _, fields in inside),
         (_misplaced(model, body, names, link) for link in misplaced),
         (_misfit(site, group) for site, group in misfits),
         (_excluded(role) for role in roles if role.excluded),
         (_loop(model, loop) for loop in unfollowed),
     )
-    return tuple(Cut(f"c{k}", **fields) for k, fields in enumerate(cuts))
+    return tuple(Cut(f"c{k}", **fields) for k, fields in enumerate(cuts)), tuple(use for use, _ in inside)
 
 
 def _inside(
@@ -57,24 +62,36 @@ def _inside(
     group: HiddenGroup,
     names: Mapping[int, str],
     found: Mapping[int, Influence],
-) -> Iterator[dict[str, Any]]:
+    fanned: FannedOut,
+) -> Iterator[tuple[Use, dict[str, Any]]]:
     """Where local derivatives of a group's states end."""
     merged: dict[Use, Array] = {}
     for s in group.states:
         for use, mask in found[s].cuts.items():
             merged[use] = mask | merged.get(use, False)
-    for use, mask in sorted(merged.items(), key=lambda item: item[0]):
+    forwards = fanned.cuts(group.name)
+    for use in sorted({*merged, *forwards}):
         operation, _, bits = located(body, dep, use)
-        states = [j for j in names if bits >> (len(model.params) + j) & 1]
-        params = [leaf.path for j, leaf in enumerate(model.params) if bits >> j & 1]
-        share = float(mask.mean())
-        yield dict(
-            group=group.name,
-            primitive=operation.name,
-            source=operation.source,
-            origins=tuple([model.states[j].path for j in states] + params),
-            meaning=_meaning(operation.name, group.name, {names[j] for j in states}, params),
-            part="all" if share == 1.0 else f"{100 * share:.0f} % of {mask.size} elements",
+        states = [j for j in names if use in merged and bits >> (len(model.params) + j) & 1]
+        reaching = [leaf.path for j, leaf in enumerate(model.params) if bits >> j & 1]
+        mask, losing = forwards.get(use, (False, ()))
+        lost = {*losing, *(fanned.still_lost(group.name, body, use, reaching) if use in merged else ())}
+        params = [path for path in reaching if path in lost]
+        if use in merged and fanned.relations and not (states or params):
+            continue
+        share = float(np.mean(mask | merged.get(use, False)))
+        yield (
+            use,
+            dict(
+                group=group.name,
+                primitive=operation.name,
+                source=operation.source,
+                origins=tuple([model.states[j].path for j in states] + params),
+                meaning=_meaning(operation.name, group.name, {names[j] for j in states}, params),
+                part="all"
+                if share == 1.0
+                else f"{100 * share:.0f} % of {np.size(mask | merged.get(use, False))} elements",
+            ),
         )
 
 

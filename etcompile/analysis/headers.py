@@ -44,8 +44,9 @@ def _relation(analysis: Analysis, relation: Relation, whole: bool) -> ir.Relatio
     found = analysis.constants.get(relation.name)
     constant = () if found is None else found.classes
     return ir.Relation(
-        relation.name, relation.site, relation.group, relation.span, relation.rows, constant, whole=whole
-    )
+        relation.name, relation.site, relation.group, relation.span, relation.rows, constant,
+        whole=whole, fan=relation.fan,
+    )  # fmt: skip
 
 
 def group_dtype(analysis: Analysis, group: HiddenGroup) -> Any:

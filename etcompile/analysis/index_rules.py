@@ -21,6 +21,7 @@ __all__ = [
     "CHEAP",
     "ELEMENTWISE",
     "MANY",
+    "MOVES",
     "NONE",
     "collapse",
     "join",
@@ -335,19 +336,24 @@ def _opaque(op: Operation, avals: Sequence[Aval], operand: int, results: list[Ar
     return _many(avals, operand) if avals[operand].size > 0 else None
 
 
+#: Operations that only move the elements of their first operand, or repeat them: what they make of an array of indices.
+MOVES: dict[str, Callable[[Operation, Array], Array]] = {
+    "reshape": _reshape,
+    "squeeze": _squeeze,
+    "transpose": _transpose,
+    "rev": _rev,
+    "slice": _slice,
+    "tile": _tile,
+}
+
 _RULES: dict[str, Rule] = {
+    **{name: _moved(move) for name, move in MOVES.items()},
     "optimization_barrier": _each_its_own,
-    "reshape": _moved(_reshape),
-    "squeeze": _moved(_squeeze),
-    "transpose": _moved(_transpose),
-    "rev": _moved(_rev),
-    "slice": _moved(_slice),
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": _concatenate,
     "split": _split,
     "stack": _stack,
     "unstack": _unstack,
-    "tile": _moved(_tile),
     "reduce_sum": _reduce,
     "reduce_max": _reduce,
     "reduce_min": _reduce,
@@ -384,4 +390,5 @@ def register_index_rule(primitive: str, move: Callable[..., Array]) -> None:
     """
     if primitive in _RULES or primitive in ELEMENTWISE:
         raise ProgramError(f"how {primitive!r} moves elements is defined twice.")
-    _RULES[primitive] = _moved(lambda operation, indices: move(indices, **operation.params))
+    MOVES[primitive] = lambda operation, indices: move(indices, **operation.params)
+    _RULES[primitive] = _moved(MOVES[primitive])

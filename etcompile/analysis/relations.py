@@ -10,15 +10,35 @@ import numpy as np
 
 from etcompile.analysis.groups import HiddenGroup
 from etcompile.analysis.index_rules import NONE
+from etcompile.frontend.loops import Use
 
-__all__ = ["Relation", "relate"]
+__all__ = ["FanOut", "Relation", "bounding_box", "relate"]
 
 Array = Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class FanOut:
+    """How y reaches a group where its elements may reach many positions each, and each position reads one element.
+
+    Attributes
+    ----------
+    size : int
+        Positions for each element of y, at most.
+    elements : array of bool
+        The elements of y that the relation is about: of these each position reads one at most.
+    cuts : mapping of Use to array
+        Elements at which uses between y and the group are cut.
+    """
+
+    size: int
+    elements: Array
+    cuts: Mapping[Use, Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Relation:
-    """A site and a group that its result reaches, each element through one position.
+    """A site and a group that its result reaches, each element through one position; with ``fan_out`` through many.
 
     Attributes
     ----------
@@ -27,11 +47,12 @@ class Relation:
     span : tuple of (int, int)
         Start and stop per axis of the part of y that reaches the group; the trace covers this part only.
     position : array
-        Flat position of the group for each element of the span (-1: none).
+        Flat position of the group for each element of the span (-1: none), with a last axis for many.
     rows : tuple of bool
         Which states of the group the result reaches within the step.
     masks : mapping of int to array
-        Per such state, the elements of the span that count, where not all do.
+        Per such state, the elements of ``position`` that count, where not all do.
+    fan_out : FanOut or None
     """
 
     name: str
@@ -41,10 +62,16 @@ class Relation:
     position: Array
     rows: tuple[bool, ...]
     masks: Mapping[int, Array]
+    fan_out: FanOut | None = None
+
+    @property
+    def fan(self) -> tuple[int, ...]:
+        """The axis behind those of the span, over the positions that an element of y reaches; nothing where it is one."""
+        return (self.fan_out.size,) if self.fan_out is not None and self.fan_out.size > 1 else ()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(stop - start for start, stop in self.span)
+        return (*(stop - start for start, stop in self.span), *self.fan)
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -66,7 +93,7 @@ def relate(
     order = sorted(influence, key=lambda k: (group.maps[k] is not None, k))
     for k in order:
         position = np.where(position == NONE, _to_position(group, k, influence[k]), position)
-    span = _bounding_box(position != NONE)
+    span = bounding_box(position != NONE)
     slices = tuple(slice(start, stop) for start, stop in span)
     inside = position[slices]
     rows, masks, misfit = [], {}, False
@@ -96,7 +123,8 @@ def _to_position(group: HiddenGroup, k: int, elements: Array) -> Array:
     return np.where(elements >= 0, first[np.maximum(elements, 0)], NONE)
 
 
-def _bounding_box(mask: Array) -> tuple[tuple[int, int], ...]:
+def bounding_box(mask: Array) -> tuple[tuple[int, int], ...]:
+    """Start and stop per axis of what a mask covers."""
     box = []
     for axis in range(mask.ndim):
         hit = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))

@@ -113,6 +113,7 @@ class Response:
 class Relation:
     """A site and a group that its result reaches, one position per element, inside ``span`` of y.
 
+    ``fan`` is the number of positions where an element of y reaches many, as an axis behind those of the span; else nothing.
     ``whole`` tells that all credit of y within a step comes through the group's new states, and as f says: q = L f.
     ``constant`` holds the different responses of its elements where f is constant in time, else nothing. ``filtered`` counts
     the numbers of the trace in whose place filtered presynaptic values are carried, one for each of ``decays``; 0: the
@@ -128,10 +129,11 @@ class Relation:
     filtered: int = 0
     decays: int = 0
     whole: bool = False
+    fan: Shape = ()
 
     @property
     def shape(self) -> Shape:
-        return tuple(stop - start for start, stop in self.span)
+        return (*(stop - start for start, stop in self.span), *self.fan)
 
 
 #: What ends credit for rules that follow all paths too: a state left out, and a loop without a reverse derivative.

@@ -32,7 +32,8 @@ _SITE = re.compile(
     r"  # (?P<primitive>\S+) (?P<source>.*)$"
 )
 _RELATION = re.compile(
-    r"(?P<name>\S+) (?P<site>\S+) -> (?P<group>\S+) window=\[(?P<window>[\d:,]*)\] rows=(?P<rows>[01]+)(?P<whole> whole)?"
+    r"(?P<name>\S+) (?P<site>\S+) -> (?P<group>\S+) window=\[(?P<window>[\d:,]*)\]"
+    r"(?: fan=(?P<fan>\d+))? rows=(?P<rows>[01]+)(?P<whole> whole)?"
     r"(?: constant=(?P<constant>\S+))?(?: filtered=(?P<filtered>\d+) decays=(?P<decays>\d+))?$"
 )
 _CUT = re.compile(
@@ -132,7 +133,8 @@ def _relation(m: re.Match[str]) -> Relation:
     constant = tuple(_response(text) for text in (m["constant"] or "").split(";") if text)
     filtered, decays = int(m["filtered"] or 0), int(m["decays"] or 0)
     rows, whole = _flags(m["rows"]), bool(m["whole"])
-    return Relation(m["name"], m["site"], m["group"], window, rows, constant, filtered, decays, whole)
+    fan = (int(m["fan"]),) if m["fan"] else ()
+    return Relation(m["name"], m["site"], m["group"], window, rows, constant, filtered, decays, whole, fan)
 
 
 def _response(text: str) -> Response:

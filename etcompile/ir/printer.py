@@ -81,7 +81,8 @@ def _site(s: Site) -> str:
 
 def _relation(r: Relation) -> str:
     window = ",".join(f"{start}:{stop}" for start, stop in r.span)
-    text = f"{r.name} {r.site} -> {r.group} window=[{window}] rows={_bits(r.rows)}" + " whole" * r.whole
+    fan = f" fan={r.fan[0]}" if r.fan else ""
+    text = f"{r.name} {r.site} -> {r.group} window=[{window}]{fan} rows={_bits(r.rows)}" + " whole" * r.whole
     if r.constant:
         text += f" constant={';'.join(map(_response, r.constant))}"
     return text + (f" filtered={r.filtered} decays={r.decays}" if r.filtered else "")

@@ -17,6 +17,7 @@ import numpy as np
 from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.examples import Examples, find_examples
 from etcompile.analysis.groups import HiddenGroup
+from etcompile.analysis.relations import Relation
 from etcompile.analysis.visible import Visible, visible_of
 from etcompile.frontend.jaxpr import Constant, calls_out, has_effects
 from etcompile.lowering.geometry import TraceGeometry, trace_geometry
@@ -177,16 +178,33 @@ class StepDerivatives:
         relation = geometry.relation
         group = self.model.analysis.group(relation.group)
         site = self.model.analysis.site(relation.site)
+        forwards = self._forwards(relation, group) if relation.fan_out is not None else None
         rows: list[Array | None] = []
         for k in range(len(group.states)):
-            found = self._local(group, k).get(site.y) if relation.rows[k] else None
+            if forwards is not None:
+                found = forwards[k]
+            else:
+                found = self._local(group, k).get(site.y) if relation.rows[k] else None
+                found = None if found is None else geometry.span(found)
             if found is None:
                 rows.append(None)
                 continue
-            found = geometry.span(found)
             mask = relation.masks.get(k)
             rows.append(found if mask is None else jnp.where(mask, found, jnp.zeros((), found.dtype)))
         return tuple(rows)
+
+    def _forwards(self, relation: Relation, group: HiddenGroup) -> Row:
+        """The same where an element of y reaches many positions: ones pushed forward from y; each position reads one of them."""
+        fan_out, analysis = relation.fan_out, self.model.analysis
+        assert fan_out is not None
+        y, aval = analysis.site(relation.site).y, self.tape.graph.avals[analysis.site(relation.site).y]
+        ones = jnp.asarray(fan_out.elements, aval.dtype)
+        variables = analysis.model.new_state_vars
+        targets = [variables[s] for s, reached in zip(group.states, relation.rows, strict=True) if reached]
+        found = self.tape.push({y: ones}, targets, cuts=fan_out.cuts)
+        rows = self.model.rows_of(group.name, [found.get(variables[s]) for s in group.states])
+        from_positions = self.model.traces[relation.name].from_positions
+        return tuple(None if row is None else from_positions(row) for row in rows)
 
     # -- cotangents of a group's states ----------------------------------------------------------------------------
 

@@ -239,7 +239,8 @@ def _outside(context: Context, equation: Equation, args: Sequence[Value]) -> Val
     covered = np.zeros(context.model.sites[site].y.shape, bool)
     for relation in context.model.analysis.relations:
         if relation.site == site:
-            covered[relation.slices] |= relation.position >= 0
+            reached = relation.position >= 0
+            covered[relation.slices] |= reached.any(axis=-1) if relation.fan else reached
     return None if covered.all() else jnp.where(covered, jnp.zeros((), credit.dtype), credit)
 
 

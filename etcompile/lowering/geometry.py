@@ -1,6 +1,7 @@
 """How the trace of one relation is laid out, what one step adds to it, and how it becomes a weight gradient.
 
-A trace row has, logically, the axes of y's span followed by the contracted axes of the weight. Axes of y that are no axes of
+A trace row has, logically, the axes of y's span followed by the contracted axes of the weight; between them one over the
+positions that an element of y reaches, where these are many. That one, and axes of y that are no axes of
 the weight (batch, time folded in, space) are *summed* when a trace becomes a gradient. In memory the contracted axes
 come first, then the summed ones, then the axes that y shares with the weight: for a matrix ``[input, batch, output]``.
 The update of a trace and its contraction then run as one pass over contiguous rows, and the sum over the batch adds whole rows.
@@ -50,6 +51,10 @@ def _in_whole_axes(position: np.ndarray, shape: tuple[int, ...]) -> Callable[[Ar
     """Such a function without a gather of elements: most correspondences are the identity or repeat one axis (fused gates)."""
     clipped = np.maximum(position, 0)
     size = int(np.prod(shape))
+    moved = _moved_axes(clipped, size)
+    if moved is not None:
+        sizes, order = moved
+        return lambda v: v.reshape(sizes).transpose(order).reshape(position.shape)
     if clipped.size == size and (clipped.ravel() == np.arange(size)).all():
         return lambda v: v.reshape(position.shape)
     columns = _columns(position, shape)
@@ -70,6 +75,33 @@ def _in_whole_axes(position: np.ndarray, shape: tuple[int, ...]) -> Callable[[Ar
     return None
 
 
+def _moved_axes(position: np.ndarray, size: int) -> tuple[list[int], list[int]] | None:
+    """Axes into which positions are divided, and their order in ``position``, where this holds all of them, moved as whole axes.
+
+    None where nothing is moved.
+    """
+    flat = position.ravel()
+    if flat.size != size or size < 2 or (flat == np.arange(size)).all():
+        return None
+    digits: list[tuple[int, int]] = []  # (stride, size), the last axis first
+    while flat.size > 1:
+        stride = int(flat[1] - flat[0])
+        steps = np.flatnonzero(np.diff(flat) != stride)
+        length = int(steps[0]) + 1 if steps.size else flat.size
+        if stride <= 0 or flat.size % length:
+            return None
+        digits.append((stride, length))
+        flat = flat.reshape(-1, length)[:, 0]
+    by_stride = sorted(digits)
+    expected = np.cumprod([1, *(length for _, length in by_stride[:-1])])
+    if [stride for stride, _ in by_stride] != expected.tolist():
+        return None
+    sizes = [length for _, length in reversed(by_stride)]
+    order = [len(digits) - 1 - by_stride.index(digit) for digit in reversed(digits)]
+    whole = np.arange(size).reshape(sizes).transpose(order).ravel()
+    return (sizes, order) if (whole == position.ravel()).all() else None
+
+
 def _columns(position: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
     """The units along the last axis, where they are the same for all that stands before it; None elsewhere."""
     clipped, size = np.maximum(position, 0), int(np.prod(shape))
@@ -83,8 +115,8 @@ def _columns(position: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
 class TraceGeometry:
     """Layout and arithmetic of the trace of one relation.
 
-    ``order`` is the memory order of the logical axes (y's span, then contracted); ``summed`` are the axes of y that are
-    no axes of the weight. ``divided``: arrays are split over devices.
+    ``order`` is the memory order of the logical axes (y's span, many positions of an element, contracted); ``summed`` are
+    those that are no axes of the weight. ``divided``: arrays are split over devices.
     """
 
     relation: Relation
@@ -142,8 +174,10 @@ class TraceGeometry:
         return value[self.relation.slices] if self.relation.shape != value.shape else value
 
     def place(self, value: Array) -> Array:
-        """An array over the span as one over all of y, zero outside."""
+        """Credits over the span as those of all of y, zero outside: the sum over the positions that an element reaches."""
         full = self.site.y.shape
+        if self.relation.fan:
+            value = jnp.sum(value, axis=-1, dtype=accumulator(value.dtype)).astype(value.dtype)
         if value.shape == full:
             return value
         pads = [(start, size - stop, 0) for (start, stop), size in zip(self.relation.span, full, strict=True)]
@@ -159,7 +193,8 @@ class TraceGeometry:
         slices = tuple(
             slice(None) if size == 1 else s for s, size in zip(self.relation.slices, full.shape, strict=False)
         )
-        return full if all(s == slice(None) for s in slices) else full[slices]
+        inside = full if all(s == slice(None) for s in slices) else full[slices]
+        return jnp.expand_dims(inside, len(self.relation.span)) if self.relation.fan else inside
 
     def accumulate(self, credits: Array, x: tuple[Array, ...] | Array) -> Array:
         """The sum over time of credits over the span times presynaptic values, as a trace row in memory."""
@@ -220,9 +255,9 @@ class TraceGeometry:
 
     def to_weight(self, value: Array, axes: Sequence[int]) -> Array:
         """From the span to all of the weight, in its own layout; ``axes`` are those of ``value``."""
-        full, n_y = self.site.y.shape, len(self.relation.shape)
+        full = self.site.y.shape
         pads = [
-            (self.relation.span[a][0], full[a] - self.relation.span[a][1], 0) if a < n_y else (0, 0, 0)
+            (self.relation.span[a][0], full[a] - self.relation.span[a][1], 0) if a < len(full) else (0, 0, 0)
             for a in axes
         ]
         if any(low or high for low, high, _ in pads):
@@ -240,7 +275,7 @@ def _folded(value: Array, first: int, last: int, sizes: tuple[int, ...]) -> Arra
 
 def trace_geometry(analysis: Analysis, relation: Relation, divided: bool) -> TraceGeometry:
     site = analysis.site(relation.site).does
-    n_y, n_c = len(site.y.shape), len(site.contracted)
+    n_y, n_c = len(relation.shape), len(site.contracted)
     kept = site.kept
     summed = tuple(a for a in range(n_y) if a not in kept)
     sizes = relation.shape

@@ -68,6 +68,7 @@ class Tape:
         #: Cotangents by what they were made of; what is kept is the only object with its id.
         self._made: dict[Any, tuple[Any, Any]] = {}
         self._reach: dict[frozenset[int], set[int]] = {}
+        self._led: dict[frozenset[int], set[int]] = {}
 
     def read(self, operand: Any) -> Array:
         return read(self.values, operand)
@@ -128,26 +129,54 @@ class Tape:
         return result
 
     def push(
-        self, tangents: Mapping[int, Array], targets: Sequence[int], independent: Set[int] = frozenset()
+        self,
+        tangents: Mapping[int, Array],
+        targets: Sequence[int],
+        independent: Set[int] = frozenset(),
+        cuts: Mapping[Use, np.ndarray] | None = None,
     ) -> dict[int, Array]:
         """Tangents of ``targets`` for tangents of any variables: the transpose of :meth:`pull`.
 
-        Variables in ``independent`` do not move, whatever they are made of.
+        Variables in ``independent`` do not move, whatever they are made of. With ``cuts`` no tangent passes these uses, nor those
+        of weights at sites.
         """
         found = dict(tangents)
-        for number, operation in enumerate(self.graph.operations):
+        stopped = frozenset() if cuts is None else self.frozen
+        leading = self._leading(frozenset(targets))
+        for number in sorted(leading):
+            operation = self.graph.operations[number]
             moving = tuple(
                 k
                 for k, v in enumerate(operation.inputs)
-                if not isinstance(v, Constant) and v in found and self.graph.avals[v].differentiable
+                if not isinstance(v, Constant)
+                and v in found
+                and self.graph.avals[v].differentiable
+                and (number, k) not in stopped
             )
             if not moving or _passes_none(operation):
                 continue
-            given = [found[v] for k in moving if isinstance(v := operation.inputs[k], int)]
+            given = [
+                _passing(found[v], (cuts or {}).get((number, k)))
+                for k in moving
+                if isinstance(v := operation.inputs[k], int)
+            ]
             for v, tangent in zip(self._live(number), self._pushed(number, moving, given), strict=True):
-                if v not in independent:
+                if v not in independent and v not in tangents:
                     found[v] = tangent
         return {v: found[v] for v in targets if v in found}
+
+    def _leading(self, targets: frozenset[int]) -> set[int]:
+        """Numbers of the operations by which targets are made."""
+        if targets not in self._led:
+            found: set[int] = set()
+            walk = BackwardWalk(self.graph, targets)
+            for number in walk:
+                found.add(number)
+                for v in self.graph.operations[number].inputs:
+                    if not isinstance(v, Constant):
+                        walk.add(v)
+            self._led[targets] = found
+        return self._led[targets]
 
     def _live(self, number: int) -> list[int]:
         """Results that have a derivative."""
@@ -272,6 +301,10 @@ class Tape:
 
             self._pulls[key] = pullback
         return self._pulls[key]
+
+
+def _passing(tangent: Array, cut: np.ndarray | None) -> Array:
+    return tangent if cut is None else jnp.where(cut, jnp.zeros((), tangent.dtype), tangent)
 
 
 def _passes_none(operation: Operation) -> bool:

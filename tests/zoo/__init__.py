@@ -3,7 +3,7 @@
 `CASES` lists them; see `base` for what a case holds. The steps carry `cut` and `put` marks (see `oracles`).
 """
 
-from . import brainpy_parts, cells, events, program, spiking, stock, structure, weights  # noqa: F401
+from . import brainpy_parts, cells, events, matrix_states, program, spiking, stock, structure, weights  # noqa: F401
 from .base import BATCH, CASES, LENGTH, Built, Case, Function, functional
 
 __all__ = ["BATCH", "CASES", "LENGTH", "Built", "Case", "Function", "by_name", "functional"]

@@ -149,10 +149,10 @@ def mean_field_inhibition(batch, dtype):
 
 @case("inhibition")
 def global_inhibition_of_one_strength(batch, dtype):
-    """A scalar weight on the mean: their product is what spreads, so the weight is learned within the step only."""
+    """A scalar weight on the mean: all units read the one product, so the weight has a trace for each; the mean is cut."""
 
     def body(p, s, x, *, cut, put):
-        inhibition = cut(p["k"] * jnp.mean(s["h"], -1, keepdims=True))
+        inhibition = p["k"] * cut(jnp.mean(s["h"], -1, keepdims=True))
         h = put("h", jnp.tanh(p["a"] * s["h"] + x @ p["U"] + p["b"] - inhibition))
         return {"h": h}, h @ p["V"]
 
@@ -211,16 +211,16 @@ def gates_of_the_input(batch, dtype):
 
 @case("gates")
 def selective_state_space(batch, dtype):
-    """One step size for several states of a channel: the step size spreads and is cut, the decay rates are not."""
+    """One step size, and one input, for several states of a channel."""
 
     def body(p, s, x, *, cut, put):
-        dt = cut(jax.nn.softplus(x @ p["Wdt"] + p["bdt"]))[..., None]
+        dt = jax.nn.softplus(x @ p["Wdt"] + p["bdt"])[..., None]
         u = (x @ p["Wu"])[..., None]
-        h = put("h", jnp.exp(-dt * jax.nn.softplus(p["A"])) * s["h"] + dt * p["B"] * cut(u))
+        h = put("h", jnp.exp(-dt * jax.nn.softplus(p["A"])) * s["h"] + dt * p["B"] * u)
         return {"h": h}, jnp.sum(h * p["C"], -1) @ p["V"]
 
     params = weights(Wdt=(3, 4), bdt=(4,), Wu=(3, 4), A=(4, 2), B=(4, 2), C=(4, 2), V=(4, 2))
-    return written(body, params, {"h": (4, 2)}, exact=False, batch=batch, dtype=dtype)
+    return written(body, params, {"h": (4, 2)}, exact=True, batch=batch, dtype=dtype)
 
 
 # --- States and states ----------------------------------------------------------------------------------------------
