@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo rules bench test quick lint format types layers check hooks clean
+.PHONY: help demo rules bench brain test quick lint format types layers check hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ rules: $(VENV)/.installed-rules  ## train every learning rule on three tasks, an
 
 bench: $(VENV)/.installed-bench  ## time and memory beside others, and write docs/benchmarks.md; BENCH_ARGS="--quick" to try
 	$(BIN)/python tools/bench $(BENCH_ARGS)
+
+brain: $(VENV)/.installed-brain  ## a brain of 127,400 spiking neurons learns, every synapse of it; BRAIN_ARGS="--scale 0.01" to try
+	$(BIN)/python tools/brain $(BRAIN_ARGS)
 
 test: $(VENV)/.installed-dev  ## all tests; PYTEST_ARGS="-k lstm" for some
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)

@@ -7,11 +7,13 @@ memory. Everything is a number here, so that graphs of two batch sizes can be to
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from etcompile.cost.operations import ALIASES, EXPENSIVE, MOVES, ONE_BY_ONE, REDUCTIONS, operations
@@ -24,6 +26,8 @@ _CALLS = frozenset(
     custom_vjp_call_jaxpr custom_lin run_state""".split()  # noqa: SIM905
 )
 _SUMS = ("add", "add_any", "sub")
+#: Bytes above which a constant is an argument of the program, one for all that are alike.
+_LARGE = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +115,14 @@ def bytes_of(aval: Any) -> int:
     return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 0)
 
 
+def _content(value: Any) -> Any:
+    """What a constant is known by: large ones that are alike are one argument of the program."""
+    if getattr(value, "nbytes", 0) < _LARGE or jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        return id(value)
+    array = np.ascontiguousarray(value)
+    return array.shape, str(array.dtype), hashlib.blake2b(array.tobytes(), digest_size=16).digest()
+
+
 class _Builder:
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -155,7 +167,7 @@ class _Builder:
         return [read(v) for v in closed.jaxpr.outvars]
 
     def _constant(self, value: Any) -> int:
-        key = ("constant", id(value))
+        key = ("constant", _content(value))
         if key not in self.known:
             if np.ndim(value) == 0 and hasattr(value, "dtype"):
                 return self._literal(value, value)
