@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "Gated linear attention": "gated_linear_attention",
     "Gated linear attention from one fused projection": "one_projection",
     "mLSTM without running maximum": "mlstm",
+    "mLSTM": "mlstm_with_running_maximum",
     "LIF without recurrent weights": "lif_feedforward",
     "Sparse input to rate units": "sparse_segment_sum",
     "Norm between state and readout": "layer_norm_after_the_state",

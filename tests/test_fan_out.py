@@ -36,7 +36,10 @@ class Gate:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """S = decay * S + the product of the gates, all of them parts of one projection or each with its own."""
+    """S = decay * S + the product of the gates, all of them parts of one projection or each with its own.
+
+    ``second`` is a state of fewer axes beside S; ``shared`` one of a number for each h, of which S reads the "old" or the "new".
+    """
 
     sizes: dict
     batch: int | None
@@ -45,6 +48,7 @@ class Recipe:
     fused: bool
     curved: bool
     second: bool
+    shared: str
     seed: int
 
 
@@ -70,7 +74,17 @@ def drawn(seed: int) -> Recipe:
     sizes = {axis: int(rng.integers(1, 4)) for axis in AXES}
     batch = [None, 1, 2][rng.integers(3)]
     fused, curved, second = (bool(v) for v in rng.integers(2, size=3))
-    return Recipe(sizes, batch, gate(["h", "hk", "hkv", "v"]), tuple(gates), fused, curved, second, seed)
+    return Recipe(
+        sizes,
+        batch,
+        gate(["h", "hk", "hkv", "v"]),
+        tuple(gates),
+        fused,
+        curved,
+        second,
+        ["", "", "old", "new"][rng.integers(4)],
+        seed,
+    )
 
 
 def build(recipe: Recipe):
@@ -88,6 +102,7 @@ def build(recipe: Recipe):
     for n, (g, width) in enumerate(zip(gates, widths, strict=True)):
         params |= {} if recipe.fused else {f"w{n}": draw(3, width)}
         params |= {f"b{n}": draw(width)} if g.bias else {}
+    params |= {"wm": draw(3, recipe.sizes["h"])} if recipe.shared else {}
 
     def whole(g: Gate, y):
         if g.by == "index":
@@ -109,15 +124,23 @@ def build(recipe: Recipe):
         S = 0.5 * factors[0] * old + factors[1] * factors[2] * params["gain"]
         for factor in factors[3:]:
             S = S * factor
-        new, read = {"S": S}, S
+        new, kept = {}, jnp.full(recipe.sizes["h"], 0.7)
+        if recipe.shared:
+            new["m"] = jnp.tanh(0.8 * state["m"] + x @ params["wm"])
+            kept = jax.nn.sigmoid((new if recipe.shared == "new" else state)["m"])
+            S = S * kept[..., None, None]
+        read = new["S"] = S
         if recipe.second:
-            new["z"] = state["z"] * 0.7 + factors[1].sum(-1) * 0.1 + parts[0][..., :1, None]
+            drive = factors[1][..., 0] if recipe.shared else factors[1].sum(-1)
+            new["z"] = state["z"] * kept[..., None] + drive * 0.1 + parts[0][..., :1, None]
             read = read + jnp.tanh(new["z"])[..., None]
         return new, jnp.sin(read.reshape(*head, -1)) @ params["out"]
 
     state = {"S": draw(*head, *full)}
     if recipe.second:
         state["z"] = draw(*head, *full[:2])
+    if recipe.shared:
+        state["m"] = draw(*head, full[0])
     return step, params, state, draw(5, *head, 3), draw(5, *head, 2)
 
 
@@ -263,3 +286,27 @@ def test_on_the_way(through, dtype):
     _, grads = step.scan_value_and_grad(square, chunk=3)(xs, targets)
     tolerance = TOLERANCE if dtype == jnp.float64 else 1e-6
     assert relative_error(grads, bptt(fn, params, state, xs, targets)) < tolerance
+
+
+# --- states that others share -----------------------------------------------------------------------------------------
+
+
+def test_a_shared_state_is_in_the_group_of_those_that_read_it():
+    step = step_of(by_name("mlstm_with_running_maximum"))
+    (group,) = step.program.header.groups
+    assert [path for path, _ in group.states] == ["C", "m", "n"]
+    assert group.pattern == ((True, True, False), (False, True, False), (False, True, True))
+
+
+def test_what_feeds_a_shared_state_by_a_sum_is_not_in_its_group():
+    def fn(params, state, x):
+        g = 0.9 * state["g"] + jnp.sum(state["h"], -1, keepdims=True)
+        h = jnp.tanh(0.5 * state["h"] + x @ params["w"]) - state["g"]
+        return {"g": g, "h": h}, h
+
+    model = etcompile.from_function(
+        fn, {"w": jnp.ones((3, 4))}, {"g": jnp.zeros((2, 1)), "h": jnp.zeros((2, 4))}
+    )
+    step = etcompile.compile(model, jnp.ones((2, 3)))
+    assert not step.exact
+    assert any("g" in cut.origins for cut in step.report().cuts)

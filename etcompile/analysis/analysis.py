@@ -21,6 +21,7 @@ from etcompile.analysis.influence import Influence, influence_on
 from etcompile.analysis.layers import Layer, find_effects, find_layers
 from etcompile.analysis.loop_weights import take_weights_out
 from etcompile.analysis.relations import Relation, relate
+from etcompile.analysis.shared_states import SharedLink, find_shared, with_shared
 from etcompile.analysis.silence import find_silent
 from etcompile.analysis.sites import (
     Site,
@@ -138,19 +139,11 @@ def analyse(model: StepModel, exclude: Sequence[str] = ()) -> Analysis:
     hidden = tuple(k for k, role in enumerate(roles) if role.hidden)
     found = _influences(model, split, dep, hidden)
     links = _links(model, found, hidden)
-    shapes = {k: model.states[k].aval.shape for k in hidden}
-    components = connected_components(hidden, [(link.origin, link.target) for link in links])
-    components = sorted(components, key=lambda found: min(natural_key(model.states[s].path) for s in found))
-    groups, misplaced = [], []
-    into: dict[int, list[Link]] = {k: [] for k in hidden}  # links by target, in their order
-    for link in links:
-        into[link.target].append(link)
-    for members in components:
-        here = [link for k in sorted(members) for link in into[k]]  # by target, as all links are
-        for maps in align(members, shapes, [x for x in here if x.origin in members]):
-            group, moved = _group(f"g{len(groups)}", maps, shapes, here)
-            groups.append(group)
-            misplaced += moved
+    shared = find_shared(model, split, dep, hidden, found)
+    groups, misplaced, unfit = _find_groups(model, hidden, links, shared)
+    while unfit:
+        shared = [link for link in shared if link not in unfit]
+        groups, misplaced, unfit = _find_groups(model, hidden, links, shared)
     fanned = find_fan_out(model, split, groups, found)
     relations, misfits = _relations(split, groups, found, fanned)
     cuts, cut_at = find_cuts(
@@ -212,6 +205,32 @@ def _links(model: StepModel, found: Mapping[int, Influence], hidden: Sequence[in
     return links
 
 
+def _find_groups(
+    model: StepModel, hidden: Sequence[int], links: Sequence[Link], shared: Sequence[SharedLink]
+) -> tuple[list[HiddenGroup], list[Link], list[SharedLink]]:
+    """Groups of states that links join; links that move a state to other positions; and shared links that do not fit."""
+    shapes = {k: model.states[k].aval.shape for k in hidden}
+    components = connected_components(hidden, [(link.origin, link.target) for link in (*links, *shared)])
+    components = sorted(components, key=lambda found: min(natural_key(model.states[s].path) for s in found))
+    groups: list[HiddenGroup] = []
+    misplaced: list[Link] = []
+    unfit: list[SharedLink] = []
+    into: dict[int, list[Link]] = {k: [] for k in hidden}  # links by target, in their order
+    for link in links:
+        into[link.target].append(link)
+    for members in components:
+        here = [link for k in sorted(members) for link in into[k]]  # by target, as all links are
+        places = [link.place for link in shared if link.target in members]
+        for maps in align(members, shapes, [x for x in here if x.origin in members], places):
+            group, moved = _group(f"g{len(groups)}", maps, shapes, here)
+            if places:
+                group, misfits = with_shared(group, shared, here)
+                unfit += misfits
+            groups.append(group)
+            misplaced += moved
+    return groups, misplaced, unfit
+
+
 def _group(
     name: str, maps: Mapping[int, Array | None], shapes: Mapping[int, tuple[int, ...]], links: Sequence[Link]
 ) -> tuple[HiddenGroup, list[Link]]:
@@ -259,6 +278,10 @@ def _relations(
         for group in groups if fanned.relations else single.values():
             for r in fanned.relations.get((site.name, group.name), ()):
                 relations.append(dataclasses.replace(r, name=f"r{len(relations)}"))
+            if group.shared:
+                if group.name in single and (site.name, group.name) not in fanned.relations:
+                    misfits.append((site, group))
+                continue
             influence = {
                 k: found[s].positions[site.y]
                 for k, s in enumerate(group.states)

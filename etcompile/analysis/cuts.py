@@ -70,14 +70,20 @@ def _inside(
         for use, mask in found[s].cuts.items():
             merged[use] = mask | merged.get(use, False)
     forwards = fanned.cuts(group.name)
+    shared = {(group.states[j], group.states[k]) for k, j in group.shared}
     for use in sorted({*merged, *forwards}):
         operation, _, bits = located(body, dep, use)
-        states = [j for j in names if use in merged and bits >> (len(model.params) + j) & 1]
+        ending = [s for s in group.states if use in found[s].cuts]
+        states = [
+            j
+            for j in names
+            if bits >> (len(model.params) + j) & 1 and any((j, s) not in shared for s in ending)
+        ]
         reaching = [leaf.path for j, leaf in enumerate(model.params) if bits >> j & 1]
         mask, losing = forwards.get(use, (False, ()))
         lost = {*losing, *(fanned.still_lost(group.name, body, use, reaching) if use in merged else ())}
         params = [path for path in reaching if path in lost]
-        if use in merged and fanned.relations and not (states or params):
+        if (fanned.relations or shared) and not (states or params):
             continue
         share = float(np.mean(mask | merged.get(use, False)))
         yield (

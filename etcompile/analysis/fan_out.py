@@ -22,10 +22,11 @@ import numpy as np
 
 from etcompile.analysis.dependence import NO_DERIVATIVE, NO_REVERSE
 from etcompile.analysis.groups import HiddenGroup
-from etcompile.analysis.index_rules import NONE
+from etcompile.analysis.index_rules import ELEMENTWISE, NONE
 from etcompile.analysis.influence import Influence
-from etcompile.analysis.reads import Reads, Slots, compress, reads_of
+from etcompile.analysis.reads import REPEATING, Reads, Slots, compress, joins, reads_of
 from etcompile.analysis.relations import FanOut, Relation, bounding_box
+from etcompile.analysis.shared_states import leading_to, operands_of
 from etcompile.analysis.sites import Site, SplitStep
 from etcompile.frontend.jaxpr import Constant, Graph
 from etcompile.frontend.loops import Use
@@ -65,11 +66,9 @@ class FannedOut:
         """Of parameters that reach a use which is cut for single positions those whose credit ends there all the same."""
         if not any(name == group for _, name in self.relations):
             return list(params)
-        operation = graph.operations[use[0]]
-        operands = (operation.inputs[use[1]],) if len(use) == 2 else operation.inputs
         bits = 0
-        for v in operands:
-            bits |= 0 if isinstance(v, Constant) else self.reached[v]
+        for v in operands_of(graph, use):
+            bits |= self.reached[v]
         lost = {
             path
             for k, site in enumerate(self.sites)
@@ -100,7 +99,7 @@ def find_fan_out(
     losing: dict[tuple[str, str], AbstractSet[Use]] = {}
     for number, site in enumerate(split.sites):
         for group in groups if site.does.traced else ():
-            if search.loses(group, number):
+            if group.shared or search.loses(group, number):
                 classes = search.classes(site, group)
                 if classes:
                     relations[site.name, group.name] = classes
@@ -121,14 +120,9 @@ class _Search:
         self.model, self.split, self.found, self.groups = model, split, found, groups
         self._reads: dict[Any, Reads] = {}
         self._cut = {
-            g.name: {v for s in g.states for use in found[s].cuts for v in self._operands(use)}
+            g.name: {v for s in g.states for use in found[s].cuts for v in operands_of(split.body, use)}
             for g in groups
         }
-
-    def _operands(self, use: Use) -> list[int]:
-        operation = self.split.body.operations[use[0]]
-        operands = (operation.inputs[use[1]],) if len(use) == 2 else operation.inputs
-        return [v for v in operands if not isinstance(v, Constant)]
 
     @cached_property
     def reached(self) -> list[int]:
@@ -158,29 +152,54 @@ class _Search:
                 found[name] |= self.reached[v]
         return found
 
+    @cached_property
+    def _arriving(self) -> dict[str, int]:
+        """Per group the sites of whose y something may be read there, as bits: a bound that is found without arrays.
+
+        What was not repeated before a sum over several elements joins different ones there.
+        """
+        body = self.split.body
+        plain, repeated = [0] * len(body.avals), [0] * len(body.avals)
+        for k, site in enumerate(self.split.sites):
+            plain[site.y] |= 1 << k
+        for operation in body.operations:
+            if operation.name in NO_DERIVATIVE | NO_REVERSE:
+                continue
+            whole, wide = 0, 0
+            for k, v in enumerate(operation.inputs):
+                if not isinstance(v, Constant) and (plain[v] or repeated[v]):
+                    whole |= 0 if joins(body, operation, k) else plain[v]
+                    wide |= repeated[v]
+            if operation.name in REPEATING:
+                whole, wide = 0, wide | whole
+            for v in operation.outputs if whole or wide else ():
+                if body.avals[v].differentiable:
+                    plain[v] |= whole
+                    repeated[v] |= wide
+        found = {}
+        for group in self.groups:
+            found[group.name] = 0
+            for v in self._new([group]):
+                found[group.name] |= 0 if isinstance(v, Constant) else plain[v] | repeated[v]
+        return found
+
     def loses(self, group: HiddenGroup, site: int) -> bool:
-        """Whether credit of a site's y is cut on its way to a group."""
-        return bool(self._cut[group.name]) and bool(self._lost[group.name] >> site & 1)
+        """Whether credit of a site's y is cut on its way to a group that it may reach in another way."""
+        name = group.name
+        return bool(self._cut[name]) and bool((self._lost[name] & self._arriving[name]) >> site & 1)
+
+    def _new(self, groups: Sequence[HiddenGroup]) -> list[Any]:
+        return [self.model.new_state_vars[s] for g in groups for s in g.states]
 
     @cached_property
     def _toward(self) -> set[int]:
-        return self._leading_to(self.groups)
-
-    def _leading_to(self, groups: Sequence[HiddenGroup]) -> set[int]:
-        """Variables that new states are made of."""
-        found = {
-            v for g in groups for s in g.states if not isinstance(v := self.model.new_state_vars[s], Constant)
-        }
-        for operation in reversed(self.split.body.operations):
-            if not found.isdisjoint(operation.outputs):
-                found.update(v for v in operation.inputs if not isinstance(v, Constant))
-        return found
+        return leading_to(self.split.body, self._new(self.groups))
 
     def classes(self, site: Site, group: HiddenGroup) -> tuple[Relation, ...]:
         """Relations of those elements of y of which single positions keep nothing, one for each class."""
         shape = self.split.body.avals[site.y].shape
         kept = self._kept(site, group)
-        if kept.all():
+        if kept.size and kept.all():
             return ()
         reads = self._read(site, np.where(kept, NONE, np.arange(kept.size)).reshape(shape))
         states = [self.model.new_state_vars[s] for s in group.states]
@@ -203,21 +222,39 @@ class _Search:
         found = set()
         for s in group.states:
             for use, mask in self.found[s].cuts.items():
-                of_operands = [a != NONE for v in self._operands(use) for a in reads.slots.get(v, ())]
+                of_operands = [a != NONE for v in operands_of(body, use) for a in reads.slots.get(v, ())]
                 if opaque or any((a & mask if len(use) == 2 else a).any() for a in of_operands):
                     found.add(use)
         return found
 
     def _read(self, site: Site, numbers: Array) -> Reads:
-        key = site.y, numbers.tobytes()
+        body, start = self.split.body, self._alike(site.y)
+        key = start, numbers.tobytes()
         if key not in self._reads:
-            self._reads[key] = reads_of(self.split.body, site.y, numbers, self._toward, self.split.frozen)
+            self._reads[key] = reads_of(body, start, numbers, self._toward, self.split.frozen)
         return self._reads[key]
 
+    def _alike(self, variable: int) -> int:
+        """The last variable of which each element is read where that of the first is: terms of one sum are walked once."""
+        body = self.split.body
+        new = {self.model.new_state_vars[s] for g in self.groups for s in g.states}
+        while variable not in new and len(readers := body.read_by.get(variable, ())) == 1:
+            operation = body.operations[readers[0]]
+            uses = {(readers[0], k) for k, v in enumerate(operation.inputs) if v == variable}
+            if operation.name not in ELEMENTWISE - NO_DERIVATIVE or uses & self.split.frozen:
+                break
+            (result,) = operation.outputs
+            if result not in self._toward or body.avals[result].shape != body.avals[variable].shape:
+                break
+            if not body.avals[result].differentiable:
+                break
+            variable = result
+        return variable
+
     def _kept(self, site: Site, group: HiddenGroup) -> Array:
-        """The elements of y of which single positions keep anything."""
+        """The elements of y of which single positions keep anything; with shared states, whose elements are at many, none."""
         kept = np.zeros(self.split.body.avals[site.y].size, bool)
-        for s in group.states:
+        for s in () if group.shared else group.states:
             positions = self.found[s].positions.get(site.y)
             if positions is not None:
                 kept |= positions.ravel() != NONE
@@ -226,7 +263,7 @@ class _Search:
     def _cuts_toward(self, reads: Reads, group: HiddenGroup) -> dict[Use, Array]:
         if not reads.cuts:
             return {}
-        toward = self._leading_to([group])
+        toward = leading_to(self.split.body, self._new([group]))
         operations = self.split.body.operations
         return {
             use: mask for use, mask in reads.cuts.items() if not toward.isdisjoint(operations[use[0]].outputs)
@@ -307,7 +344,7 @@ def _relation(
     rows, masks = [], {}
     for k, read in enumerate(of_state):
         fits = (position != NONE) & (read[np.maximum(position, 0)] != NONE)
-        if group.maps[k] is not None and size > 1:
+        if group.maps[k] is not None and size > 1 and k not in group.counted:
             fits = _once(fits, group.elements(k)[np.maximum(position, 0)])
         rows.append(bool(fits.any()))
         if rows[k] and not fits.all():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,10 @@ class HiddenGroup:
         ``pattern[k][j]``: whether the old state j reaches the new state k.
     masks : mapping
         ``masks[k, j]``: positions at which that entry of the transition counts, where not all do.
+    shared : set of (int, int)
+        Entries (k, j) of the transition of which many positions read the same element of state j.
+    counted : mapping of int to array
+        In a group with such entries, per state whose elements are at many positions the ones at which they are counted.
     """
 
     name: str
@@ -54,6 +58,8 @@ class HiddenGroup:
     maps: tuple[Array | None, ...]
     pattern: tuple[tuple[bool, ...], ...]
     masks: Mapping[tuple[int, int], Array]
+    shared: frozenset[tuple[int, int]] = frozenset()
+    counted: Mapping[int, Array] = dataclasses.field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -65,12 +71,20 @@ class HiddenGroup:
         return np.arange(self.size) if found is None else found
 
 
+#: Gives one of the waiting states its positions by those that others have: (state, elements), or None.
+Place = Callable[[Mapping[int, Array], Sequence[int]], tuple[int, Array] | None]
+
+
 def align(
-    members: Sequence[int], shapes: Mapping[int, tuple[int, ...]], links: Sequence[Link]
+    members: Sequence[int],
+    shapes: Mapping[int, tuple[int, ...]],
+    links: Sequence[Link],
+    others: Sequence[Place] = (),
 ) -> list[dict[int, Array | None]]:
     """Give the states of a connected component common positions; states that cannot share them start a group of their own.
 
-    Returns one mapping per group, from state number to its flat element at each position (None: the identity).
+    ``others`` are asked where no link gives a state its positions. Returns one mapping per group, from state number to its flat
+    element at each position (None: the identity).
     """
     waiting = list(members)
     groups: list[dict[int, Array | None]] = []
@@ -87,6 +101,12 @@ def align(
                 if state is not None and found is not None:
                     maps[state] = found
                     waiting.remove(state)
+                    grown = True
+            for place in others if not grown else ():
+                placed = place(maps, waiting)
+                if placed is not None and _covers(placed[1], shapes[placed[0]]):
+                    maps[placed[0]] = placed[1]
+                    waiting.remove(placed[0])
                     grown = True
         identity = np.arange(size)
         groups.append({
@@ -115,8 +135,12 @@ def _extend(
         found = np.where(target >= 0, inverse[target], NONE)
     else:
         return None, None
-    covered = np.unique(found[found >= 0]).size
-    return (state, found) if covered == int(np.prod(shapes[state])) else (None, None)
+    return (state, found) if _covers(found, shapes[state]) else (None, None)
+
+
+def _covers(elements: Array, shape: tuple[int, ...]) -> bool:
+    """Whether every element of a state has its place."""
+    return np.unique(elements[elements >= 0]).size == int(np.prod(shape))
 
 
 def consistent(link: Link, origin: Array, target: Array) -> tuple[Array, bool]:

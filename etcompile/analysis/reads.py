@@ -21,7 +21,7 @@ from etcompile.frontend.jaxpr import Constant, Graph, Operation, without_derivat
 from etcompile.frontend.loops import Use
 from etcompile.frontend.walks import ForwardWalk
 
-__all__ = ["MOST_READS", "Reads", "Slots", "compress", "reads_of"]
+__all__ = ["MOST_READS", "REPEATING", "Reads", "Slots", "compress", "joins", "reads_of"]
 
 Array = Any
 #: Per element the elements of y that it reads: arrays of one shape, NONE where there is none, no element twice.
@@ -29,6 +29,23 @@ Slots = tuple[Array, ...]
 
 #: Elements of one y that an element may read: key, value and gates of a fused projection, pairs of a rotation.
 MOST_READS = 8
+
+
+#: Operations by which an element may come to several places.
+REPEATING = frozenset({"broadcast_in_dim", "gather", "tile", "dot_general"})
+_OVER_AXES = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_prod"})
+
+
+def joins(graph: Graph, operation: Operation, operand: int) -> bool:
+    """Whether each result is made of several elements of an operand, all of those along some axes."""
+    shape = graph.aval(operation.inputs[operand]).shape
+    if operation.name == "dot_general":
+        axes = operation.params["dimension_numbers"][0][operand]
+    elif operation.name in _OVER_AXES:
+        axes = operation.params["axes"]
+    else:
+        return operation.name == "conv_general_dilated"
+    return any(shape[axis] > 1 for axis in axes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -63,6 +63,15 @@ class LoweredModel:
         found = self.analysis.group(group)
         return tuple(None if v is None else _at_positions(found, k, v, None) for k, v in enumerate(values))
 
+    def credits_of(self, group: str, cotangents: Sequence[Array | None]) -> Row:
+        """Cotangents of a group's states as rows over its positions, each counted once."""
+        counted = self.analysis.group(group).counted
+        rows = self.rows_of(group, cotangents)
+        return tuple(
+            row if row is None or k not in counted else jnp.where(counted[k], row, jnp.zeros((), row.dtype))
+            for k, row in enumerate(rows)
+        )
+
     def visible(self, group: str) -> tuple[Visible, ...]:
         """What a group shows to the rest of the network."""
         if group not in self._visible:
@@ -161,16 +170,29 @@ class StepDerivatives:
         analysis = self.model.analysis
         group = analysis.group(name)
         rows = []
+        forwards = {j: self._of_shared(group, j) for j in sorted({j for _, j in group.shared})}
         for k in range(len(group.states)):
             found = self._local(group, k) if any(group.pattern[k]) else {}
             row: list[Array | None] = []
             for j, old in enumerate(group.states):
+                if (k, j) in group.shared:
+                    row.append(forwards[j][k])
+                    continue
                 cotangent = found.get(analysis.model.state_vars[old]) if group.pattern[k][j] else None
                 row.append(
                     None if cotangent is None else _at_positions(group, j, cotangent, group.masks.get((k, j)))
                 )
             rows.append(tuple(row))
         return tuple(rows)
+
+    def _of_shared(self, group: HiddenGroup, j: int) -> Row:
+        """Column j of D where many positions read an element of old state j: ones pushed forward from it."""
+        model = self.model.analysis.model
+        old, new = model.state_vars[group.states[j]], [model.new_state_vars[s] for s in group.states]
+        aval = self.tape.graph.avals[old]
+        targets = [new[k] for k in range(len(new)) if (k, j) in group.shared]
+        found = self.tape.push({old: jnp.ones(aval.shape, aval.dtype)}, targets, cuts={})
+        return self.model.rows_of(group.name, [found.get(v) for v in new])
 
     def immediate(self, name: str) -> Row:
         """F of a relation: per state of its group an array over the span of y, or None."""
@@ -226,13 +248,13 @@ class StepDerivatives:
 
     def of_new_states(self, name: str, found: Mapping[int, Array]) -> Row:
         variables = self.model.analysis.model.new_state_vars
-        return self.model.rows_of(
+        return self.model.credits_of(
             name, [found.get(variables[s]) for s in self.model.analysis.group(name).states]
         )
 
     def of_old_states(self, name: str, found: Mapping[int, Array]) -> Row:
         variables = self.model.analysis.model.state_vars
-        return self.model.rows_of(
+        return self.model.credits_of(
             name, [found.get(variables[s]) for s in self.model.analysis.group(name).states]
         )
 
@@ -243,10 +265,12 @@ class StepDerivatives:
         if state not in self._rows:
             new = analysis.model.new_state_vars[state]
             targets = {
-                analysis.model.state_vars[old] for j, old in enumerate(group.states) if group.pattern[k][j]
+                analysis.model.state_vars[old]
+                for j, old in enumerate(group.states)
+                if group.pattern[k][j] and (k, j) not in group.shared
             }
             for relation in analysis.relations:
-                if relation.group == group.name and relation.rows[k]:
+                if relation.group == group.name and relation.rows[k] and relation.fan_out is None:
                     targets.add(analysis.site(relation.site).y)
             ones = jnp.ones_like(self.tape.values[new])
             self._rows[state] = self.tape.pull({new: ones}, targets, analysis.uses_cut[state])

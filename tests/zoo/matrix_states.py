@@ -119,6 +119,26 @@ def mlstm(batch, dtype):
 
 
 @case("matrix")
+def mlstm_with_running_maximum(batch, dtype):
+    """The logarithm of the largest gate so far, one number for each head, is read by all of its memory."""
+
+    def body(p, s, x, *, cut, put):
+        q, k, v = heads(x @ p["q"], KEYS), heads(x @ p["k"], KEYS), heads(x @ p["v"], VALUES)
+        i, f = x @ p["i"], jax.nn.log_sigmoid(x @ p["f"] + p["b"])
+        m = put("m", jnp.maximum(f + s["m"], i))
+        i, f = jnp.exp(i - m), jnp.exp(f + s["m"] - m)
+        C = put("C", f[..., None, None] * s["C"] + i[..., None, None] * outer(k, v))
+        n = put("n", f[..., None] * s["n"] + i[..., None] * k)
+        share = jnp.maximum(jnp.abs(jnp.sum(q * n, -1)), jnp.exp(-m))[..., None]
+        h = jnp.einsum("...k,...kv->...v", q, C) / share
+        return {"C": C, "n": n, "m": m}, (sigmoid(x @ p["o"]) * merged(h)) @ p["out"]
+
+    params = weights(**QKV, i=(3, HEADS), f=(3, HEADS), b=(HEADS,), o=(3, HEADS * VALUES))
+    states = {"C": MEMORY["S"], "n": (HEADS, KEYS), "m": (HEADS,)}
+    return written(body, params, states, exact=True, batch=batch, dtype=dtype)
+
+
+@case("matrix")
 def mamba(batch, dtype):
     """The recurrence of Mamba: a step size for each channel, input and output matrices from the input."""
 

@@ -53,7 +53,7 @@ class WindowLoss:
         """Of the group's states at the start of the window."""
         group = self._causal.model.analysis.group(name)
         found = [self._cotangents.get(s) for s in group.states]
-        return self._causal.model.rows_of(name, found)
+        return self._causal.model.credits_of(name, found)
 
     def layer_start(self, name: str) -> tuple[Array, ...]:
         """Of a layer's states at the start of the window."""
