@@ -243,3 +243,25 @@ def test_constants_of_units_keys_and_delay_lines_of_a_function_are_no_batch(batc
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, right)
     x, gain, y = draw(6, 3, 3), draw(7, 4), draw(8, 3, 4)
     same(step.value_and_grad(squared)((x, gain), y), other.value_and_grad(squared)((x, gain), y))
+
+
+def test_names_of_parts_may_have_dots_in_them():
+    """As those of brainpy's projections: the same objects are found at every call, and after a change of the batch size."""
+
+    class Parts(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = {"tau=4.0": Net()}
+
+        def update(self, x):
+            return self.parts["tau=4.0"](x)
+
+    reference, step = wanted(), fresh(Parts)
+    holders = step.executor.live.holders
+    for _ in range(2):
+        step(XS[0])
+    assert step.executor.live.holders is holders
+    step.reset(batch_size=2 * B)
+    step.reset(batch_size=B)
+    losses, grads = step.scan_value_and_grad(squared)(XS, YS)
+    same((losses, list(grads.values())), (reference[0], list(reference[1].values())))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from oracles import dense_d_rtrl, relative_error
-from references import INSTRUMENTED, autodiff, compiled, dense, fresh, learned, zoo_cases
+from references import INSTRUMENTED, autodiff, compiled, dense, fresh, learned, step_of, zoo_cases
 from zoo import CASES, by_name
 
 
@@ -17,6 +17,7 @@ def test_the_first_step_equals_autodiff(case):
     assert relative_error(found.losses[0], wanted.losses[0]) < built.tolerance
     assert set(found.grads) == set(wanted.first)
     assert relative_error(found.grads_per_step[0], wanted.first) < built.tolerance
+    assert len(step_of(case).executor.compilations.now.losses) == 1, "the loss is compiled once for all steps"
 
 
 @pytest.mark.parametrize("name", ["gru_no_batch", "lif_exponential", "noise_and_dropout", "lru", "embedding"])

@@ -40,12 +40,12 @@ def is_module(model: Any) -> bool:
 class ModuleStates:
     """The ``State`` objects of a module by dotted path: trained parameters, and everything else the step touches.
 
-    ``inside`` are the paths of those that are attributes of the module.
+    ``inside`` has the paths of those that are attributes of the module, in parts.
     """
 
     params: dict[str, Any]
     states: dict[str, Any]
-    inside: frozenset[str]
+    inside: Mapping[str, tuple[str, ...]]
     #: Owner, name and value of every attribute between the model that was looked at last and its ``State`` objects; empty where
     #: there is more between them than attributes, None before the first look.
     _links: tuple[list[Any], list[str], list[Any]] | None = dataclasses.field(
@@ -78,6 +78,8 @@ class ModuleStates:
                 object.__setattr__(self, "_links", self._attributes(model))
             return self
         now = {".".join(map(str, path)): state for path, state in model.states().items()}
+        if all(now.get(p, s) is s for held in (self.params, self.states) for p, s in held.items()):
+            return self
         return ModuleStates(
             {p: now.get(p, s) for p, s in self.params.items()},
             {p: now.get(p, s) for p, s in self.states.items()},
@@ -105,17 +107,29 @@ class ModuleStates:
         return owners, names, found
 
     @cached_property
-    def _places(self) -> list[tuple[list[str], list[tuple[str, Any]]]]:
+    def _places(self) -> list[tuple[tuple[str, ...], list[tuple[str, Any]]]]:
         """Where the ``State`` objects of the model lie: what holds some, and their names there."""
-        places: dict[str, list[tuple[str, Any]]] = {}
+        places: dict[tuple[str, ...], list[tuple[str, Any]]] = {}
         for path, state in {**self.params, **self.states}.items():
             if path in self.inside:
-                owner, _, name = path.rpartition(".")
-                places.setdefault(owner, []).append((name, state))
-        return [(owner.split(".") if owner else [], held) for owner, held in places.items()]
+                *owner, name = self.inside[path]
+                places.setdefault(tuple(owner), []).append((name, state))
+        return list(places.items())
 
 
-def _lies_at(model: Any, parts: list[str]) -> Any:
+def _parts(model: Any, path: str) -> tuple[str, ...]:
+    """The parts of a path of the model. Keys of a dict may have dots in them, as those of brainpy's projections have."""
+    parts, owner, rest = [], model, path
+    while rest:
+        keys = map(str, owner) if isinstance(owner, dict) else ()
+        longest = max((key for key in keys if f"{rest}.".startswith(f"{key}.")), key=len, default="")
+        part = longest or rest.partition(".")[0]
+        parts.append(part)
+        owner, rest = _part(owner, part), rest[len(part) + 1 :]
+    return tuple(parts)
+
+
+def _lies_at(model: Any, parts: Sequence[str]) -> Any:
     """What lies at a path of the model, or None."""
     owner = model
     for part in parts:
@@ -233,7 +247,7 @@ def trace_module(model: Any, inputs: tuple[Any, ...]) -> tuple[TracedStep, Modul
     closed = fn.get_jaxpr(*arguments)
     _refuse_created_states(name, model, before)
     found = fn.get_states(*arguments)
-    paths, own = _own_states(before, found)
+    paths, own = _own_states(model, before, found)
     for path, state, written in zip(paths, found, fn.get_state_trace(*arguments).been_writen, strict=True):
         if written and path in own.params:
             raise ModelError(
@@ -261,14 +275,17 @@ def _values(states: Mapping[str, Any]) -> dict[str, Any]:
     return {path: state.value for path, state in states.items()}
 
 
-def _own_states(before: Mapping[str, Any], found: Sequence[Any]) -> tuple[list[str], ModuleStates]:
+def _own_states(
+    model: Any, before: Mapping[str, Any], found: Sequence[Any]
+) -> tuple[list[str], ModuleStates]:
     """Paths of the states that a step reads or writes, and these states with all parameters, by path."""
     by_id = {id(state): path for path, state in before.items()}
     paths = [by_id.get(id(state)) or _outside_path(state, k) for k, state in enumerate(found)]
     used = dict(zip(paths, found, strict=True))
     params = {p: s for p, s in {**before, **used}.items() if isinstance(s, brainstate.ParamState)}
     states = {p: s for p, s in used.items() if p not in params}
-    return paths, ModuleStates(dict(sorted(params.items())), dict(sorted(states.items())), frozenset(before))
+    inside = {path: _parts(model, path) for path in before}
+    return paths, ModuleStates(dict(sorted(params.items())), dict(sorted(states.items())), inside)
 
 
 def _on_dicts(
@@ -351,7 +368,7 @@ def _forget(model: Any, path: str, old: Any) -> None:
 
 def _put(model: Any, path: str, state: Any) -> bool:
     """Make ``state`` what lies at a path of the model (None: nothing); False where that is in a tuple."""
-    *parents, last = path.split(".")
+    *parents, last = _parts(model, path)
     owner = model
     for part in parents:
         owner = owner[_index(owner, part)] if _is_container(owner) else getattr(owner, part)
