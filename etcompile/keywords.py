@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from etcompile.errors import OptionError
 
-__all__ = ["COMPILE", "named_arguments", "unknown_keyword", "unknown_option"]
+__all__ = ["COMPILE", "named_arguments", "refuse_others", "unknown_keyword", "unknown_option"]
 
 #: Keywords of :func:`etcompile.compile`; options of rules are given beside them.
 COMPILE = ("algo", "batch_size", "schedule", "within", "exclude", "manager", "optimise")
@@ -34,11 +34,14 @@ def unknown_keyword(
     """The error for a keyword that ``owner`` does not have."""
     near = difflib.get_close_matches(key, known, 1, 0.6)
     meant = (other_names or {}).get(key) or (repr(near[0]) if near else None)
+    hint = f"did you mean {meant}?" if meant else None
+    if hint is None and _is_data(value):
+        hint = "data are given by their place in the call, without names: inputs first, then targets."
     return OptionError(
         f"{owner} has no option {key!r}.",
         got=f"{key}={value!r}",
         expected=f"one of {', '.join(known)}" if known else "no options",
-        hint=f"did you mean {meant}?" if meant else None,
+        hint=hint,
     )
 
 
@@ -52,6 +55,12 @@ def unknown_option(rule: str, key: str, value: Any, options: Sequence[str]) -> O
     )
 
 
+def refuse_others(owner: str, others: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise :class:`OptionError` for the first keyword that ``owner`` does not have, if there is one."""
+    for key, value in others.items():
+        raise unknown_keyword(owner, key, value, known)
+
+
 def named_arguments(owner: str, then: str = "") -> Callable[[_Function], _Function]:
     """Refuse keywords that the function does not have with :class:`OptionError`, which knows the near ones.
 
@@ -60,8 +69,8 @@ def named_arguments(owner: str, then: str = "") -> Callable[[_Function], _Functi
     """
 
     def decorate(fn: _Function) -> _Function:
-        parameters = list(inspect.signature(fn).parameters)
-        known = [name for name in parameters if name != "self"]
+        parameters = inspect.signature(fn).parameters
+        known = [name for name, p in parameters.items() if name != "self" and p.kind != p.VAR_POSITIONAL]
 
         @functools.wraps(fn)
         def checked(*args: Any, **kwargs: Any) -> Any:
@@ -72,9 +81,8 @@ def named_arguments(owner: str, then: str = "") -> Callable[[_Function], _Functi
                     expected="a loss, and options",
                     hint=f"it gives a function, and that takes the data: {then}.",
                 )
-            for key, value in kwargs.items():
-                if key not in known:
-                    raise unknown_keyword(owner, key, value, known)
+            if kwargs:
+                refuse_others(owner, {k: v for k, v in kwargs.items() if k not in known}, known)
             return fn(*args, **kwargs)
 
         return checked  # pyright: ignore[reportReturnType]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 
 import brainstate
+import braintools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import etcompile
@@ -36,6 +38,14 @@ class Plain(brainstate.nn.Module):
     def update(self, x):
         self.h = jnp.tanh(self.h + x @ self.w.value)
         return self.h
+
+
+class Dropped(Net):
+    """Reads `fit` of the environment, in a layer of a library that raises an error of its own for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.readout = brainstate.nn.Sequential(brainstate.nn.Dropout(0.5), self.readout)
 
 
 def leaky(params, state, x):
@@ -92,6 +102,8 @@ AT_COMPILE = {
     "a string": (on("text"), InputError, "turn text into numbers"),
     "a tensor of torch": (on(Tensor()), InputError, ".numpy()"),
     "a function as input": (on(loss), InputError, "no input"),
+    "a list of numbers": (on([[1.0, 2.0, 3.0]] * 2), InputError, "the input is a list of numbers"),
+    "fit that is not set": (lambda: etcompile.compile(Dropped(), X, batch_size=2), ModelError, "brainstate.environ.set(fit=True)"),
     "state in a plain attribute": (lambda: etcompile.compile(Plain(), X), ModelError, "assigns h during a step"),
     "Schedule(chunks=4)": (lambda: etcompile.Schedule(chunks=4), OptionError, "did you mean 'chunk'"),
     "PassManager(chek=True)": (lambda: etcompile.PassManager(chek=True), OptionError, "did you mean 'check'"),
@@ -146,6 +158,23 @@ AT_CALLS = {
     "a large array for a number": (lambda s: s.reset(list(range(1000))), "characters)"),
     "batch=": (lambda s: s.reset(batch=3), "did you mean 'batch_size'"),
     "two inputs": (lambda s: s(X, X), "2 input(s)"),
+    "an input by name": (lambda s: s(x=X), "by their place in the call"),
+    "a target by name": (lambda s: s.value_and_grad(loss)(X, y=X[:, :2]), "by their place in the call"),
+    "targets by name": (lambda s: s.scan_value_and_grad(loss)(XS, y=XS), "by their place in the call"),
+    "targets to learn by name": (
+        lambda s: s.learn(loss, optax.sgd(0.1))(XS, y=XS),
+        "by their place in the call",
+    ),
+    "msk=": (lambda s: s.value_and_grad(loss)(X, X[:, :2], msk=1.0), "did you mean 'mask'"),
+    "a list of numbers as a target": (
+        lambda s: s.value_and_grad(lambda o, y: jnp.sum(o[:, y]) - jnp.sum(y))(X, [0, 1]),
+        "only after jnp.asarray",
+    ),
+    "a class of optimisers": (lambda s: s.learn(loss, braintools.optim.Adam), "make one: Adam(1e-3)"),
+    "a line search": (
+        lambda s: s.learn(loss, optax.lbfgs())(XS, XS[..., :2]),
+        "more than gradients and parameters",
+    ),
 }
 
 
@@ -160,6 +189,11 @@ def test_what_goes_wrong_at_a_call(step, case):
     assert all(
         np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     )
+
+
+def test_where_only_libraries_run_no_line_of_theirs_that_traces_is_named():
+    with pytest.raises(ModelError, match=r"\Aone step of GRUCell fails(.|\n)*initialise the states first"):
+        etcompile.compile(brainstate.nn.GRUCell(3, 4), X)
 
 
 def test_a_plain_attribute_is_put_back():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import saiunit as u
 from oracles import relative_error
 
 import etcompile
@@ -422,3 +423,36 @@ def test_learn_descends_by_complex_parameters():
         step.reset()
         losses.append(float(jnp.mean(learner(XS, YS))))
     assert losses[-1] < 0.7 * losses[0]
+
+
+class Measured(Net):
+    """The same model with weights and a state in millivolts."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.h = (
+            brainstate.ParamState(PARAMS["w"] * u.mV),
+            brainstate.HiddenState(self.h.value * u.mV),
+        )
+
+    def update(self, x):
+        v = self.h.value * self.v.value + x @ self.w.value
+        self.h.value = jnp.tanh(v / u.mV) * u.mV
+        return self.h.value / u.mV @ self.r.value
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.adam(0.1)], ids=["sgd", "adam"])
+def test_weights_with_units_learn_as_their_numbers(optimizer):
+    steps = [etcompile.compile(model(), XS[0]) for model in (Net, Measured)]
+    assert relative_error(*(s.learn(square, optimizer)(XS, YS) for s in steps)) < 1e-10
+    numbers, measured = (s.params for s in steps)
+    assert relative_error(measured["w"].to_decimal(u.mV), numbers["w"]) < 1e-10
+
+
+@pytest.mark.parametrize("constant", [3.0, np.float64(3.0), jnp.asarray(3.0)], ids=["python", "numpy", "jax"])
+def test_a_constant_is_a_loss(constant):
+    step = etcompile.compile(Net(), XS[0])
+    (value, aux), gradients = step.value_and_grad(lambda out, y: (constant, 2), has_aux=True)(XS[0], YS[0])
+    assert value == 3 and aux == 2 and not any(map(np.any, jax.tree.leaves(gradients)))
+    losses, gradients = step.scan_value_and_grad(lambda out, y: constant, chunk=2)(XS, YS)
+    assert np.all(losses == 3) and losses.shape == (T,) and not any(map(np.any, jax.tree.leaves(gradients)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from etcompile.errors import ModelError
 from etcompile.frontend.environment import CONCRETE
@@ -27,9 +28,9 @@ def known_cause(error: Exception, what: str) -> ModelError | None:
             hint="instead of a Python if or while on an array use jnp.where(condition, a, b), jax.lax.cond or "
             "brainstate.transform.cond; sizes and indices for Python must be numbers.",
         )
-    entry = re.match(r"[\"']?Key '(\w+)' not found in environment", str(error))
-    if isinstance(error, KeyError) and entry is not None:
-        key = entry.group(1)
+    found = next(filter(None, map(_missing_entry, _causes(error))), None)
+    if found is not None:
+        error, key = found
         value = _UNITS.get(key, "...")
         return ModelError(
             f"{what} reads {key!r} from brainstate.environ, where it is not set.",
@@ -40,3 +41,18 @@ def known_cause(error: Exception, what: str) -> ModelError | None:
             f"with brainstate.environ.context({key}={value}): ...",
         )
     return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that led to it: libraries raise their own in the place of what a layer inside of theirs raised."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _missing_entry(error: BaseException) -> tuple[KeyError, str] | None:
+    """An error that says that an entry of the environment is not set, and the name of the entry."""
+    entry = re.match(r"[\"']?Key '(\w+)' not found in environment", str(error))
+    return (error, entry.group(1)) if isinstance(error, KeyError) and entry is not None else None

@@ -90,6 +90,12 @@ def shape_hint(error: Exception, inputs: tuple[Any, ...]) -> str | None:
 
     The data come first in a product; cells join input and state, so that both sizes there have the state's share in them.
     """
+    numbers = [
+        k for k, x in enumerate(inputs) if isinstance(x, list) and not any(map(jnp.ndim, jax.tree.leaves(x)))
+    ]
+    if numbers:
+        name = "the input" if len(inputs) == 1 else f"input {numbers[0]}"
+        return f"{name} is a list of numbers, each of which is an input by itself: jnp.asarray(x) makes an array of it."
     shapes = [tuple(map(int, re.findall(r"\d+", text))) for text in re.findall(r"\(([\d, ]+)\)", str(error))]
     leaves = [(f"input {k}", jnp.shape(leaf)) for k, x in enumerate(inputs) for leaf in jax.tree.leaves(x)]
     leaves = [("the input", leaves[0][1])] if len(leaves) == 1 else leaves

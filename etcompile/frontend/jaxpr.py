@@ -661,11 +661,17 @@ def _unrolled_size(eqn: Any) -> int:
 def run_jaxpr(closed: Any, *args: Any, consts: Sequence[Any] | None = None) -> list[Any]:
     """Evaluate a closed jaxpr, with other values of its constants if they are given.
 
-    Its operations keep their source lines when this is traced again.
+    Its operations keep their source lines when this is traced again. A result that is a number written in the jaxpr is an array
+    like the others.
     """
-    if consts is not None:
-        return eval_jaxpr(closed.jaxpr, consts, *args)
-    return list(jex_core.jaxpr_as_fun(closed)(*args))
+    found = (
+        jex_core.jaxpr_as_fun(closed)(*args) if consts is None else eval_jaxpr(closed.jaxpr, consts, *args)
+    )
+    outs = closed.jaxpr.outvars
+    return [
+        v if hasattr(v, "shape") else jnp.asarray(v, out.aval.dtype)
+        for v, out in zip(found, outs, strict=True)
+    ]
 
 
 def inputs_used(closed: Any) -> set[int]:

@@ -53,7 +53,8 @@ def explained_loss(
         where=user_frame(error) or _defined_at(loss_fn),
         got=f"{', '.join(given)}; {type(error).__name__}: {str(error).splitlines()[0]}",
         expected="targets that go with the outputs of one step",
-        hint="compare these shapes; in a sequence the loss sees one step at a time, without the time axis.",
+        hint="compare these shapes; in a sequence the loss sees one step at a time, without the time axis."
+        + (" A list of numbers is an array only after jnp.asarray." if any(map(_numbers, targets)) else ""),
     )
 
 
@@ -76,6 +77,10 @@ def underivable_loss(error: BaseException) -> EtcompileError | None:
         hint="give the operation a derivative with jax.custom_jvp or jax.custom_vjp; or, if no credit shall pass, apply it to "
         "jax.lax.stop_gradient(value).",
     )
+
+
+def _numbers(target: Any) -> bool:
+    return isinstance(target, list) and not any(len(v.shape) for v in jax.tree.leaves(target))
 
 
 def _shapes(tree: Any) -> str:

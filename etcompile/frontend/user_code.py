@@ -28,6 +28,8 @@ _KNOWN = (
 )  # fmt: skip
 #: Where brainstate calls the ``update`` of any module.
 _CALLS = os.path.join("brainstate", "nn", "_module.py")
+#: Where it traces.
+_TRACES = os.path.join("brainstate", "transform", "_make_jaxpr.py")
 #: Code typed into an interpreter has no file.
 _TYPED = ("<stdin>", "<ipython-input")
 
@@ -76,10 +78,10 @@ def is_users(name: str) -> bool:
 
 
 def _is_machinery(name: str) -> bool:
-    """Frames that never say where in a model something is: ours, jax's and Python's own."""
+    """Frames that never say where in a model something is: ours, those of tracing and Python's own."""
     if name.startswith("<"):
         return not name.startswith(_TYPED)
-    if name.startswith((_HERE, *_roots(("jax", "jaxlib", "numpy")))):
+    if name.endswith(_TRACES) or name.startswith((_HERE, *_roots(("jax", "jaxlib", "numpy")))):
         return True
     return name.startswith(_STANDARD) and not any(part in name for part in _INSTALLED)
 

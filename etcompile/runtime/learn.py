@@ -14,6 +14,7 @@ from etcompile.errors import OptionError
 from etcompile.frontend.captured import Same
 from etcompile.frontend.jaxpr import in_transformation, is_traced
 from etcompile.integers import positive_integer
+from etcompile.keywords import refuse_others
 from etcompile.runtime.checks import as_inputs, check_sequence, stacked_steps, steps_of
 from etcompile.runtime.gradients import (
     environment_of,
@@ -100,6 +101,7 @@ class Learner:
         progress: bool | Progress = False,
         checkpoints: Checkpoints | None = None,
         callback: Callable[[int, Any], None] | None = None,
+        **others: Any,
     ) -> Any:
         """Losses of all steps, ``(T,)``; the model's parameters and states advance.
 
@@ -131,6 +133,11 @@ class Learner:
             The losses; with ``learn(outputs=True)`` and ``learn(has_aux=True)`` a tuple of losses, outputs and aux values,
             as far as asked for, time on axis 0.
         """
+        refuse_others(
+            "step.learn(loss_fn, optimizer)",
+            others,
+            ("modulator", "mask", "progress", "checkpoints", "callback"),
+        )
         if callback is not None and not callable(callback):
             raise OptionError(
                 "the callback must be a function.", got=repr(callback), expected="callback(steps, losses)"
@@ -322,12 +329,19 @@ def _update_function(
     optimizer: Any, params: dict[str, Any]
 ) -> tuple[Callable[[Any], None], Callable[[], dict[str, Any]]]:
     """One update of the parameters in place, for either kind of optimiser, and what finds the optimiser's states."""
+    if isinstance(optimizer, type):
+        raise OptionError(
+            "learn needs an optimiser.",
+            got=f"the class {optimizer.__name__}",
+            expected="one that is made",
+            hint=f"make one: {optimizer.__name__}(1e-3).",
+        )
     if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
         state = brainstate.ShortTermState(optimizer.init({path: s.value for path, s in params.items()}))
 
         def update(grads: Any) -> None:
             values = {path: s.value for path, s in params.items()}
-            changes, new = optimizer.update(grads, state.value, values)
+            changes, new = _updated(optimizer, grads, state.value, values)
             for path in params:
                 _check_change(path, values[path], changes[path])
             state.value = new
@@ -346,9 +360,25 @@ def _update_function(
     )
 
 
+def _updated(optimizer: Any, grads: Any, state: Any, values: Any) -> tuple[Any, Any]:
+    """Changes of the parameters and the optimiser's new state."""
+    try:
+        return optimizer.update(grads, state, values)
+    except TypeError as error:
+        if "required keyword-only argument" not in str(error):
+            raise
+        raise OptionError(
+            "the optimiser needs more than gradients and parameters.",
+            got=str(error),
+            expected="an optimiser whose update takes (grads, state, params)",
+            hint="a line search evaluates the loss again, which a step that has been taken cannot do; optax.adam(1e-3), for one, "
+            "does without.",
+        ) from error
+
+
 def _check_change(path: str, value: Any, change: Any) -> None:
     """Raise :class:`OptionError` unless an optimiser's change has the shapes of the parameter."""
-    shapes = [jax.tree.map(jnp.shape, v) for v in (value, change)]
+    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(v)] for v in (value, change)]
     if shapes[0] != shapes[1]:
         raise OptionError(
             f"the optimiser's change of parameter {path} does not have its shape.",

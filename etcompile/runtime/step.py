@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from etcompile.errors import CarryError, InputError, OptionError, UnsupportedError
 from etcompile.integers import positive_integer
-from etcompile.keywords import named_arguments
+from etcompile.keywords import named_arguments, refuse_others
 from etcompile.lowering.functions import Carry
 from etcompile.lowering.schedules.windowed import check_end
 from etcompile.report import Report, make_report
@@ -305,7 +305,10 @@ class Step:
         loss = self._loss(loss_fn, has_aux, "value_and_grad of one step")
         executor = self.executor
 
-        def run(x: Any, *targets: Any, modulator: Any = None, mask: Any = None) -> tuple[Any, Any]:
+        def run(
+            x: Any, *targets: Any, modulator: Any = None, mask: Any = None, **others: Any
+        ) -> tuple[Any, Any]:
+            refuse_others("step.value_and_grad(loss_fn)", others, ("modulator", "mask"))
             found, grads = called_with_gradients(executor, loss, x, targets, modulator, mask)
             return as_asked(found, loss), grads
 
@@ -357,7 +360,9 @@ class Step:
             modulator: Any = None,
             mask: Any = None,
             progress: bool | Progress = False,
+            **others: Any,
         ) -> tuple[Any, Any]:
+            refuse_others("step.scan_value_and_grad(loss_fn)", others, ("modulator", "mask", "progress"))
             given = (xs, targets, modulator, mask)
             found, grads = sequence_gradients(
                 executor, loss, *given, chunk=chunk, reduction=reduction, progress=progress
