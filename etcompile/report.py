@@ -78,8 +78,8 @@ class Report:
     user's part; the attributes and :meth:`to_dict` hold all. ``exact`` is False if and only if something says where credit
     ends: ``cuts``, or ``leaves_out``, what the rule loses beside them. ``verdict`` says what the gradient is; ``forgotten``
     names the hidden groups of which the rule keeps nothing from step to step;
-    ``trace_owners`` whose each trace is; ``devices`` where arrays lie on a mesh: the mesh, then each array with the mesh axes
-    behind the sizes that they split.
+    ``trace_owners`` whose each trace is; ``learning`` those that depend on the loss and go on at steps with one alone;
+    ``devices`` where arrays lie on a mesh: the mesh, then each array with the mesh axes behind the sizes that they split.
     """
 
     model: str
@@ -95,6 +95,7 @@ class Report:
     trace_owners: Mapping[str, str] = dataclasses.field(default_factory=dict)
     verdict: str = ""
     forgotten: tuple[str, ...] = ()
+    learning: tuple[str, ...] = ()
 
     @property
     def trace_bytes(self) -> int:
@@ -109,6 +110,7 @@ class Report:
             "exact": self.exact,
             "verdict": self.verdict,
             "forgotten": list(self.forgotten),
+            "learning": list(self.learning),
             "leaves_out": self.leaves_out,
             "groups": [dataclasses.asdict(g) for g in self.groups],
             "states": [dataclasses.asdict(s) for s in self.states],
@@ -350,6 +352,7 @@ def make_report(
         trace_owners={name: _owner(program, name) for name in sizes},
         verdict=_verdict(program, leaves_out, changes),
         forgotten=_forgotten(program, sizes),
+        learning=tuple(name for name in program.carried if OPS[program.equation(name).op].learns),
     )
 
 

@@ -31,6 +31,9 @@ def _lines(report: Report) -> Iterator[str]:
         groups = short_list(report.forgotten)
         yield f"  memory     {report.algorithm} keeps nothing of {groups} from step to step: all of its credit ends at the cuts;"
         yield f"             rules that keep a memory of it: {_FOLLOWING}"
+    if report.learning:
+        told = short_list([_named(report, name) for name in report.learning])
+        yield f"  learning   goes on at steps with a loss alone, of which it is made: {told}"
     yield "  hidden groups"
     for g in report.groups:
         yield f"    {g.name}  {', '.join(g.states)}  {list(g.shape)}"
@@ -56,6 +59,12 @@ def _lines(report: Report) -> Iterator[str]:
     yield "  cuts" if report.cuts else "  cuts: none"
     for cut in report.cuts:
         yield from _cut(cut)
+
+
+def _named(report: Report, name: str) -> str:
+    """A carried value with whose it is."""
+    owner = report.trace_owners.get(name)
+    return f"{name} ({owner})" if owner else name
 
 
 def _parameter(p: ParameterLine, width: int) -> Iterator[str]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from language_rules import FILTERED, PRODUCTS
 from oracles import relative_error, time_slice
 from references import compiled, fresh, step_of
 from shared import shared
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.xdist_group("ops")  # they look at the same equations
 RULES = [
     ("d_rtrl", {}), ("e_prop", {"kappa": 0.7, "normalize": True, "feedback": "random"}), ("pp_prop", {"rank": 3}), ("otpe", {}),
     ("osttp", {}), ("ostl", {}), ("snap", {}), ("uoro", {}), ("kf_rtrl", {}), ("compose", {"trace": "factored", "decay": 0.5}),
+    (PRODUCTS, {}), (FILTERED, {}),
 ]  # fmt: skip
 #: Two rows in a group; three, and two layers.
 MODELS = ["lstm", "two_spiking_layers_and_a_leaky_readout"]

@@ -38,12 +38,15 @@ class Visible:
         Uses on the way back to the group's states at which the local derivative stops.
     readers : tuple of int
         Numbers of the operations that spread the value.
+    of_new : bool
+        Whether it depends on the group's new states, and not on its old ones alone.
     """
 
     variable: int
     position: Array
     cuts: Mapping[Use, Array]
     readers: tuple[int, ...]
+    of_new: bool
 
 
 def visible_of(analysis: Analysis, group: HiddenGroup) -> tuple[Visible, ...]:
@@ -76,6 +79,7 @@ def visible_of(analysis: Analysis, group: HiddenGroup) -> tuple[Visible, ...]:
         active = [v in reached for v in range(len(body.avals))]
         influence = influence_on(body, {variable: seed}, active, new | old, frozen)
         position = np.full(aval.size, NONE, np.int64)
+        of_new = False
         for k, s in enumerate(group.states):
             for v in (model.new_state_vars[s], model.state_vars[s]):
                 if v in influence.positions:
@@ -83,6 +87,8 @@ def visible_of(analysis: Analysis, group: HiddenGroup) -> tuple[Visible, ...]:
                     elements = np.where(group.elements(k).ravel() >= 0, elements, NONE)
                     where = np.flatnonzero(elements >= 0)
                     position[elements[where]] = where
+                    of_new |= v in new and where.size > 0
         if (position >= 0).any():
-            found.append(Visible(variable, position.reshape(aval.shape), influence.cuts, tuple(numbers)))
+            position = position.reshape(aval.shape)
+            found.append(Visible(variable, position, influence.cuts, tuple(numbers), of_new))
     return tuple(found)

@@ -54,6 +54,7 @@ class ProgramBuilder(Vocabulary):
         self._types: dict[str, Type] = {}
         self._memo: dict[tuple, str] = {}
         self._gradients: list[Gradient] = []
+        self._defined_by: dict[str, str] = {}
         self._within: dict[str, str] = {}
         self._counters: dict[str, int] = {}
         self._only: frozenset[str] | None = None
@@ -127,25 +128,62 @@ class ProgramBuilder(Vocabulary):
         self._append(name, "add", (faded.ref, inject.ref), inject.type)
         return Value(self, Ref(name), inject.type)
 
-    def carry(self, kind: str, of: Layer | Effect | Site | str = "", name: str | None = None) -> Value:
+    def carry(
+        self,
+        kind: str,
+        of: Group | Relation | Layer | Effect | Site | str = "",
+        name: str | None = None,
+        lasting: bool = False,
+    ) -> Value:
         """A value that is carried and defined later by :meth:`define`; its ``.prev`` can be used at once.
 
         For recurrences that are not of the form of :meth:`recur`. ``kind`` and ``of`` are as in a printed type, such as
-        ``"hidden"`` of a layer or ``"gradient"`` of a site.
+        ``"hidden"`` of a layer or ``"gradient"`` of a site. With ``lasting`` a reset leaves it alone, as a mean over episodes
+        wants it.
         """
+        return self._carried(kind, of, name, "lasting" if lasting else "copy")
+
+    def learning_carry(
+        self, kind: str, of: Group | Relation | Layer | Effect | Site | str = "", name: str | None = None
+    ) -> Value:
+        """A carried value that may depend on the loss: it goes on at steps with a loss alone.
+
+        Without a loss, or where the mask of the step is zero, it stays as it was, and the report names it. Otherwise as
+        :meth:`carry`. Such a program runs step by step, and ``step.apply`` has no derivative, which could not advance it.
+
+        Examples
+        --------
+        >>> import etcompile
+        >>> @etcompile.algorithm(
+        ...     "momentum_of_d_rtrl", leaves_out="each step's gradient goes on for ten steps or so"
+        ... )
+        ... def momentum_of_d_rtrl(p, beta=0.9):
+        ...     for r in p.relations:
+        ...         e = p.recur(decay=p.transition(r.group), inject=p.outer(r))
+        ...         m = p.learning_carry("gradient", r.site)
+        ...         p.define(m, beta * m.prev + p.contract(p.signal(r.group), e))
+        ...         p.gradient(r, m)
+        """
+        return self._carried(kind, of, name, "learn")
+
+    def _carried(
+        self, kind: str, of: Group | Relation | Layer | Effect | Site | str, name: str | None, op: str
+    ) -> Value:
         name = name or self._fresh("c")
         self._types[name] = type_of(self.header, kind, name_of(of))
+        self._defined_by[name] = op
         return Value(self, Ref(name), self._types[name])
 
     def define(self, carried: Value, value: Value) -> None:
-        """Say what a value from :meth:`carry` is at this step."""
+        """Say what a value from :meth:`carry` or :meth:`learning_carry` is at this step."""
         if carried.type != value.type:
             raise ProgramError(
                 f"{carried.ref} is defined by a value of another type.",
                 got=str(value.type),
                 expected=str(carried.type),
             )
-        self._append(carried.ref.name, "copy", (value.ref,), value.type)
+        op = self._defined_by.get(carried.ref.name, "copy")
+        self._append(carried.ref.name, op, (value.ref,), value.type)
 
     def contract(self, signal: Value, trace: Value, x: Value | None = None) -> Value:
         """Weight gradient of a learning signal and a trace.

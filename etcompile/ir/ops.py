@@ -47,6 +47,8 @@ class Op:
         The field of a constant :class:`~etcompile.ir.header.Response` that holds its numbers: "decay" for D, "inject" for f.
     injects : bool
         Whether it is what a step adds to a trace.
+    by_unit : bool
+        Whether its first argument has a number for each unit of the group, which multiplies what the second has of that unit.
     couples : bool
         Whether the rows of its second argument meet, by the matrix that is the first.
     contracts : bool
@@ -57,6 +59,10 @@ class Op:
         Whether row k of the result reads nothing but row k of this step's arguments.
     needs_loss : bool
         Whether its value depends on the loss of this step, so that it exists only where a gradient is taken.
+    learns : bool
+        Whether what it gives may be carried although it depends on the loss: it goes on at steps with a loss alone.
+    lasts : bool
+        Whether a reset leaves alone what is carried of it.
     fixed : bool
         Whether its value is the same at every step.
     unknown : bool
@@ -95,11 +101,14 @@ class Op:
     power: int = 0
     derivative: str = ""
     injects: bool = False
+    by_unit: bool = False
     couples: bool = False
     contracts: bool = False
     pulls_back: bool = False
     by_row: bool = False
     needs_loss: bool = False
+    learns: bool = False
+    lasts: bool = False
     fixed: bool = False
     unknown: bool = False
     signal: str = ""
@@ -205,9 +214,29 @@ register_op(
     prefix="x",
 )  # fmt: skip
 register_op(
+    "state", "group g -> state g",
+    "state(g)", "h_t: the group's new states",
+    prefix="h",
+)  # fmt: skip
+register_op(
+    "shown", "group g -> drive g",
+    "shown(g)", "what a group shows to the rest of the network, a spike or the state itself; the sum of several values",
+    prefix="s",
+)  # fmt: skip
+register_op(
+    "derivative", "group g -> state g",
+    "derivative(g)", "dshown_t/dh_t: what a group shows, differentiated by its new states, position by position",
+    prefix="d",
+)  # fmt: skip
+register_op(
     "signal", "group g -> state g",
     "signal(g)", "L_t = dloss_t/dh_t, the group's new states taken as independent",
     signal="new", of_old="bypass", prefix="L", **_LOSS,
+)  # fmt: skip
+register_op(
+    "shown_signal", "group g -> drive g",
+    "shown_signal(g)", "dloss_t/dshown_t: the loss differentiated by what a group shows",
+    signal="new", prefix="L", **_LOSS,
 )  # fmt: skip
 register_op(
     "bypass", "group g -> state g",
@@ -259,6 +288,11 @@ register_op(
     linear=(0, 1), power=1, by_row=True, vectors=True, infix="*", zeros=zero.of_product,
 )  # fmt: skip
 register_op(
+    "scale", "state or drive r.group, trace or immediate r -> trace or immediate r",
+    "scale(a, e)", "each entry times the number of its unit: of its state, or of the unit whatever the state",
+    linear=(0, 1), by_unit=True, by_row=True, zeros=zero.of_product,
+)  # fmt: skip
+register_op(
     "div",
     "T, number -> T; rows or row_factor or response j, rows j -> rows or row_factor or response j",
     "a / b", "quotient by a number, or by one number per row",
@@ -273,6 +307,16 @@ register_op(
     "copy", "T -> T",
     "copy(a)", "the same value under another name",
     linear=(0,), terms=(1.0,), by_row=True, zeros=zero.of_first,
+)  # fmt: skip
+register_op(
+    "lasting", "T -> T",
+    "lasting(a)", "the same value; a reset leaves alone what is carried of it",
+    linear=(0,), lasts=True, zeros=zero.of_first,
+)  # fmt: skip
+register_op(
+    "learn", "T -> T",
+    "learn(a)", "the same value, which may be carried: it goes on at steps with a loss alone",
+    linear=(0,), learns=True, by_row=True, zeros=zero.of_first, **_LOSS,
 )  # fmt: skip
 register_op(
     "changed", "any -> number",
@@ -334,7 +378,17 @@ register_op(
 register_op(
     "modulator", "group g -> drive g",
     "modulator(g)", "what was given for a group with this call",
-    signal="given", keyword="modulator", **_LOSS,
+    signal="given", keyword="modulator",
+)  # fmt: skip
+register_op(
+    "mask", "group g -> drive g",
+    "mask(g)", "the mask of this step, or of each example: 1 where there is none",
+    **_LOSS,
+)  # fmt: skip
+register_op(
+    "constant", "group g, float -> drive g",
+    "constant(g, 0.1)", "the same number for each unit",
+    fixed=True,
 )  # fmt: skip
 register_op(
     "random_feedback", "group g, int -> feedback g",
@@ -357,8 +411,18 @@ register_op(
     linear=(0, 1),
 )  # fmt: skip
 register_op(
+    "read", "drive g, feedback g -> vector",
+    "read(d, B)", "what a readout with the matrix B, transposed, makes of what a group shows",
+    linear=(0, 1),
+)  # fmt: skip
+register_op(
+    "spread", "drive g -> state g",
+    "spread(d)", "a drive as a learning signal of each new state, past the unit's own derivative",
+    linear=(0,), signal="drive", prefix="L",
+)  # fmt: skip
+register_op(
     "through", "drive g -> state g",
-    "through(d)", "a drive of what a group shows, as a learning signal of its new states",
+    "through(d)", "a drive of what a group shows, as a learning signal of its new states; zero where the mask is",
     linear=(0,), signal="drive", of_old="through_old", prefix="L", **_LOSS,
 )  # fmt: skip
 register_op(

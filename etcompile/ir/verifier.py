@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from etcompile.errors import ProgramError
 from etcompile.ir.kinds import KINDS
 from etcompile.ir.ops import OPS, infer_type
 from etcompile.ir.printer import format_equation
-from etcompile.ir.program import Ref, TraceProgram
+from etcompile.ir.program import Ref, TraceProgram, made_from
 
-__all__ = ["depends_on_loss", "verify"]
+__all__ = ["computed_with_loss", "depends_on_loss", "verify"]
 
 
 def verify(program: TraceProgram) -> None:
@@ -16,7 +18,8 @@ def verify(program: TraceProgram) -> None:
 
     Names are unique; every reference is defined; a value at ``[t]`` is defined before its use, so that no cycle lacks a
     ``[t-1]``; types follow from the ops; every value is of this step or of the one before; nothing that is carried depends on the
-    loss, so that traces advance alike whether or not a gradient is taken; every site has a gradient.
+    loss, so that traces advance alike whether or not a gradient is taken, but what is written to learn (:attr:`Op.learns`);
+    every site has a gradient.
     """
     types = {}
     for equation in program.equations:
@@ -48,11 +51,12 @@ def verify(program: TraceProgram) -> None:
             _fail(program, gradient.value.name, f"the gradient of {gradient.site} is a {kind}")
     loss = depends_on_loss(program)
     for name in program.carried:
-        if name in loss:
+        if name in loss and not OPS[program.equation(name).op].learns:
             _fail(
                 program,
                 name,
                 f"{name} is carried and depends on the loss: it would advance only where a gradient is taken",
+                hint="where that is meant, write it with p.learning_carry(...).",
             )
     with_gradient = {g.site for g in program.gradients}
     missing = [s.name for s in program.header.sites if s.name not in with_gradient]
@@ -67,11 +71,23 @@ def verify(program: TraceProgram) -> None:
 
 def depends_on_loss(program: TraceProgram) -> set[str]:
     """Names of the values that exist only where a loss is given."""
+    return _made_of(program, [e.name for e in program.equations if OPS[e.op].needs_loss])
+
+
+def computed_with_loss(program: TraceProgram) -> set[str]:
+    """What is computed where a loss is given: what depends on it, and what of a call's arguments nothing carried needs."""
+    late = depends_on_loss(program)
+    needed = made_from(program.equations, [name for name in program.carried if name not in late])
+    return late | (_made_of(program, [e.name for e in program.equations if OPS[e.op].keyword]) - needed)
+
+
+def _made_of(program: TraceProgram, names: Iterable[str]) -> set[str]:
+    """Values that are made of any of these, at this or a later step; they themselves included."""
     readers: dict[str, list[str]] = {}
     for e in program.equations:
         for ref in e.refs:
             readers.setdefault(ref.name, []).append(e.name)
-    waiting = [e.name for e in program.equations if OPS[e.op].needs_loss]
+    waiting = list(names)
     found = set(waiting)
     while waiting:
         for name in readers.get(waiting.pop(), ()):
@@ -90,11 +106,11 @@ def _check(program: TraceProgram, name: str, ref: Ref, types: dict, defined: set
         _fail(program, name, f"{ref} is neither of this step nor of the one before")
 
 
-def _fail(program: TraceProgram, name: str, message: str) -> None:
+def _fail(program: TraceProgram, name: str, message: str, hint: str | None = None) -> None:
     """Raise, with the equations around the fault."""
     lines = [(e.name, f"{format_equation(e)} : {e.type}") for e in program.equations]
     at = next((k for k, (n, _) in enumerate(lines) if n == name), 0)
     near = [
         f"{'  -> ' if k == at else '     '}{text}" for k, (_, text) in enumerate(lines) if abs(k - at) <= 5
     ]
-    raise ProgramError(message + ".", got="\n" + "\n".join(near))
+    raise ProgramError(message + ".", got="\n" + "\n".join(near), hint=hint)

@@ -35,9 +35,29 @@ class Vocabulary:
         """x_t: what the operation at the site reads beside the weight."""
         return self.op("presynaptic", _site(site))
 
+    def state(self, group: Group | str) -> Value:
+        """h_t: the group's new states, ``[states, positions]``; ``.prev`` is zero at the first step."""
+        return self.op("state", group)
+
+    def shown(self, group: Group | str) -> Value:
+        """What the group shows to the rest of the network, ``[positions]``: a spike, or the state itself.
+
+        It is what a readout or another layer reads of it. Of several such values it is the sum, so that :meth:`derivative`
+        is its derivative whatever the group shows.
+        """
+        return self.op("shown", group)
+
+    def derivative(self, group: Group | str) -> Value:
+        """dshown_t/dh_t, ``[states, positions]``: for a spike the surrogate derivative, by the group's new states."""
+        return self.op("derivative", group)
+
     def signal(self, group: Group | str) -> Value:
         """L_t = dloss_t/dh_t with the group's new states taken as independent, ``[states, positions]``."""
         return self.op("signal", group)
+
+    def shown_signal(self, group: Group | str) -> Value:
+        """dloss_t/dshown_t, ``[positions]``: the loss by what the group shows, before the unit's own derivative."""
+        return self.op("shown_signal", group)
 
     def bypass(self, group: Group | str) -> Value:
         """dloss_t/dh_{t-1} along paths that avoid the group's new states, ``[states, positions]``."""
@@ -67,6 +87,14 @@ class Vocabulary:
     def as_value(self, value: Value | float) -> Value:
         """A number as a value of the program, a value as it is."""
         return value if isinstance(value, Value) else self.number(value)
+
+    def scale(self, units: Value, value: Value) -> Value:
+        """A trace or Jacobian of a relation, each entry times the number of its unit.
+
+        ``units`` is a value of the group: ``[states, positions]``, as :meth:`derivative`, or ``[positions]`` for all states
+        of a unit alike, as :meth:`shown`.
+        """
+        return self.op("scale", units, value)
 
     def outer(self, relation: Relation | Value, x: Value | None = None) -> Value:
         """F (x) x, what this step adds to a trace; of a relation, or of a Jacobian and a presynaptic value."""
@@ -113,6 +141,14 @@ class Vocabulary:
         """The modulator given with the call, for each unit of the group."""
         return self.op("modulator", group)
 
+    def mask(self, group: Group | str) -> Value:
+        """The mask that came with the call, for each unit of the group: that of the step, or of each example; else 1."""
+        return self.op("mask", group)
+
+    def constant(self, group: Group | str, value: float) -> Value:
+        """The same number for each unit of the group."""
+        return self.op("constant", group, float(value))
+
     def random_feedback(self, group: Group | str, seed: int = 0) -> Value:
         """A fixed random matrix B ``[outputs, units]`` for errors, normal with variance 1 / rows."""
         return self.op("random_feedback", group, int(seed))
@@ -129,11 +165,24 @@ class Vocabulary:
         """An error or target times a feedback matrix: a drive of the group's units."""
         return self.op("project", vector, feedback)
 
+    def read(self, drive: Value, feedback: Value) -> Value:
+        """What a fixed readout makes of a group: ``drive @ feedback.T``, a row for each example as in :meth:`target`."""
+        return self.op("read", drive, feedback)
+
+    def spread(self, drive: Value) -> Value:
+        """A drive as a learning signal of each of the group's new states, past the unit's own derivative; masked as the loss.
+
+        For traces that hold :meth:`derivative` of their own time. With it, ``p.spread(d) * p.derivative(g)`` is
+        ``p.through(d)`` where the group shows nothing of its old states.
+        """
+        return self.op("spread", self.mask(drive.type.of) * drive)
+
     def through(self, drive: Value) -> Value:
         """A drive of what the group shows to the rest of the network, as a learning signal of its states.
 
         ``drive`` is ``p.project(p.error(), B)``, ``p.project(p.target(), B)`` or ``p.modulator(group)``. What a group shows
-        is what a readout or another layer reads of it: a spike, or the state itself.
+        is what a readout or another layer reads of it: a spike, or the state itself. Where the step, or the example, is
+        masked, the signal is zero.
         """
         return self.op("through", drive)
 

@@ -12,6 +12,7 @@ from etcompile.analysis.headers import group_dtype
 from etcompile.errors import OptionError
 from etcompile.frontend.jaxpr import full_dtype
 from etcompile.ir.kinds import KINDS
+from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation, TraceProgram
 from etcompile.ir.support import carried_rows
 from etcompile.ir.types import Type
@@ -21,7 +22,7 @@ from etcompile.lowering.snap import snap_shape
 from etcompile.schedule import Schedule
 from etcompile.sites.operation import WeightOperation
 
-__all__ = ["CarriedValues", "Traces", "entry"]
+__all__ = ["CarriedValues", "Traces", "entry", "outlasts"]
 
 Array = Any
 
@@ -37,6 +38,11 @@ def entry(model: LoweredModel, kind: Type) -> Entry:
     if kind.kind in LAYOUTS:
         return LAYOUTS[kind.kind](model, kind)
     return kind.shape[KINDS[kind.kind].rows :], full_dtype(kind.dtype)
+
+
+def outlasts(equation: Equation) -> bool:
+    """Whether what is carried of it goes on where traces end: at a reset, and with a sequence whose traces are not kept."""
+    return KINDS[equation.type.kind].counts or OPS[equation.op].lasts
 
 
 def _relation_dtype(model: LoweredModel, kind: Type) -> Any:
@@ -139,7 +145,7 @@ class CarriedValues:
         """What of them goes on to the next call; counts always do, or random numbers would be drawn again."""
         if self.keeps:
             return traces
-        return {name: v for name, v in traces.items() if KINDS[self._program.equation(name).type.kind].counts}
+        return {name: v for name, v in traces.items() if outlasts(self._program.equation(name))}
 
     def wide(self, traces: Traces) -> Traces:
         """In the dtypes in which they are computed with."""

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from etcompile.analysis.analysis import Analysis
 from etcompile.ir.kinds import KINDS
+from etcompile.ir.ops import OPS
 from etcompile.ir.program import TraceProgram
-from etcompile.ir.verifier import depends_on_loss
+from etcompile.ir.verifier import computed_with_loss
 from etcompile.lowering.carried import CarriedValues, Traces
 from etcompile.lowering.derivatives import LoweredModel, StepDerivatives
 from etcompile.lowering.evaluate import Context, evaluate
@@ -23,6 +25,10 @@ from etcompile.schedule import Schedule
 __all__ = ["CausalProgram", "Traces"]
 
 Array = Any
+
+
+def _chosen(first: Array, a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(first, x, y), a, b)
 
 
 def _made_of_traces(program: TraceProgram) -> set[str]:
@@ -65,10 +71,12 @@ class CausalProgram:
         self.schedule = schedule
         self.model = LoweredModel(analysis, schedule.mesh is not None)
         self.functions = functions or {}
-        late = depends_on_loss(program)
+        late = computed_with_loss(program)
         self.early = [e for e in program.equations if e.name not in late]
         self.late = [e for e in program.equations if e.name in late]
         self._advanced = _made_of_traces(program)
+        #: What goes on at steps with a loss alone.
+        self.learning = tuple(name for name in program.carried if OPS[program.equation(name).op].learns)
         self.carried = CarriedValues(program, self.model, schedule)
         check_feedback(self.model, program)
         self.placement = Placement()
@@ -88,17 +96,21 @@ class CausalProgram:
         traces: Traces,
         inputs: list[Array],
         done: Mapping[int, Array] | None = None,
+        call: Mapping[str, Any] | None = None,
     ) -> tuple[StepDerivatives, Traces, dict]:
         """Run one step of the model and advance the traces; ``done`` as found by :meth:`LoweredModel.perform` before.
+
+        ``call`` as of :meth:`gradients`. What learns stays as it is.
 
         Returns the step with its derivatives, the new traces, and all values that do not need the loss.
         """
         place = self.placement
         held = place.hold_states(states), place.hold_batch(inputs)
         step = self.model.step(weights, *held, known=done, quiet=done is not None)
-        context = Context(self.program, self.model, step, None, self.functions)
-        values = evaluate(context, self.early, {}, self.carried.wide(traces))
-        return step, self.stored(values), values
+        context = Context(self.program, self.model, step, None, self.functions, call)
+        old = self.carried.wide(traces)
+        values = evaluate(context, self.early, {}, old)
+        return step, self.stored({**values, **{name: old[name] for name in self.learning}}), values
 
     def gradients(
         self,
@@ -138,7 +150,7 @@ class CausalProgram:
         step = self.model.step(weights, place.hold_states(states), place.hold_batch(inputs))
         value, cotangents = loss(step.outputs, step.new_states)
         after = step.with_loss(cotangents.outputs, cotangents.states, call)
-        quiet = Context(self.program, self.model, step, None, self.functions)
+        quiet = Context(self.program, self.model, step, None, self.functions, call)
         context = Context(self.program, self.model, step, after, self.functions)
         old = self.carried.wide(traces)
         values = evaluate(quiet, [e for e in self.early if e.name not in self._advanced], {}, old)
@@ -148,7 +160,13 @@ class CausalProgram:
         left = self._advanced - updated.keys()
         values = evaluate(quiet, [e for e in self.early if e.name in left], values, old)
         values = evaluate(context, [e for e in self.late if e.name in left], values, old)
-        return value, cotangents, self._totals(values, old), step, self.stored(values)
+        sites, new = self._totals(values, old), self.stored(values)
+        if self.learning and call.get("mask") is not None:
+            counts = jnp.any(call["mask"] != 0)
+            sites = {name: jnp.where(counts, g, jnp.zeros_like(g)) for name, g in sites.items()}
+            still = self.stored({**values, **{name: old[name] for name in self.learning}})
+            new.update({n: _chosen(counts, new[n], still[n]) for n in self.learning})
+        return value, cotangents, sites, step, new
 
     def _totals(self, full: dict[str, Any], traces: Traces) -> dict[str, Array]:
         """Site gradients from the values of a step."""

@@ -7,7 +7,8 @@ for an entry that is zero for every input.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from etcompile.analysis.relations import Relation
 from etcompile.analysis.visible import Visible, visible_of
 from etcompile.frontend.jaxpr import Constant, calls_out, has_effects
 from etcompile.lowering.geometry import TraceGeometry, trace_geometry
-from etcompile.lowering.places import taken
+from etcompile.lowering.places import added_at, taken
 from etcompile.lowering.tape import Tape
 from etcompile.sites.operation import WeightOperation
 
@@ -228,6 +229,21 @@ class StepDerivatives:
         from_positions = self.model.traces[relation.name].from_positions
         return tuple(None if row is None else from_positions(row) for row in rows)
 
+    def state(self, name: str) -> Row:
+        """The group's new states."""
+        variables = self.model.analysis.model.new_state_vars
+        states = self.model.analysis.group(name).states
+        return self.model.rows_of(name, [self.tape.values[variables[s]] for s in states])
+
+    def shown(self, name: str) -> Array:
+        """What a group shows, over its positions; the sum of several values."""
+        group = self.model.analysis.group(name)
+        values = [
+            added_at(self.tape.values[seen.variable], seen.position, group.size)
+            for seen in self.model.visible(name)
+        ]
+        return reduce(add, values).reshape(group.shape)
+
     # -- cotangents of a group's states ----------------------------------------------------------------------------
 
     def pull_to_states(
@@ -245,6 +261,17 @@ class StepDerivatives:
         aval = self.tape.graph.avals[variable]
         value = found.get(variable)
         return jnp.zeros(aval.shape, aval.dtype) if value is None else value
+
+    def pull_of_shown(self, name: str, drive: Array) -> dict[int, Array]:
+        """Cotangents of a group's new and old states for those of what it shows, which ``drive`` has over its positions."""
+        total: dict[int, Array] = {}
+        for seen in self.model.visible(name):
+            aval = self.tape.graph.avals[seen.variable]
+            flat = taken(drive, np.maximum(seen.position, 0))
+            seed = jnp.where(seen.position >= 0, flat, jnp.zeros((), flat.dtype)).astype(aval.dtype)
+            for variable, value in self.pull_to_states(name, {seen.variable: seed}, seen.cuts).items():
+                total[variable] = value if variable not in total else total[variable] + value
+        return total
 
     def of_new_states(self, name: str, found: Mapping[int, Array]) -> Row:
         variables = self.model.analysis.model.new_state_vars
@@ -318,6 +345,17 @@ class LossDerivatives:
     def signal(self, name: str) -> Row:
         """L of a group: the loss differentiated by its new states, all of them taken as independent."""
         return self.step.of_new_states(name, self._signal(name))
+
+    def shown_signal(self, name: str) -> Array:
+        """The loss differentiated by what the group shows, its new states taken as independent."""
+        model = self.step.model
+        group = model.analysis.group(name)
+        (seen,) = model.visible(name)
+        new = {model.analysis.model.new_state_vars[s] for s in group.states}
+        found = self.step.tape.pull(self.seeds, {seen.variable}, independent=new)
+        return added_at(self.step.filled(seen.variable, found), seen.position, group.size).reshape(
+            group.shape
+        )
 
     def bypass(self, name: str) -> Row:
         """The loss differentiated by the group's old states along paths that avoid its new ones."""

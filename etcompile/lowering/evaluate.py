@@ -43,7 +43,10 @@ class Loss(Protocol):
 
 
 class Context:
-    """What op rules may ask: the lowered model, the step's derivatives, the loss's derivatives, and registered functions."""
+    """What op rules may ask: the lowered model, the step's derivatives, the loss's derivatives, and registered functions.
+
+    ``call`` is what came with the call, beside inputs; with a loss it is the loss's.
+    """
 
     def __init__(
         self,
@@ -52,8 +55,10 @@ class Context:
         step: StepDerivatives | None,
         loss: Loss | None,
         functions: Mapping[str, Callable],
+        call: Mapping[str, Any] | None = None,
     ) -> None:
         self.program, self.model, self.step, self.loss, self.functions = program, model, step, loss, functions
+        self.call: Mapping[str, Any] = (loss.call if loss is not None else call) or {}
         self.reached: dict[Any, Any] = {}
 
 
@@ -181,6 +186,23 @@ def _matmul(context: Context, equation: Equation, args: Sequence[Value]) -> Valu
     return tuple(
         _dot([to_row(d) if v is not None else None for d, v in zip(line, b, strict=True)], b) for line in a
     )
+
+
+def _scale(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    units, value = args
+    if value is None or units is None:
+        return None
+    geometry = context.model.traces[equation.type.of]
+    is_trace = equation.type.kind == "trace"
+
+    def one(number: Value, row: Value) -> Value:
+        if number is None or row is None:
+            return None
+        placed = geometry.from_positions(number).astype(row.dtype)
+        return (geometry.spread(placed) if is_trace else placed) * row
+
+    of_row = units if isinstance(units, tuple) else (units,) * len(value)
+    return tuple(map(one, of_row, value))
 
 
 def _name(argument: Argument) -> str:
@@ -322,7 +344,9 @@ EVALUATE: dict[str, Rule] = {
     "gain": _gain,
     "presynaptic": _from_step("presynaptic"),
     "factor": _factor,
+    "state": _from_step("state"),
     "signal": _from_loss("signal"),
+    "shown_signal": _from_loss("shown_signal"),
     "bypass": _from_loss("bypass"),
     "start": _from_loss("start"),
     "one_step": _from_loss("one_step"),
@@ -331,6 +355,7 @@ EVALUATE: dict[str, Rule] = {
     "add": _add,
     "sub": _sub,
     "mul": _mul,
+    "scale": _scale,
     "div": _div,
     "number": _number,
     "changed": _changed,
@@ -340,6 +365,8 @@ EVALUATE: dict[str, Rule] = {
     "pullback": _pullback,
     "map": _map,
     "copy": lambda context, equation, args: args[0],
+    "lasting": lambda context, equation, args: args[0],
+    "learn": lambda context, equation, args: args[0],
     **FEEDBACK,
     **LAYERS,
     "snap_immediate": snap_immediate,

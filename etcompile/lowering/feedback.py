@@ -18,7 +18,6 @@ import numpy as np
 from etcompile.errors import AlgorithmError, InputError, UnsupportedError
 from etcompile.frontend.jaxpr import full_dtype
 from etcompile.ir.program import Equation
-from etcompile.lowering.places import taken
 
 if TYPE_CHECKING:
     from etcompile.analysis.groups import HiddenGroup
@@ -95,9 +94,8 @@ def _target(context: Context, equation: Equation, args: Sequence[Value]) -> Valu
 
 def _target_rows(context: Context, dtype: Any) -> Array:
     """The first target of the loss, one row per example; class labels as one-hot rows."""
-    assert context.loss is not None
     rows = context.model.examples or 1
-    leaves = jax.tree.leaves(context.loss.call.get("target"))
+    leaves = jax.tree.leaves(context.call.get("target"))
     if not leaves:
         raise InputError(
             f"{context.program.name} projects the target, and this call has none.",
@@ -110,19 +108,24 @@ def _target_rows(context: Context, dtype: Any) -> Array:
         )
     if jnp.issubdtype(first.dtype, jnp.integer) and first.size == rows:
         classes = _in_rows(context, _cotangents(context), dtype).shape[1]
-        return jax.nn.one_hot(first.reshape(rows), classes, dtype=dtype)
-    return first.reshape(rows, -1).astype(dtype)
+        found = jax.nn.one_hot(first.reshape(rows), classes, dtype=dtype)
+    else:
+        found = first.reshape(rows, -1).astype(dtype)
+    return _where_counted(context, found)
 
 
 def _modulator(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
-    assert context.loss is not None
     name = str(args[0])
     group = context.model.analysis.group(name)
-    given = context.loss.call.get("modulator")
+    given = context.call.get("modulator")
     if given is None:
         raise InputError(
             f"{context.program.name} needs a modulator with every call.",
             expected="value_and_grad(loss_fn)(x, *targets, modulator=m): a number, an array over units, or a dict by group",
+            hint=None
+            if context.loss is not None
+            else f"{context.program.name} carries it: steps without a loss take it too, as step(x, modulator=m) or "
+            "step(MultiStepData(xs), modulator=MultiStepData(ms)).",
         )
     if isinstance(given, Mapping):
         keys = [name, *(context.model.analysis.state_name(s) for s in group.states)]
@@ -143,6 +146,47 @@ def _modulator(context: Context, equation: Equation, args: Sequence[Value]) -> V
             got=f"shape {value.shape}",
             expected=f"a number, or a shape that broadcasts to {group.shape}",
         ) from None
+
+
+def _mask(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    """A number for the step, or one for each example, over the group's positions."""
+    shape, dtype = context.model.analysis.group(str(args[0])).shape, full_dtype(equation.type.dtype)
+    return jnp.broadcast_to(_of_examples(_mask_of(context).astype(dtype), shape), shape)
+
+
+def _mask_of(context: Context) -> Array:
+    given = context.call.get("mask")
+    return jnp.ones(()) if given is None else jnp.asarray(given)
+
+
+def _of_examples(mask: Array, shape: tuple[int, ...]) -> Array:
+    """A mask beside an array whose leading axis numbers the examples."""
+    return mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)) if mask.ndim else mask
+
+
+def _where_counted(context: Context, values: Array) -> Array:
+    """Values of a step, zero where its mask is: whatever stands there does not count."""
+    if context.call.get("mask") is None:
+        return values
+    mask = _of_examples(_mask_of(context), values.shape)
+    return jnp.where(mask != 0, values, jnp.zeros((), values.dtype))
+
+
+def _constant(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    shape = context.model.analysis.group(str(args[0])).shape
+    return jnp.full(shape, args[1], full_dtype(equation.type.dtype))
+
+
+def _shown(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    assert context.step is not None
+    return context.step.shown(str(args[0])).astype(full_dtype(equation.type.dtype))
+
+
+def _derivative(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    step, name = context.step, str(args[0])
+    assert step is not None
+    ones = jnp.ones(context.model.analysis.group(name).shape, full_dtype(equation.type.dtype))
+    return step.of_new_states(name, step.pull_of_shown(name, ones))
 
 
 def _random_feedback(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
@@ -169,16 +213,41 @@ def _readout_weight(context: Context, equation: Equation, args: Sequence[Value])
     return readout_weight(context.model, str(args[0]))(context.step.tape.values)
 
 
+#: Ops of what a group shows.
+_OF_SHOWN = ("through", "shown", "derivative", "shown_signal")
+
+
 def check_feedback(model: LoweredModel, program: TraceProgram) -> None:
     """Refuse, when the model is compiled, a feedback that it has no place for."""
     for equation in program.equations:
         if equation.op == "readout_weight":
             readout_weight(model, equation.type.of)
-        elif equation.op == "through" and not model.visible(equation.type.of):
-            raise UnsupportedError(
-                f"group {equation.type.of} shows nothing to the outputs within a step, so no signal of its own can reach it.",
-                hint="use a rule with the true learning signal for these weights, such as d_rtrl.",
-            )
+        elif equation.op in _OF_SHOWN:
+            _check_shown(model, equation)
+
+
+def _check_shown(model: LoweredModel, equation: Equation) -> None:
+    group, op = equation.type.of, equation.op
+    seen = model.visible(group)
+    otherwise = "use a rule with the true learning signal for these weights, such as d_rtrl."
+    if not seen:
+        raise UnsupportedError(
+            f"group {group} shows nothing to the outputs within a step, so no signal of its own can reach it.",
+            hint=otherwise,
+        )
+    if op == "derivative" and not any(one.of_new for one in seen):
+        raise UnsupportedError(
+            f"what group {group} shows depends on its old states alone, so it has no derivative by the new ones.",
+            got=f"{equation.name} = derivative({group})",
+            hint=otherwise,
+        )
+    if op == "shown_signal" and len(seen) > 1:
+        raise UnsupportedError(
+            f"group {group} shows several values, each with a learning signal of its own.",
+            got=f"{len(seen)} values, and {equation.name} = shown_signal({group})",
+            expected="one value, such as a spike, that all others read",
+            hint=otherwise,
+        )
 
 
 def readout_weight(model: LoweredModel, name: str) -> Callable[[Mapping[int, Array]], Array]:
@@ -225,19 +294,25 @@ def _project(context: Context, equation: Equation, args: Sequence[Value]) -> Val
     return (vector @ matrix.astype(vector.dtype)).reshape(group.shape)
 
 
+def _read(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    drive, matrix = args
+    return (drive.reshape(-1, matrix.shape[1]) @ matrix.T.astype(drive.dtype)).astype(
+        full_dtype(equation.type.dtype)
+    )
+
+
+def _spread(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    (drive,) = args
+    return (drive,) * len(context.model.analysis.group(equation.type.of).states)
+
+
 def _through(new: bool) -> Callable[[Context, Equation, Sequence[Value]], Value]:
     def rule(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
         (drive,) = args
         name = equation.type.of
         step = context.step
         assert step is not None
-        total: dict[int, Array] = {}
-        for seen in context.model.visible(name):
-            aval = step.tape.graph.avals[seen.variable]
-            flat = taken(drive, np.maximum(seen.position, 0))
-            seed = jnp.where(seen.position >= 0, flat, jnp.zeros((), flat.dtype)).astype(aval.dtype)
-            for variable, value in step.pull_to_states(name, {seen.variable: seed}, seen.cuts).items():
-                total[variable] = value if variable not in total else total[variable] + value
+        total = step.pull_of_shown(name, _where_counted(context, drive))
         return step.of_new_states(name, total) if new else step.of_old_states(name, total)
 
     return rule
@@ -247,6 +322,12 @@ FEEDBACK: dict[str, Callable[[Any, Equation, Sequence[Value]], Value]] = {
     "error": _error,
     "target": _target,
     "modulator": _modulator,
+    "mask": _mask,
+    "constant": _constant,
+    "shown": _shown,
+    "derivative": _derivative,
+    "read": _read,
+    "spread": _spread,
     "random_feedback": _random_feedback,
     "random_projection": _random_projection,
     "readout_weight": _readout_weight,

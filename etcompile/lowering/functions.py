@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from etcompile.errors import OptionError
+from etcompile.errors import OptionError, UnsupportedError
 from etcompile.frontend.host_calls import graph_asks_host
 from etcompile.frontend.step_model import StepModel
 from etcompile.lowering.causal import CausalProgram, Traces
@@ -85,7 +85,7 @@ class StepFunctions:
         if not self.causal.keeps:
             step = self.causal.model.step(weights, states, inputs, done, quiet=done is not None)
             return step.outputs, step.new_states, traces
-        step, new_traces, _ = self.causal.forward(weights, states, traces, inputs, done)
+        step, new_traces, _ = self.causal.forward(weights, states, traces, inputs, done, call)
         return step.outputs, step.new_states, new_traces
 
     def _forward(
@@ -97,10 +97,11 @@ class StepFunctions:
     def _backward(self, residuals: tuple, cotangents: tuple) -> tuple:
         check_end(self.causal.program)
         self.require_kept("the gradient of one step")
+        self._require_quiet()
         params, states, traces, inputs, call, done = residuals
         outputs, new_states, _ = cotangents
         weights = self.causal.model.hoist(params)
-        step, _, values = self.causal.forward(weights, states, traces, inputs, done)
+        step, _, values = self.causal.forward(weights, states, traces, inputs, done, call)
         sites, loss = self.causal.gradients(step, traces, values, _live(outputs), _live(new_states), call)
         gradients = self.causal.model.unhoist(params, sites)
         moved = [
@@ -123,6 +124,16 @@ class StepFunctions:
                 got="schedule with keep_traces=False",
                 expected="a schedule that keeps them",
                 hint="use scan_value_and_grad on whole sequences.",
+            )
+
+    def _require_quiet(self) -> None:
+        """Refuse a derivative of :meth:`apply` that would have to write what it cannot return."""
+        if self.causal.learning:
+            raise UnsupportedError(
+                f"{self.causal.program.name} carries values that depend on the loss, and a derivative of step.apply cannot "
+                "advance them.",
+                got=f"learning carries {', '.join(self.causal.learning)}",
+                expected="step.value_and_grad(loss_fn) or step.scan_value_and_grad(loss_fn)",
             )
 
     # -- with gradients -----------------------------------------------------------------------------------------

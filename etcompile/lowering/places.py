@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-__all__ = ["columns_taken", "taken"]
+__all__ = ["added_at", "columns_taken", "taken"]
 
 Array = Any
 
@@ -19,6 +20,15 @@ def taken(values: Array, places: np.ndarray) -> Array:
     """Elements at ``places`` of the flat array, all of which are there: no index is looked at twice."""
     narrow = places.astype(np.int32) if values.size <= np.iinfo(np.int32).max else places
     return lax.gather(values.reshape(-1), narrow[..., None], _NUMBERS, (1,), mode=_IN_BOUNDS)
+
+
+def added_at(values: Array, places: np.ndarray, size: int) -> Array:
+    """A flat array of ``size`` elements, each value added at its place; -1: it has none."""
+    flat = places.ravel()
+    if flat.size == size and (flat == np.arange(size)).all():
+        return values.reshape(-1)
+    there = np.flatnonzero(flat >= 0)
+    return jnp.zeros(size, values.dtype).at[flat[there]].add(taken(values, there))
 
 
 def columns_taken(values: Array, columns: np.ndarray) -> Array:

@@ -17,7 +17,7 @@ from etcompile.frontend.jaxpr import in_transformation, is_traced
 from etcompile.frontend.loss_errors import underivable_loss
 from etcompile.frontend.module import not_recorded
 from etcompile.frontend.step_model import StepModel, leaf_names
-from etcompile.ir.kinds import KINDS
+from etcompile.lowering.carried import outlasts
 from etcompile.lowering.functions import Carry, StepFunctions
 from etcompile.lowering.losses import Loss, LossProgram
 from etcompile.lowering.placement import Placement
@@ -434,8 +434,8 @@ class Executor:
         return jax.tree.unflatten(tree, resized)
 
     def counts(self) -> dict[str, Any]:
-        """Counts of steps by which the rule draws random numbers, as they stand; nothing before the first use."""
-        names = [e.name for e in self.compiled.program.equations if KINDS[e.type.kind].counts]
+        """What a reset leaves alone, such as the steps by which a rule draws random numbers; nothing before the first use."""
+        names = [e.name for e in self.compiled.program.equations if outlasts(e)]
         if not names or self.compilations.abstract or not (self.traces.allocated or in_transformation()):
             return {}
         traces = self.traces.own()
@@ -445,10 +445,11 @@ class Executor:
         self._clear_traces(self.counts())
 
     def _clear_traces(self, counts: dict[str, Any]) -> None:
-        """Zero traces, with these counts of steps."""
+        """Zero traces, with these counts of steps, and others that a reset leaves alone where they have their shapes."""
         if self.compilations.abstract:
             return
         state = self.traces
+        counts = {k: v for k, v in counts.items() if kinds_of(v) == kinds_of(state.shapes.get(k))}
         if in_transformation():  # what a compiled function does at its first call it does at every one
             state.set_own({**state.zeros(), **counts})
             return

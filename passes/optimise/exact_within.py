@@ -33,7 +33,15 @@ class ExactWithin:
                 got=f"window={program.window or 'all'}",
                 hint="leave within='exact' out.",
             )
-        own = next((e for e in program.equations if OPS[e.op].signal == "drive"), None)
+        if (carried := next((e for e in program.equations if OPS[e.op].learns), None)) is not None:
+            raise AlgorithmError(
+                f"{program.name} carries a value that depends on the loss, step by step, so it has no place in a window.",
+                got=f"{carried.name} = {carried.op}(...)",
+                hint="leave within='exact' out.",
+            )
+        own = next(
+            (e for kind in ("drive", "given") for e in program.equations if OPS[e.op].signal == kind), None
+        )
         if own is not None:
             raise AlgorithmError(
                 f"{program.name} makes a learning signal of its own, so credit inside a window cannot be exact.",

@@ -111,8 +111,10 @@ class Run:
         return jax.vmap(self.causal.model.analysis.model.flatten_inputs)(xs)
 
     def call(self, items: Item, moving: list[Array]) -> Call:
-        """What the rule may read of one step beside the model: its target, and what came with the call."""
-        return {"target": items[0][0], **self.join(moving)}
+        """What the rule may read of one step beside the model: its target and mask, and what came with the call."""
+        args, mask = items
+        target, of_examples, *_ = (*args, None)  # a plain loss has targets alone
+        return {"target": target, "mask": of_examples if mask is None else mask, **self.join(moving)}
 
     def step(self, loop: Loop, given: Steps) -> tuple[Loop, Found]:
         """One online step: the trace program with the gradients of its loss added to the sums."""

@@ -10,9 +10,9 @@ import dataclasses
 from etcompile.errors import UnsupportedError
 from etcompile.ir.kinds import KINDS
 from etcompile.ir.ops import OPS
-from etcompile.ir.program import Equation, Ref, TraceProgram
+from etcompile.ir.program import Equation, Ref, TraceProgram, made_from
 from etcompile.ir.types import Type
-from etcompile.ir.verifier import depends_on_loss
+from etcompile.ir.verifier import computed_with_loss
 from etcompile.lowering.schedules.recurrence import TraceClass, trace_classes
 
 __all__ = ["ChunkEquations", "chunk_equations"]
@@ -64,7 +64,7 @@ def chunk_equations(program: TraceProgram) -> ChunkEquations:
                 expected="traces made of recur, outer, contract and sums, with the weights fixed",
                 hint="run it step by step: chunk=1.",
             )
-    loss = depends_on_loss(program)
+    loss = computed_with_loss(program)
     plain = [e for e in program.equations if not _summed(e.type)]
     return ChunkEquations(
         alone=tuple(e for e in plain if e.name not in earlier and e.name not in loss),
@@ -94,12 +94,19 @@ def _of_earlier_steps(program: TraceProgram) -> set[str]:
 def _refusal(program: TraceProgram, e: Equation, earlier: set[str]) -> str:
     """Why an equation has no place in a chunk; empty where it has one."""
     kind, op = KINDS[e.type.kind], OPS[e.op]
+    if op.learns:
+        return "it carries a value that depends on the loss, and so on the step before"
     if kind.every_path:
         return f"it keeps a value of kind {kind.name}, which follows every path"
     if kind.counts:
         return "it counts steps"
-    if op.signal == "drive" and any(ref.name in earlier for ref in e.refs):
-        return "its feedback matrix changes with the weights, which are fixed in a chunk"
+    if op.signal == "drive" and op.needs_loss and any(ref.name in earlier for ref in e.refs):
+        made = made_from(program.equations, [e.name])
+        if any(
+            KINDS[program.equation(name).type.kind].every_example and name in program.carried for name in made
+        ):
+            return "its feedback matrix changes with the weights, which are fixed in a chunk"
+        return "its learning signal is made of earlier steps"
     if kind.gradient and e.name in program.carried:
         return "it carries a gradient"
     if _summed(e.type) and not op.terms:

@@ -213,6 +213,9 @@ class Recurrence:
         if OPS[e.op].couples:
             transition, rows = args
             return None if rows is None else tuple(_dot(line, rows) for line in transition)
+        if OPS[e.op].by_unit:
+            units, rows = args
+            return None if rows is None else _scaled_rows(units, rows)
         return EVALUATE[e.op](self.context, e, args)
 
 
@@ -238,6 +241,12 @@ def weighted(values: Array, weight: Any) -> Array:
     if isinstance(weight, (int, float)):
         return values if weight == 1 else values * jnp.asarray(weight, values.dtype)
     return values * weight.astype(values.dtype).reshape(-1, *(1,) * (values.ndim - 1))
+
+
+def _scaled_rows(units: Any, rows: Rows) -> Rows:
+    """Rows times the numbers of their units: one for each state, or one for all of them."""
+    of_row = units if isinstance(units, tuple) else (units,) * len(rows)
+    return tuple(None if n is None or r is None else n * r for n, r in zip(of_row, rows, strict=True))
 
 
 def _widest(*trees: Any) -> Any:
