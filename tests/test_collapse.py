@@ -48,6 +48,12 @@ def synapse_and_membrane(params, state, x):
     return {"g": g, "v": v}, jnp.tanh(v)
 
 
+def delay_line(params, state, x):
+    """Two steps of delay before a leaky unit: values of the step before stand for others without a number in front."""
+    h = 0.9 * state["h"] + state["b"]
+    return {"a": x @ params["w"], "b": state["a"], "h": h}, jnp.tanh(h)
+
+
 def old_state_read(params, state, x):
     h = 0.9 * state["h"] + x @ params["w"]
     return {"h": h}, jnp.tanh(state["h"])
@@ -87,6 +93,7 @@ MODELS = {  # name: step, parameters, states, numbers carried by d_rtrl factoris
     "leaky": (leaky, {"w": W, "b": draw(3, O)}, {"h": ZERO}, B * I + 1, B * O * I + B * O),
     "few_decays": (few_decays, {"w": W}, {"h": ZERO}, 3 * B * I, B * O * I),
     "synapse_and_membrane": (synapse_and_membrane, {"w": W}, {"g": ZERO, "v": ZERO}, 2 * B * I, 2 * B * O * I),
+    "delay_line": (delay_line, {"w": W}, {"a": ZERO, "b": ZERO, "h": ZERO}, 3 * B * I, 3 * B * O * I),
     "old_state_read": (old_state_read, {"w": W}, {"h": ZERO}, B * I, B * O * I),
     "oscillators": (oscillators, {"w": W}, {"p": ZERO, "q": ZERO}, 4 * B * I, 2 * B * O * I),
     "convolved": (convolved, {"w": draw(4, 3, 1, O)}, {"h": jnp.zeros((B, I, O))}, B * I, B * I * O * 3),
@@ -136,7 +143,7 @@ def test_d_rtrl_with_updates_between_steps(name):
     assert (carried(mine), carried(theirs)) == MODELS[name][3:]
 
 
-@pytest.mark.parametrize("name", ["few_decays", "old_state_read", "convolved"])
+@pytest.mark.parametrize("name", ["few_decays", "delay_line", "old_state_read", "convolved"])
 def test_chunks_with_and_without(name):
     (mine, theirs), chunks = both(name), (3, 1)
     for part in (slice(0, 5), slice(5, T)):

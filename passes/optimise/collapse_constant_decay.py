@@ -135,10 +135,10 @@ def _sum(out: Rewriter, relation: Relation, terms: list[Term], values: Mapping[K
     """z_t = Σ d z_{t-1} + φ x_t."""
     total: Ref | None = None
     for term in terms:
-        value = term.source if term.entry is None else values[term.entry]
+        value = Ref(term.source.name) if term.entry is None else values[term.entry]
         if term.entry is None and out.kind(value).as_array:
             value = out.op(out.kind(value).as_array, Symbol(relation.site))
-        value = dataclasses.replace(value, delay=term.source.delay)
+        value = _late(value, term.source.delay)
         if term.factor == -1.0 and term.power == 1 and total is not None:
             total = out.op("sub", total, value)
             continue
@@ -151,6 +151,11 @@ def _sum(out: Rewriter, relation: Relation, terms: list[Term], values: Mapping[K
     return total
 
 
+def _late(value: Ref, delay: int) -> Ref:
+    """A value so many steps ago; what stands for it may be one of the step before, as in a delay line."""
+    return Ref(value.name, value.delay + delay)
+
+
 def _gradient(out: Rewriter, replaced: _Replaced, e: Equation, can: Mapping[str, Any]) -> Ref | None:
     """``contract(L, e)`` as Σ_k pullback(z_k, L_k s); None where it is zero for every input."""
     relation, filters, values = replaced.relation, replaced.filters, replaced.values
@@ -161,7 +166,7 @@ def _gradient(out: Rewriter, replaced: _Replaced, e: Equation, can: Mapping[str,
             key = (trace.name, response, state)
             if key not in filters.sums or not can[signal.name][state]:
                 continue
-            z = dataclasses.replace(values[key], delay=trace.delay)
+            z = _late(values[key], trace.delay)
             for number in numbers:
                 credit = out.op(
                     "back", signal, out.op("gain", Symbol(relation.name), number, state), prefix="q"
