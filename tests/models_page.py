@@ -27,6 +27,8 @@ ARCHITECTURES = {
     "mLSTM": "mlstm_with_running_maximum",
     "LIF without recurrent weights": "lif_feedforward",
     "Sparse input to rate units": "sparse_segment_sum",
+    "Potential and adaptation in one array": "states_in_one_array",
+    "Delays as a shift register": "shift_register",
     "Norm between state and readout": "layer_norm_after_the_state",
     "DeltaNet": "delta_net",
     "Linear attention in two layers": "two_layers_of_linear_attention",

@@ -871,35 +871,6 @@ def _copy_p() -> Any:
     return jex_core.primitives.copy_p
 
 
-def splice(
-    graph: Graph,
-    before: Callable[..., Sequence[Any]],
-    inputs: Sequence[Aval],
-    after: Callable[..., Sequence[Any]],
-) -> Graph:
-    """The graph of ``after(*graph(*before(*inputs)))``, where ``before`` and ``after`` are ordinary jax functions."""
-    builder = GraphBuilder()
-    new_inputs = [builder.variable(a) for a in inputs]
-    args = builder.call(lambda *a: list(before(*a)), new_inputs, "?")
-    env: dict[int, Operand] = dict(zip(graph.inputs, args, strict=True))
-
-    def get(operand: Operand) -> Operand:
-        return operand if isinstance(operand, Constant) else env[operand]
-
-    for operation in graph.operations:
-        outputs = builder.emit(
-            operation.primitive,
-            operation.params,
-            [get(i) for i in operation.inputs],
-            [graph.avals[v] for v in operation.outputs],
-            operation.source,
-            operation.loop,
-        )
-        env.update(zip(operation.outputs, outputs, strict=True))
-    results = builder.call(lambda *a: list(after(*a)), [get(o) for o in graph.outputs], "?")
-    return Graph(tuple(builder.avals), tuple(new_inputs), tuple(builder.operations), tuple(results))
-
-
 def jvp_graph(operation: Operation, avals: Sequence[Aval], wrt: Sequence[int]) -> Graph | None:
     """The tangent map of one operation as a graph, or None where it has no JVP rule.
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from etcompile.errors import InputError, ModelError
 from etcompile.frontend.environment import NOTHING, Environment, WithEnvironment
 from etcompile.frontend.given import as_array, refuse_lists, shape_difference
-from etcompile.frontend.jaxpr import Aval, Graph, flatten_jaxpr, splice, with_copies
+from etcompile.frontend.jaxpr import Aval, Graph, flatten_jaxpr, with_copies
+from etcompile.frontend.packed_graph import with_parts
+from etcompile.frontend.state_forms import StateForm, join_states, split_states, state_form
 
 __all__ = ["Leaf", "StepModel", "TracedStep", "leaf_names", "step_model"]
 
@@ -51,7 +52,8 @@ class StepModel:
 
     The graph's inputs are the parameter leaves, then the state leaves, then the input leaves, of which the last are those of
     the environment; its outputs are the output leaves, then the new state leaves. A complex state appears as two real ones,
-    ``.re`` and ``.im``: a credit that flows through ``real`` or ``abs`` then needs no special case.
+    ``.re`` and ``.im``: a credit that flows through ``real`` or ``abs`` then needs no special case. One that holds several side
+    by side appears as these, ``.0``, ``.1`` (:mod:`etcompile.frontend.state_forms`).
     """
 
     name: str
@@ -64,7 +66,7 @@ class StepModel:
     state_tree: Any
     input_tree: Any
     output_tree: Any
-    complex_states: tuple[bool, ...]
+    state_forms: tuple[StateForm, ...]
     environment: Environment = NOTHING
 
     @property
@@ -123,10 +125,10 @@ class StepModel:
                 got=str(tree),
                 expected=str(self.state_tree),
             )
-        return split_complex(leaves, self.complex_states)
+        return split_states(leaves, self.state_forms)
 
     def unflatten_states(self, leaves: Sequence[Any]) -> Any:
-        return jax.tree.unflatten(self.state_tree, join_complex(leaves, self.complex_states))
+        return jax.tree.unflatten(self.state_tree, join_states(leaves, self.state_forms))
 
     def with_environment(self, inputs: Any, steps: int | None = None) -> Any:
         """Inputs with what the step takes from the environment as it is now; with ``steps``, for each of so many steps."""
@@ -202,20 +204,8 @@ def leaf_names(tree: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def split_complex(leaves: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
-    out: list[Any] = []
-    for leaf, flag in zip(leaves, flags, strict=True):
-        out += [jnp.real(leaf), jnp.imag(leaf)] if flag else [leaf]
-    return out
-
-
-def join_complex(leaves: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
-    it = iter(leaves)
-    return [lax.complex(next(it), next(it)) if flag else next(it) for flag in flags]
-
-
 def step_model(traced: TracedStep) -> StepModel:
-    """Flatten a traced step, split its complex states, and check that its states keep their type."""
+    """Flatten a traced step, split its states that are complex or packed, and check that its states keep their type."""
     params, param_tree = jax.tree.flatten(traced.params)
     states, state_tree = jax.tree.flatten(traced.states)
     input_tree = jax.tree.structure(traced.inputs)
@@ -232,12 +222,16 @@ def step_model(traced: TracedStep) -> StepModel:
                 expected=f"{old}, as it came in",
                 hint="initialise the state with the shape (batch axis included) and dtype that update() gives it.",
             )
-    flags = tuple(
-        bool(jnp.issubdtype(graph.avals[graph.inputs[len(params) + k]].dtype, jnp.complexfloating))
-        for k in range(len(states))
+    new = graph.outputs[len(outputs) :]
+    forms = tuple(
+        state_form(graph, old, new[k])
+        for k, old in enumerate(graph.inputs[len(params) : len(params) + len(states)])
     )
-    if any(flags):
-        graph, state_names = _with_real_states(graph, len(params), len(outputs), flags, state_names)
+    if any(form.parts > 1 for form in forms):
+        graph = with_parts(graph, len(params), len(outputs), forms)
+        state_names = [
+            part for name, form in zip(state_names, forms, strict=True) for part in form.names(name)
+        ]
     graph = with_copies(graph, range(len(outputs), len(graph.outputs)))
     n, s = len(params), len(state_names)
     avals = [graph.avals[v] for v in graph.inputs]
@@ -264,7 +258,7 @@ def step_model(traced: TracedStep) -> StepModel:
         state_tree=state_tree,
         input_tree=input_tree,
         output_tree=output_tree,
-        complex_states=flags,
+        state_forms=forms,
         environment=traced.environment,
     )
 
@@ -287,26 +281,3 @@ def _where(graph: Graph, operand: Any) -> str | None:
         if operand in operation.outputs:
             return operation.source
     return None
-
-
-def _with_real_states(
-    graph: Graph, n_params: int, n_outputs: int, flags: tuple[bool, ...], names: list[str]
-) -> tuple[Graph, list[str]]:
-    avals = [graph.avals[v] for v in graph.inputs]
-    n = len(flags)
-    real_avals: list[Aval] = []
-    real_names: list[str] = []
-    for aval, name, flag in zip(avals[n_params : n_params + n], names, flags, strict=True):
-        part = Aval(aval.shape, jnp.finfo(aval.dtype).dtype) if flag else aval
-        real_avals += [part, part] if flag else [aval]
-        real_names += [f"{name}.re", f"{name}.im"] if flag else [name]
-    m = len(real_avals)
-
-    def before(*args: Any) -> list[Any]:
-        return [*args[:n_params], *join_complex(args[n_params : n_params + m], flags), *args[n_params + m :]]
-
-    def after(*outs: Any) -> list[Any]:
-        return [*outs[:n_outputs], *split_complex(outs[n_outputs:], flags)]
-
-    new = splice(graph, before, [*avals[:n_params], *real_avals, *avals[n_params + n :]], after)
-    return new, real_names

@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from etcompile.errors import ModelError
+from etcompile.frontend.state_forms import StateForm
 from etcompile.ir.kinds import KINDS, Kind
 from etcompile.ir.program import Equation, TraceProgram
 from etcompile.lowering.axes import Axes, ModelAxes
@@ -136,14 +137,14 @@ class Placement:
     def put_params(self, tree: Tree) -> Tree:
         return self._put_leaves(tree, self.params)
 
-    def put_states(self, tree: Tree, complex_states: Sequence[bool]) -> Tree:
-        """States of the model; each complex one stands twice in :attr:`states`."""
+    def put_states(self, tree: Tree, forms: Sequence[StateForm]) -> Tree:
+        """States of the model; those that stand as their parts have as many places in :attr:`states`."""
         if self.mesh is None:
             return tree
         first, placed = 0, []
-        for is_complex in complex_states:
+        for form in forms:
             placed.append(self.states[first])
-            first += 1 + is_complex
+            first += form.parts
         return self._put_leaves(tree, placed)
 
     def put_traces(self, traces: Mapping[str, Tree]) -> Mapping[str, Tree]:

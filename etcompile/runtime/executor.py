@@ -203,7 +203,7 @@ class Executor:
         self._require_alive(states, jax.tree.leaves(states), "initial state ")
         states = jax.tree.map(own_copy, states)
         place = self.placement
-        held = place.put_states(states, self.model.complex_states)
+        held = place.put_states(states, self.model.state_forms)
         return Carry(held, dict(place.put_traces(self.compiled.causal.init_traces())))
 
     def require_arrays(self) -> None:
@@ -299,7 +299,7 @@ class Executor:
         if place.mesh is None:
             return params, carry, data
         moved = Carry(
-            place.put_states(carry.states, self.model.complex_states), dict(place.put_traces(carry.traces))
+            place.put_states(carry.states, self.model.state_forms), dict(place.put_traces(carry.traces))
         )
         return place.put_params(params), moved, place.put_batch(data, time)
 

@@ -374,11 +374,11 @@ def _numbered(tree: Any, by_path: Callable[[Any], dict[str, Any]], paths: Sequen
 
 
 def _split_leaves(leaves: Sequence[int], model: Any) -> tuple[int, ...]:
-    """The same where a complex state is two: those with a derivative."""
+    """The same where a state stands as its parts: those with a derivative."""
     places: list[range] = []
-    for split in model.complex_states:
+    for form in model.state_forms:
         start = places[-1].stop if places else 0
-        places.append(range(start, start + 1 + split))
+        places.append(range(start, start + form.parts))
     return tuple(k for leaf in leaves for k in places[leaf] if model.states[k].aval.differentiable)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from etcompile.analysis.analysis import Analysis
@@ -30,5 +31,5 @@ def batch_leaves(analysis: Analysis) -> tuple[list[bool], list[bool]]:
 
     found = [is_batch(v, leaf.aval) for v, leaf in zip(model.state_vars, model.states, strict=True)]
     parts = iter(found)
-    states = [any([next(parts), next(parts)]) if flag else next(parts) for flag in model.complex_states]
+    states = [any(list(itertools.islice(parts, form.parts))) for form in model.state_forms]
     return states, [is_batch(v, leaf.aval) for v, leaf in zip(model.input_vars, model.given, strict=False)]

@@ -227,6 +227,35 @@ def selective_state_space(batch, dtype):
 
 
 @case("states")
+def states_in_one_array(batch, dtype):
+    """Potential and adaptation side by side."""
+
+    def body(p, s, x, *, cut, put):
+        v, a = s["s"][..., 0], s["s"][..., 1]
+        v = p["k"] * v + x @ p["U"] + p["b"] - 0.5 * a
+        s = put("s", jnp.stack([v, 0.9 * a + 0.2 * jnp.tanh(v)], -1))
+        return {"s": s}, s[..., 0] @ p["V"]
+
+    params = weights(**FEEDFORWARD, k=(4,))
+    return written(body, params, {"s": (4, 2)}, exact=True, batch=batch, dtype=dtype)
+
+
+@case("states")
+def shift_register(batch, dtype):
+    """A delay of three steps before a leaky unit."""
+
+    def body(p, s, x, *, cut, put):
+        old = s["buffer"]
+        y = jnp.tanh(x @ p["U"] + p["b"])
+        buffer = put("buffer", jnp.concatenate([y[..., None, :], old[..., :-1, :]], -2))
+        h = put("h", p["k"] * s["h"] + old[..., -1, :])
+        return {"buffer": buffer, "h": h}, h @ p["V"]
+
+    params = weights(**FEEDFORWARD, k=(4,))
+    return written(body, params, {"buffer": (3, 4), "h": (4,)}, exact=True, batch=batch, dtype=dtype)
+
+
+@case("states")
 def states_multiplied(batch, dtype):
     def body(p, s, x, *, cut, put):
         g = put("g", 0.8 * s["g"] + 0.3 * s["h"])

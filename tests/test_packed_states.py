@@ -1,0 +1,194 @@
+"""Several states in one array: the gradients of the same model with an array for each."""
+
+from __future__ import annotations
+
+import brainstate
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy_evaluation import op_by_op
+from oracles import relative_error
+
+import etcompile
+
+pytestmark = pytest.mark.usefixtures("by_numpy")
+TOLERANCE = 1e-10
+B, I, O, T = 2, 3, 4, 7
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+XS, YS = draw(0, T, B, I), draw(1, T, B, O)
+PARAMS = {"w": draw(2, I, O), "k": 0.5 * draw(3, O)}
+START = (draw(4, B, O), draw(5, B, O))
+
+
+def square(out, target):
+    return jnp.sum((out - target) ** 2)
+
+
+def neuron(params, v, a, x):
+    v = params["k"] * v + x @ params["w"] - 0.5 * a
+    return v, 0.9 * a + 0.2 * jnp.tanh(v)
+
+
+def by_parts(unpack, pack):
+    def step(params, state, x):
+        old_v, old_a = unpack(state["s"])
+        v, a = neuron(params, old_v, old_a, x)
+        return {"s": pack(v, a)}, jnp.tanh(v)
+
+    return step, {"s": pack(*START)}
+
+
+FORMS = {
+    "dict": by_parts(lambda s: (s["v"], s["a"]), lambda v, a: {"v": v, "a": a}),
+    "stack behind": by_parts(lambda s: (s[..., 0], s[..., 1]), lambda v, a: jnp.stack([v, a], -1)),
+    "stack in front": by_parts(tuple, lambda v, a: jnp.array([v, a])),
+    "stack between": by_parts(lambda s: (s[:, 0], s[:, 1]), lambda v, a: jnp.stack([v, a], 1)),
+    "concatenate": by_parts(lambda s: jnp.split(s, 2, -1), lambda v, a: jnp.concatenate([v, a], -1)),
+    "slices": by_parts(lambda s: (s[:, :O], s[:, O:]), lambda v, a: jnp.concatenate([v, a], 1)),
+}
+
+
+def compiled(fn, params, state):
+    return etcompile.compile(etcompile.from_function(fn, params, state), XS[0])
+
+
+def bptt(fn, params, state):
+    def total(params):
+        def body(state, item):
+            state, out = fn(params, state, item[0])
+            return state, square(out, item[1])
+
+        return jnp.sum(jax.lax.scan(body, state, (XS, YS))[1])
+
+    return op_by_op(jax.grad(total), params)
+
+
+def check(fn, params, state):
+    step, wanted = compiled(fn, params, state), bptt(fn, params, state)
+    assert step.exact
+    for chunk in (1, 3):
+        step.reset()
+        _, grads = step.scan_value_and_grad(square, chunk=chunk)(XS, YS)
+        assert relative_error(grads, wanted) < TOLERANCE
+    return step
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_forms_are_exact(form):
+    fn, state = FORMS[form]
+    step = check(fn, PARAMS, state)
+    (group,) = step.program.header.groups
+    assert group.pattern == ((True, True), (True, True))
+    assert len(jax.tree.leaves(step.init_carry().states)) == len(jax.tree.leaves(state))
+
+
+def test_a_group_state_of_brainstate():
+    class Neuron(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.k = (brainstate.ParamState(PARAMS[name]) for name in "wk")
+            self.s = brainstate.HiddenGroupState(jnp.stack(START, -1))
+
+        def init_state(self, batch_size=B):
+            self.s.value = jnp.zeros((batch_size, O, 2))
+
+        def update(self, x):
+            params = {"w": self.w.value, "k": self.k.value}
+            old = jnp.asarray(self.s.value)
+            v, a = neuron(params, old[..., 0], old[..., 1], x)
+            self.s.value = jnp.stack([v, a], -1)
+            return jnp.tanh(v)
+
+    model = Neuron()
+    step = etcompile.compile(model, XS[0])
+    assert step.exact
+    _, grads = step.scan_value_and_grad(square, chunk=3)(XS, YS)
+    fn, state = FORMS["stack behind"]
+    wanted = bptt(fn, PARAMS, state)
+    assert relative_error({path[-1]: g for path, g in grads.items()}, wanted) < TOLERANCE
+    assert jnp.shape(model.s.value) == (B, O, 2)
+    step.reset(batch_size=5)
+    assert step(jnp.ones((5, I))).shape == (5, O)
+    assert jnp.shape(model.s.value) == (5, O, 2)
+
+
+def test_pairs_turned_by_a_constant_matrix():
+    turn = np.array([[0.9, 0.3], [-0.3, 0.9]])
+
+    def fn(params, state, x):
+        s = jnp.einsum("ij,bnj->bni", turn, state["s"]) + jnp.stack([x @ params["w"], x @ params["u"]], -1)
+        return {"s": s}, jnp.tanh(s[..., 0])
+
+    check(fn, {"w": PARAMS["w"], "u": draw(6, I, O)}, {"s": jnp.stack(START, -1)})
+
+
+def lstm(params, c, h, x):
+    i, f, g, o = jnp.split(x @ params["wx"] + h @ params["wh"], 4, -1)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    return c, jax.nn.sigmoid(o) * jnp.tanh(c)
+
+
+def test_where_credit_is_cut_the_gradients_are_those_of_two_arrays_too():
+    def two(params, state, x):
+        c, h = lstm(params, state["c"], state["h"], x)
+        return {"c": c, "h": h}, h
+
+    def halves(params, state, x):
+        old = jnp.split(state["s"], 2, -1)
+        c, h = lstm(params, old[0], old[1], x)
+        return {"s": jnp.concatenate([c, h], -1)}, h
+
+    def rows(params, state, x):
+        c, h = lstm(params, state["s"][0], state["s"][1], x)
+        return {"s": jnp.array([c, h])}, h
+
+    def columns(params, state, x):
+        c, h = lstm(params, state["s"][..., 0], state["s"][..., 1], x)
+        new = jnp.stack([c, h], -1)
+        return {"s": new}, new[..., 1]
+
+    params = {"wx": draw(8, I, 4 * O), "wh": draw(9, O, 4 * O)}
+    c, h = START
+    forms = [
+        (two, {"c": c, "h": h}),
+        (halves, {"s": jnp.concatenate(START, -1)}),
+        (rows, {"s": jnp.stack(START)}),
+        (columns, {"s": jnp.stack(START, -1)}),
+    ]
+    steps = [compiled(fn, params, state) for fn, state in forms]
+    wanted, *others = [step.scan_value_and_grad(square, chunk=3)(XS, YS)[1] for step in steps]
+    assert not any(step.exact for step in steps)
+    for grads in others:
+        assert relative_error(grads, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("slots", [2, 5])
+@pytest.mark.parametrize("how", ["concatenate", "roll"])
+def test_delays(how, slots):
+    def fn(params, state, x):
+        y, old = jnp.tanh(x @ params["w"]), state["buffer"]
+        if how == "roll":
+            buffer = jnp.roll(old, 1, 0).at[0].set(y)
+        else:
+            buffer = jnp.concatenate([y[None], old[:-1]])
+        h = params["k"] * state["h"] + buffer[-1]
+        return {"buffer": buffer, "h": h}, h
+
+    step = check(fn, PARAMS, {"buffer": draw(7, slots, B, O), "h": START[0]})
+    assert len(step.program.header.groups[0].states) == slots + 1
+
+
+def test_a_state_that_is_read_whole_stays_in_one():
+    def fn(params, state, x):
+        s = 0.5 * state["s"] + jnp.concatenate([x @ params["w"], state["s"][:, :O]], -1)
+        return {"s": s}, s[:, :O]
+
+    step = compiled(fn, {"w": PARAMS["w"]}, {"s": jnp.concatenate(START, -1)})
+    assert [path for path, _ in step.program.header.groups[0].states] == ["s"]
+    assert not step.exact
