@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from etcompile.pass_api import OptionError, ProgramBuilder, Value
 
-__all__ = ["SIGNALS", "learning_signal"]
+__all__ = ["SIGNALS", "learning_signal", "shown_signal"]
 
 SIGNALS = ("symmetric", "random", "adaptive", "target", "modulator")
 
@@ -47,6 +47,13 @@ def learning_signal(
         return p.through(p.modulator(group))
     raise OptionError(
         "there is no such learning signal.", got=repr(kind), expected="one of " + ", ".join(SIGNALS)
+    )
+
+
+def shown_signal(p: ProgramBuilder, group: str, kind: str, seed: int) -> Value:
+    """A drive of what a group shows, for traces that hold the unit's derivative: the loss by it, or the error at random."""
+    return (
+        p.shown_signal(group) if kind == "symmetric" else p.project(p.error(), p.random_feedback(group, seed))
     )
 
 

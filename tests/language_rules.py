@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy_rules import DRTRL, contract, faded, outer
+from numpy_rules import DRTRL, contract, faded, loss_by_shown, outer
 
 import etcompile
 
-__all__ = ["FILTERED", "PRODUCTS", "Filtered", "Products", "loss_by_shown", "shown"]
+__all__ = ["FILTERED", "PRODUCTS", "Filtered", "Products"]
 
 
 @etcompile.algorithm("products", preserves="changes", leaves_out="a rule of the tests")
@@ -35,23 +35,11 @@ def FILTERED(p, gamma=0.8):
         p.gradient(r, p.contract(p.spread(p.constant(r.group, 0.5)), m) + 2.0 * G, within="outside")
 
 
-def shown(model, t, name):
-    """What a group shows, over its positions."""
-    values = model.spikes(t.states) if model.name == "spiking" else t.states[t.groups[name].states[-1]]
-    return values.ravel()
-
-
-def loss_by_shown(group):
-    """dloss/dshown, from the signal of a state through which it passes."""
-    row = int(np.argmax(np.abs(group.show).max(axis=1)))
-    return group.signal[row] / group.show[row]
-
-
 class Products(DRTRL):
     """`products` in numpy."""
 
-    def __init__(self, model, matrix):
-        self.model, self.matrix = model, matrix
+    def __init__(self, matrix):
+        self.matrix = matrix
 
     def start(self, t):
         super().start(t)
@@ -59,7 +47,7 @@ class Products(DRTRL):
 
     def advance(self, t):
         for n in t.groups:
-            self.mean[n] = 0.5 * self.mean[n] + shown(self.model, t, n) - 0.1
+            self.mean[n] = 0.5 * self.mean[n] + t.groups[n].shown - 0.1
         for n in t.traced:
             site = t.sites[n]
             group = t.groups[site.group]
@@ -73,7 +61,7 @@ class Products(DRTRL):
             site = t.sites[n]
             group = t.groups[site.group]
             B = self.matrix(site.group, t.target.shape[1], group.units)
-            error = shown(self.model, t, site.group).reshape(t.batch, -1) @ B.T - t.target
+            error = group.shown.reshape(t.batch, -1) @ B.T - t.target
             drive = (error @ B).ravel() + loss_by_shown(group)
             found[n] = contract(drive * group.show, site, self.e[n])
         return found

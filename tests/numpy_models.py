@@ -47,6 +47,8 @@ class Group:
         Derivative of what the rest of the network reads (h, or the spike z) by each new state.
     signal : array [K, P] or None
         L_t: the new states independent of each other.
+    shown : array [P] or None
+        What the rest of the network reads.
     """
 
     states: tuple[str, ...]
@@ -55,6 +57,7 @@ class Group:
     transition: Array
     show: Array
     signal: Array | None = None
+    shown: Array | None = None
 
     @property
     def units(self) -> int:
@@ -437,7 +440,16 @@ class Model:
     def tables(
         self, w: Arrays, states: Arrays, x: Array, target: Array | None = None, loss: Loss | None = None
     ) -> StepTables:
-        return assemble(self.parts(w, states, x), dict(w), target, loss)
+        shown: Arrays = {}
+
+        def look(name: str, value: Array) -> Array:
+            shown[name] = value.ravel()
+            return value
+
+        self.forward(w, states, x, show=look)
+        parts = self.parts(w, states, x)
+        groups = {name: replace(group, shown=shown[name]) for name, group in parts.groups.items()}
+        return assemble(replace(parts, groups=groups), dict(w), target, loss)
 
     def readout_site(self, shown: Array, w: Arrays) -> dict[str, Site]:
         return {

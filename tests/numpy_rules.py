@@ -60,6 +60,17 @@ def through(group: Group, drive: Any) -> Array:
     return group.show * np.broadcast_to(drive.ravel(), (group.show.shape[1],))
 
 
+def loss_by_shown(group: Group) -> Array:
+    """dloss/dshown [P], from the signal of a state through which it passes."""
+    row = int(np.argmax(np.abs(group.show).max(axis=1)))
+    return group.signal[row] / group.show[row]
+
+
+def shown_by_y(group: Group, site: Site) -> Array:
+    """dshown/dh dh/dy of each state: [K, Y]."""
+    return group.show[:, site.at] * site.immediate
+
+
 def norm(v: Array) -> float:
     return float(np.sqrt(np.sum(v**2)))
 
@@ -309,6 +320,110 @@ class RFLO(DRTRL):
             group = t.groups[site.group]
             drive = t.error @ self.matrix(site.group, t.out.shape[1], group.units)
             found[n] = contract(through(group, drive), site, self.e[n])
+        return found
+
+
+class _OfShown(Rule):
+    """A rule with a drive of what a group shows: the loss by it, or random feedback."""
+
+    matrix: Feedback | None = None
+
+    def drive(self, t: StepTables, name: str) -> Array:
+        group = t.groups[name]
+        if self.matrix is None:
+            return loss_by_shown(group)
+        return (t.error @ self.matrix(name, t.out.shape[1], group.units)).ravel()
+
+    def with_rest(self, t: StepTables, name: str, value: Array) -> Array:
+        return value + (rest(t, name) if self.matrix is None else 0.0)
+
+
+class SuperSpike(_OfShown):
+    """a = alpha a + x, xb = beta xb + a, e = gamma e + (psi f) (x) xb; gradient E . e."""
+
+    def __init__(self, alpha=0.8, beta=0.9, gamma=0.9, matrix: Feedback | None = None) -> None:
+        self.alpha, self.beta, self.gamma, self.matrix = alpha, beta, gamma, matrix
+
+    def start(self, t):
+        self.a = {n: np.zeros_like(t.sites[n].x) for n in t.traced}
+        self.x, self.e = dict(self.a), {n: np.zeros_like(outer(t.sites[n])) for n in t.traced}
+
+    def advance(self, t):
+        for n in t.traced:
+            site = t.sites[n]
+            self.a[n] = self.alpha * self.a[n] + site.x
+            self.x[n] = self.beta * self.x[n] + self.a[n]
+            now = shown_by_y(t.groups[site.group], site)[:, :, None] * self.x[n]
+            self.e[n] = self.gamma * self.e[n] + now
+
+    def values(self, t):
+        found = {}
+        for n in t.traced:
+            site = t.sites[n]
+            drive = np.broadcast_to(self.drive(t, site.group), t.groups[site.group].show.shape)
+            found[n] = self.with_rest(t, n, contract(drive, site, self.e[n]))
+        return found
+
+
+class STLLR(_OfShown):
+    """xb = l_post xb + x, P = l_pre P + psi f; gradient E (a_post (psi f) (x) xb + a_pre P_{t-1} (x) x)."""
+
+    def __init__(self, pre=(0.2, -1.0), post=(0.75, 1.0), matrix: Feedback | None = None) -> None:
+        self.pre, self.post, self.matrix = pre, post, matrix
+
+    def start(self, t):
+        self.x = {n: np.zeros_like(t.sites[n].x) for n in t.traced}
+        self.did = {n: np.zeros_like(t.sites[n].immediate) for n in t.traced}
+
+    def advance(self, t):
+        self.before = dict(self.did)
+        for n in t.traced:
+            site = t.sites[n]
+            self.x[n] = self.post[0] * self.x[n] + site.x
+            self.did[n] = self.pre[0] * self.did[n] + shown_by_y(t.groups[site.group], site)
+
+    def values(self, t):
+        found = {}
+        for n in t.traced:
+            site = t.sites[n]
+            E, now = self.drive(t, site.group)[site.at], shown_by_y(t.groups[site.group], site)
+            causal = (E * now.sum(axis=0)) @ self.x[n]
+            other = (E * self.before[n].sum(axis=0)) @ site.x
+            found[n] = self.with_rest(t, n, self.post[1] * causal + self.pre[1] * other)
+        return found
+
+
+class ETLP(OTTT):
+    """xb = leak xb + x; gradient xb (x) ((target B) f)."""
+
+    def __init__(self, leak: float = 0.9, matrix: Feedback | None = None) -> None:
+        super().__init__(leak)
+        self.matrix = matrix
+
+    def values(self, t):
+        found = {}
+        for n in t.traced:
+            site = t.sites[n]
+            group = t.groups[site.group]
+            drive = t.target @ self.matrix(site.group, t.target.shape[1], group.units)
+            found[n] = back(through(group, drive), site) @ self.a[n]
+        return found
+
+
+class Decolle(DRTRL):
+    """e as D-RTRL; L is the error of a fixed random readout of what the group shows, through its matrix."""
+
+    def __init__(self, matrix: Feedback | None = None) -> None:
+        self.matrix = matrix
+
+    def values(self, t):
+        found = {}
+        for n in t.traced:
+            site = t.sites[n]
+            group = t.groups[site.group]
+            B = self.matrix(site.group, t.target.shape[1], group.units)
+            error = group.shown.reshape(t.batch, -1) @ B.T - t.target
+            found[n] = contract(through(group, error @ B), site, self.e[n])
         return found
 
 

@@ -39,7 +39,7 @@ def sequence(name, step, **call):
 def test_activity_and_local_errors_equal_their_equations(name):
     model, step = ALL[name](), compiled(ALL[name](), PRODUCTS)
     got = run_compiled(step, model, SQUARED, model.targets, quiet=QUIET)
-    compare(got, run(Products(model, feedback(step, model)), model, SQUARED, model.targets, quiet=QUIET))
+    compare(got, run(Products(feedback(step, model)), model, SQUARED, model.targets, quiet=QUIET))
 
 
 @pytest.mark.parametrize("name", ["spiking", "two_layer", "lstm"])
@@ -95,18 +95,12 @@ def test_products_with_activity_run_in_chunks(name):
 # --- modulators that are carried -------------------------------------------------------------------------------------------
 
 
-@etcompile.algorithm("baseline", preserves="changes", leaves_out="a rule of the tests")
-def BASELINE(p, rate=0.25):
-    """A modulator against its running mean, which a reset leaves alone."""
-    for r in p.relations:
-        e = p.recur(decay=p.transition(r.group), inject=p.outer(r))
-        M, b = p.modulator(r.group), p.carry("drive", r.group, name=f"b_{r.group}_{r.name}", lasting=True)
-        p.define(b, b.prev + rate * (M - b.prev))
-        p.gradient(r, p.contract(p.through(M - b.prev), e))
-
-
 def test_a_mean_of_modulators_advances_with_every_step_and_outlasts_a_reset():
-    model, step, plain = ALL["rate"](), step_of("rate", BASELINE), step_of("rate", "three_factor")
+    model, step, plain = (
+        ALL["rate"](),
+        step_of("rate", "three_factor", baseline=0.25),
+        step_of("rate", "three_factor"),
+    )
     rewards, b = np.random.default_rng(3).standard_normal(12), 0.0
     for episode in (rewards[:6], rewards[6:]):
         step.reset(), plain.reset()
@@ -126,11 +120,11 @@ def test_a_mean_of_modulators_advances_with_every_step_and_outlasts_a_reset():
 
 
 def test_a_mean_of_other_units_is_not_kept():
-    step = step_of("lstm", BASELINE)
+    step = step_of("lstm", "three_factor", baseline=0.25)
     step(jnp.ones((3, 3)), modulator=2.0)
     step.reset(batch_size=5)
     step(jnp.ones((5, 3)), modulator=1.0)
-    kept = next(v for k, v in step.traces.items() if k.startswith("b_"))
+    kept = next(step.traces[e.name] for e in step.program.equations if e.op == "lasting")
     assert relative_error(kept, np.full((5, 4), 0.25)) < TOLERANCE
 
 
