@@ -199,3 +199,26 @@ def test_compile_names_an_operand_that_jax_does_not_differentiate_by(rule, name,
 def test_an_operand_whose_credit_is_not_asked_for_needs_no_derivative():
     parts = cell(lambda p, h, d: polygamma(jax.lax.stop_gradient(h) * 0 + 1.0, h + 3.0) + d + p["b"])
     compiled(parts, "d_rtrl").scan_value_and_grad(loss)(parts[3])
+
+
+def test_the_error_of_a_complex_output_is_that_of_its_real_and_imaginary_parts():
+    params = {"w": draw(0, 3, 4), "a": draw(1, 4, 2), "b": draw(2, 4, 2)}
+    xs = draw(3, 4, 2, 3)
+
+    def model(join):
+        def fn(p, s, x):
+            h = jnp.tanh(0.5 * s["h"] + x @ p["w"])
+            return {"h": h}, join(h @ p["a"], h @ p["b"])
+
+        return fn, params, {"h": jnp.zeros((2, 4))}, xs
+
+    apart, joined = (
+        compiled(model(join), "rflo").scan_value_and_grad(of)(xs)[1]
+        for join, of in (
+            (lambda a, b: (a, b), lambda o: jnp.sum(o[0] ** 2 + o[0] * o[1])),
+            (lax.complex, lambda o: jnp.sum(o.real**2 + o.real * o.imag)),
+        )
+    )
+    assert relative_error(joined, apart) < 1e-10
+    with pytest.raises(EtcompileError, match="projects the error of the outputs"):
+        compiled(model(lambda a, b: a > b), "rflo")

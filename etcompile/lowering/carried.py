@@ -51,9 +51,9 @@ def _relation_dtype(model: LoweredModel, kind: Type) -> Any:
 
 
 def _outputs_each(model: LoweredModel) -> int:
-    """Floating outputs of one example."""
+    """Real numbers among the outputs of one example; a complex output is two."""
     avals = [leaf.aval for leaf in model.analysis.model.outputs]
-    sizes = [a.size for a in avals if jnp.issubdtype(a.dtype, jnp.floating)]
+    sizes = [a.size * (1 + jnp.issubdtype(a.dtype, jnp.complexfloating)) for a in avals if a.differentiable]
     return sum(sizes) // (model.examples or 1)
 
 

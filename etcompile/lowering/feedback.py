@@ -69,7 +69,7 @@ def _units(context: Context, group: HiddenGroup) -> int:
 
 
 def _error(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
-    """All floating outputs of an example in one row: the loss differentiated by each."""
+    """All outputs of an example in one row: the loss differentiated by each number, real and imaginary parts apart."""
     assert context.loss is not None and context.step is not None
     return _in_rows(context, _cotangents(context), full_dtype(equation.type.dtype))
 
@@ -78,8 +78,11 @@ def _cotangents(context: Context) -> list[Array]:
     assert context.loss is not None and context.step is not None
     found = []
     for value, cotangent in zip(context.step.outputs, context.loss.outputs, strict=True):
-        if jnp.issubdtype(value.dtype, jnp.floating):
-            found.append(jnp.zeros_like(value) if cotangent is None else cotangent)
+        if not jnp.issubdtype(value.dtype, jnp.inexact):
+            continue
+        given = jnp.zeros_like(value) if cotangent is None else cotangent
+        # JAX's cotangent of z = a + ib is dloss/da - i dloss/db
+        found.extend((given.real, -given.imag) if jnp.iscomplexobj(value) else (given,))
     return found
 
 
@@ -193,8 +196,12 @@ def _random_feedback(context: Context, equation: Equation, args: Sequence[Value]
     """For errors: its rows are the outputs of an example."""
     name, seed = str(args[0]), int(args[1])
     assert context.step is not None
-    leaves = [v for v in context.step.outputs if jnp.issubdtype(v.dtype, jnp.floating)]
-    rows = sum(v.size for v in leaves) // (context.model.examples or 1)
+    sizes = [
+        v.size * (1 + jnp.iscomplexobj(v))
+        for v in context.step.outputs
+        if jnp.issubdtype(v.dtype, jnp.inexact)
+    ]
+    rows = sum(sizes) // (context.model.examples or 1)
     return feedback_matrix(
         seed, name, rows, _units(context, context.model.analysis.group(name)), full_dtype(equation.type.dtype)
     )
@@ -220,6 +227,12 @@ _OF_SHOWN = ("through", "shown", "derivative", "shown_signal")
 def check_feedback(model: LoweredModel, program: TraceProgram) -> None:
     """Refuse, when the model is compiled, a feedback that it has no place for."""
     for equation in program.equations:
+        if equation.op == "error" and not any(v.aval.differentiable for v in model.analysis.model.outputs):
+            raise UnsupportedError(
+                f"{program.name} projects the error of the outputs, and none of them is a real or complex number.",
+                got=", ".join(str(v.aval.dtype) for v in model.analysis.model.outputs) or "no output",
+                expected="a floating-point output",
+            )
         if equation.op == "readout_weight":
             readout_weight(model, equation.type.of)
         elif equation.op in _OF_SHOWN:
