@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 
 import brainstate
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_reset import XS, YS, draw, fresh, same, squared
 
 import etcompile
-from etcompile.errors import ForeignWriteWarning, InputError
+from etcompile.errors import CarryError, ForeignWriteWarning, InputError
 from etcompile.frontend.captured import Captured
 
 SCALE = 1.0
@@ -207,3 +208,18 @@ def test_all_is_looked_at_only_where_something_is_another(monkeypatch):
         weight.clear_hooks()
         forward()
         assert not forward() and not gradient(), name
+
+
+@pytest.mark.by_xla
+def test_a_parameter_that_was_deleted_costs_no_traces():
+    step, other = fresh(), fresh()
+    runs = [s.value_and_grad(squared) for s in (step, other)]
+    for run in runs:
+        for x, y in zip(XS, YS, strict=True):
+            run(x, y)
+    kept = jax.tree.map(jnp.copy, step.params)
+    step.params["w"].delete()
+    with pytest.raises(CarryError, match=r"parameter w(.|\n)*step.params = "):
+        runs[0](XS[0], YS[0])
+    step.params = kept
+    same(*(run(XS[0], YS[0])[1] for run in runs))

@@ -248,8 +248,12 @@ class Executor:
                         else ""
                     ),
                     expected="arrays of the model's own",
-                    hint="step.reset() brings states and traces back; what is donated elsewhere has to be a copy "
-                    "(step.init_carry(), jnp.copy).",
+                    hint=(
+                        "step.params = ... puts other parameters in"
+                        if what == "parameter "
+                        else "step.reset() brings states and traces back"
+                    )
+                    + "; what is donated elsewhere has to be a copy (step.init_carry(), jnp.copy).",
                 )
 
     def _other_states(self, states: Any, kinds: Any) -> CarryError:
