@@ -114,6 +114,100 @@ def test_a_batch_of_examples():
         assert relative_error(step.scan_value_and_grad(squared, chunk=chunk)(xs, ys)[1], wanted) < 1e-10
 
 
+# ----------------------------------------------------------------------------------------------------------------
+# rows that are constant beside others that are not
+
+
+@jax.custom_jvp
+def spike(v):
+    return (v > 1).astype(v.dtype)
+
+
+spike.defjvp(lambda v, dv: (spike(v[0]), dv[0] / (1 + jnp.abs(v[0] - 1)) ** 2))
+
+
+def with_reset(params, state, x):
+    """The current's row is constant; the membrane's has a constant f and a D that varies."""
+    i = 0.8 * state["i"] + summed(params["w"] * x[PRE])
+    v = 0.9 * state["v"] + 0.2 * i - spike(state["v"])
+    return {"i": i, "v": v}, jnp.tanh(v)
+
+
+def with_rest(params, state, x):
+    """Nothing of the membrane's row is constant."""
+    i = 0.8 * state["i"] + summed(params["w"] * x[PRE])
+    v = jnp.where(state["rests"] > 0, 0.0, 0.9 * state["v"] + 0.2 * i)
+    rests = jnp.where(v > 0.3, 2, jnp.maximum(state["rests"] - 1, 0))
+    return {"i": i, "v": jnp.where(v > 0.3, 0.0, v), "rests": rests}, jnp.tanh(v)
+
+
+def two_currents(params, state, x):
+    """Two rows that are filters, one of them by two decays, and two that are not and read each other."""
+    decay = jnp.where(jnp.arange(UNITS) < 2, 0.7, 0.85)
+    i = decay * state["i"] + 0.5 * summed(params["w"] * x[PRE])
+    j = 0.6 * state["j"] + 0.3 * state["i"]
+    v = jnp.tanh(0.9 * state["v"] + 0.2 * i + 0.1 * state["j"] - 0.1 * state["b"])
+    b = 0.95 * state["b"] + 0.1 * state["v"]
+    return {"i": i, "j": j, "v": v, "b": b}, jnp.sin(v) + state["b"]
+
+
+ZERO = jnp.zeros(UNITS)
+START = jnp.linspace(0.0, 1.2, UNITS)
+NEURONS = {  # states, numbers carried by d_rtrl
+    "with_reset": (with_reset, {"i": ZERO, "v": START}, SYNAPSES + SENDERS),
+    "with_rest": (
+        with_rest,
+        {"i": ZERO, "v": ZERO, "rests": jnp.zeros(UNITS, jnp.int32)},
+        SYNAPSES + SENDERS,
+    ),
+    "two_currents": (two_currents, {"i": ZERO, "j": ZERO, "v": ZERO, "b": ZERO}, 2 * SYNAPSES + 4 * SENDERS),
+}
+
+
+def neurons(name, **options):
+    fn, state, _ = NEURONS[name]
+    params = {"w": jnp.asarray(np.random.default_rng(1).standard_normal(SYNAPSES))}
+    return etcompile.compile(
+        etcompile.from_function(fn, params, state), jnp.zeros(SENDERS), **options
+    ), params
+
+
+def twice(step, chunk):
+    """Gradients of two sequences, the second with the traces that the first left."""
+    run = step.scan_value_and_grad(squared, chunk=chunk)
+    return [run(XS[:part], YS[:part])[1] for part in (5, 4)]
+
+
+@pytest.mark.parametrize("algo", ["d_rtrl", "e_prop"])
+@pytest.mark.parametrize("name", NEURONS)
+def test_rows_that_are_constant_are_filters(name, algo):
+    step, params = neurons(name, algo=algo)
+    assert etcompile.parse_program(str(step.program)) == step.program
+    wanted = twice(neurons(name, algo=algo, optimise=False)[0], 1)
+    found = twice(step, 1)
+    assert relative_error(found, wanted) < 1e-10
+    assert carried(step) == NEURONS[name][2] * (2 if algo == "e_prop" else 1)
+    step.reset()
+    assert relative_error(twice(step, 3), wanted) < 1e-10
+    if algo == "d_rtrl":
+        fn, state, _ = NEURONS[name]
+
+        def whole(params):
+            def body(state, item):
+                state, out = fn(params, state, item[0])
+                return state, squared(out, item[1])
+
+            return jnp.sum(jax.lax.scan(body, state, (XS, YS))[1])
+
+        assert step.exact and relative_error(found[0], jax.grad(whole)(params)) < 1e-10
+
+
+def test_only_what_varies_is_in_the_trace():
+    text = str(neurons("with_rest")[0].program)
+    assert "constant=0.8,0.0/?,?:1.0,? filtered=14 decays=1" in text
+    assert "row(f0[t], 1)" in text
+
+
 def test_pp_prop_filters_what_is_sent():
     step, _ = compiled(leaky(PRODUCTS["segment_sum"][0]), (SYNAPSES,), algo="pp_prop")
     assert step.traces["x2"].shape == (SENDERS,)

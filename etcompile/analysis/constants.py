@@ -66,6 +66,14 @@ class _Pull:
     moving: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Entries:
+    """Which entries of f, and of D, are taken as constant; ``decay`` is None where nothing of D is."""
+
+    inject: tuple[bool, ...]
+    decay: tuple[tuple[bool, ...], ...] | None
+
+
 #: Operations, last one first, with the uses to follow, (operand, variable); and which starts reach a variable, as bits.
 _Region = tuple[list[tuple[int, tuple[tuple[int, int], ...]]], dict[int, int]]
 
@@ -78,16 +86,21 @@ def find_constant_responses(
     uses_cut: Mapping[int, Mapping[Use, Array]],
     dep: Dependence,
 ) -> dict[str, ConstantResponses]:
-    """For each relation whose f is constant in time its classes; D is among them where it is constant as well."""
+    """For each relation whose f is constant in time its classes; D is among them where it is constant as well.
+
+    Where a site takes rows one by one, so are the rows of D and f that are constant beside others that are not.
+    """
     walk = _Walk(model, split, groups, uses_cut, dep)
-    single = [r for r in relations if r.fan_out is None]
-    relations = [r for r in single if walk.of_one_dtype(r) and walk.immediate(r)]
-    if not relations:
+    relations = [r for r in relations if r.fan_out is None and walk.of_one_dtype(r)]
+    wanted = {r.name: (r, entries) for r in relations if (entries := walk.entries(r))}
+    if not wanted:
         return {}
-    fading = {name: walk.transition(walk.groups[name]) for name in {r.group: None for r in relations}}
     with jax.ensure_compile_time_eval():
         known = jax.device_get(jax.jit(walk.values)())
-    found = {r.name: _responses(walk, r, fading[r.group], known) for r in relations}
+    found = {
+        name: next(filter(None, (_responses(walk, r, some, known) for some in entries)), None)
+        for name, (r, entries) in wanted.items()
+    }
     return {name: responses for name, responses in found.items() if responses is not None}
 
 
@@ -125,22 +138,45 @@ class _Walk:
         dtypes |= {self.body.avals[site.y].dtype, site.does.x_dtype}
         return len(dtypes) == 1 and bool(jnp.issubdtype(dtypes.pop(), jnp.floating))
 
-    def transition(self, group: HiddenGroup) -> bool:
-        """Whether every entry of D is constant."""
+    def entries(self, relation: Relation) -> list[_Entries]:
+        """What is constant of a relation's response, the most useful first; nothing where it is of no use."""
+        group = self.groups[relation.group]
+        inject = self._immediate(relation)
+        whole = (True,) * len(inject)
+        if inject != whole and not self.sites[relation.site].does.row_by_row:
+            return []
+        decay = self._transition(group)
+        if inject == whole and all(map(all, decay)):
+            return [_Entries(inject, decay)]
+        found = []
+        if self.sites[relation.site].does.row_by_row:
+            closed = _closed_rows(group, relation, inject, decay)
+            if any(closed):
+                of_closed = tuple(
+                    tuple(known and (closed[j] or not reaches) for j, (known, reaches) in enumerate(line))
+                    for line in map(zip, decay, group.pattern)
+                )
+                found.append(_Entries(inject, of_closed))
+        return [*found, _Entries(inject, None)] if inject == whole else found
+
+    def _transition(self, group: HiddenGroup) -> tuple[tuple[bool, ...], ...]:
+        """Which entries of D are constant."""
         variables = self.model.state_vars
-        return all(
-            self.path(new, variables[old]) is not None
+        return tuple(
+            tuple(
+                not reaches or self.path(new, variables[old]) is not None
+                for reaches, old in zip(row, group.states, strict=True)
+            )
             for row, new in zip(group.pattern, group.states, strict=True)
-            for reaches, old in zip(row, group.states, strict=True)
-            if reaches
         )
 
-    def immediate(self, relation: Relation) -> bool:
-        """Whether every entry of f is constant."""
+    def _immediate(self, relation: Relation) -> tuple[bool, ...]:
+        """Which entries of f are constant."""
         y = self.sites[relation.site].y
         states = self.groups[relation.group].states
-        return all(
-            self.path(s, y) is not None for s, reached in zip(states, relation.rows, strict=True) if reached
+        return tuple(
+            not reached or self.path(s, y) is not None
+            for s, reached in zip(states, relation.rows, strict=True)
         )
 
     def path(self, state: int, target: int) -> list[_Pull] | None:
@@ -314,19 +350,40 @@ class _Numbers:
 # classes
 
 
+def _closed_rows(
+    group: HiddenGroup, relation: Relation, inject: Sequence[bool], decay: Sequence[Sequence[bool]]
+) -> tuple[bool, ...]:
+    """The rows of a trace that are filters by themselves: constant, and reading no others; of those that can be nonzero."""
+    states = range(len(inject))
+    closed = {k for k in states if inject[k] and all(decay[k])}
+    while len(closed) != len(
+        closed := {k for k in closed if all(j in closed for j in states if group.pattern[k][j])}
+    ):
+        pass
+    live = {k for k in states if relation.rows[k]}
+    while len(live) != len(live := live | {k for k in states if any(group.pattern[k][j] for j in live)}):
+        pass
+    return tuple(k in closed and k in live for k in states)
+
+
 def _responses(
-    walk: _Walk, relation: Relation, constant_decay: bool, known: Mapping[tuple[int, int], Array]
+    walk: _Walk, relation: Relation, entries: _Entries, known: Mapping[tuple[int, int], Array]
 ) -> ConstantResponses | None:
     group = walk.groups[relation.group]
     n, y = len(group.states), walk.sites[relation.site].y
-    parts = [_immediate(relation, k, known.get((s, y))) for k, s in enumerate(group.states)]
-    if constant_decay:
-        olds = [walk.model.state_vars[s] for s in group.states]
-        for k, s in enumerate(group.states):
-            for j, old in enumerate(olds):
-                value = known[s, old] if group.pattern[k][j] else None
-                parts.append(_transition(group, relation, k, j, value))
-    table = _squeezed(np.stack(parts).astype(np.float64))
+    parts = [
+        _immediate(relation, k, known.get((s, y)) if entries.inject[k] else None)
+        for k, s in enumerate(group.states)
+    ]
+    for k, line in enumerate(entries.decay or ()):
+        for j, old in enumerate(group.states):
+            value = (
+                known[group.states[k], walk.model.state_vars[old]]
+                if line[j] and group.pattern[k][j]
+                else None
+            )
+            parts.append(_transition(group, relation, k, j, value))
+    table = _table(parts)
     shape, table = table.shape[1:], table.reshape(table.shape[0], -1).T  # one line per element
     if not np.isfinite(table).all():
         return None
@@ -338,20 +395,44 @@ def _responses(
     if not acts.any():
         return None
     table = table.astype(np.float64) + 0.0  # -0.0 is 0.0
-    lines, place = np.unique(table[acts], axis=0, return_inverse=True)
-    if len(lines) > MOST_CLASSES:
+    found = _lines(table, acts)
+    if found is None:
         return None
-    number = np.full(acts.shape, -1)
-    number[acts] = place.ravel()
-    classes = tuple(
-        Response(
-            _short(line[:n], dtype),
-            tuple(_short(row, dtype) for row in line[n:].reshape(n, n)) if constant_decay else None,
-        )
-        for line in lines
-    )
+    lines, number = found
+    classes = tuple(_response(line, entries, dtype) for line in lines)
     scale = np.where(acts, scale, 0).astype(dtype)
     return ConstantResponses(classes, number.reshape(shape), scale.reshape(shape))
+
+
+def _response(line: Array, entries: _Entries, dtype: Any) -> Response:
+    """One line of the table as f and D, None where they are not constant."""
+
+    def shown(values: Array, known: Sequence[bool]) -> tuple[float | None, ...]:
+        return tuple(v if k else None for v, k in zip(_short(values, dtype), known, strict=True))
+
+    n = len(entries.inject)
+    if entries.decay is None:
+        return Response(shown(line[:n], entries.inject), None)
+    rows = zip(line[n:].reshape(n, n), entries.decay, strict=True)
+    return Response(shown(line[:n], entries.inject), tuple(shown(row, known) for row, known in rows))
+
+
+def _lines(table: Array, acts: Array) -> tuple[Array, Array] | None:
+    """The different lines of a table in order, and for each line that ``acts`` which it is (-1: it does not); None: too many.
+
+    Lines are picked one after the other, since few are expected among very many.
+    """
+    number = np.where(acts, -2, -1)
+    found: list[Array] = []
+    while (number == -2).any():
+        if len(found) == MOST_CLASSES:
+            return None
+        line = table[np.argmax(number == -2)]
+        number[(number == -2) & (table == line).all(axis=1)] = len(found)
+        found.append(line)
+    order = np.lexsort(np.stack(found).T[::-1])
+    rank = np.argsort(order)
+    return np.stack(found)[order], np.where(number < 0, number, rank[number])
 
 
 def _short(values: Array, dtype: Any) -> tuple[float, ...]:
@@ -378,9 +459,15 @@ def _transition(group: HiddenGroup, relation: Relation, k: int, j: int, value: A
     return np.where(relation.position >= 0, there[np.maximum(relation.position, 0)], 0)
 
 
+def _table(parts: Sequence[Array]) -> Array:
+    """The parts side by side, with size 1 on every axis along which nothing differs."""
+    small = [_squeezed(part.astype(np.float64)) for part in parts]
+    return np.stack(np.broadcast_arrays(*small))
+
+
 def _squeezed(table: Array) -> Array:
-    """The table with size 1 on every axis, but the first, along which nothing differs."""
-    for axis in range(1, table.ndim):
+    """The table with size 1 on every axis along which nothing differs."""
+    for axis in range(table.ndim):
         start = table.take([0], axis)
         if (table == start).all():
             table = start

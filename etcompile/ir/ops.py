@@ -170,6 +170,13 @@ def _gain(header: Header, args: tuple[Arg, ...]) -> Type:
     return found
 
 
+def _row(header: Header, args: tuple[Arg, ...]) -> Type:
+    found = rule_of("row", OPS["row"].signature)(header, args)
+    if args[1] not in range(len(header.relation(found.of).rows)):
+        raise ProgramError(f"row: the group of {found.of} has no such state.", got=shown(args))
+    return found
+
+
 def _snap(header: Header, args: tuple[Arg, ...]) -> Type:
     found = rule_of("snap_immediate", "effect j, int -> influence j")(header, args)
     return dataclasses.replace(found, kind="snap", shape=(int(str(args[1])),))
@@ -212,6 +219,11 @@ register_op(
     "factor", "site s -> factor s",
     "factor(s)", "x_t as an array in which y is linear, so that it can be filtered: one-hot rows for an embedding",
     prefix="x",
+)  # fmt: skip
+register_op(
+    "row", "immediate r, int -> immediate r",
+    "row(f, 1)", "f in the row of state 1 alone",
+    rule=_row, prefix="f", zeros=zero.of_row,
 )  # fmt: skip
 register_op(
     "state", "group g -> state g",

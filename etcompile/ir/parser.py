@@ -143,8 +143,8 @@ def _response(text: str) -> Response:
     return Response(_numbers(inject), rows)
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(map(float, text.split(",")))
+def _numbers(text: str) -> tuple[float | None, ...]:
+    return tuple(None if number == "?" else float(number) for number in text.split(","))
 
 
 def _cut(m: re.Match[str]) -> Cut:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from urllib.parse import quote
 
 from etcompile.ir.header import Cut, Group, Relation, Response, Site
@@ -89,9 +90,13 @@ def _relation(r: Relation) -> str:
 
 
 def _response(r: Response) -> str:
-    """``D:f``, with D's rows apart by slashes."""
-    decay = "?" if r.decay is None else "/".join(",".join(map(repr, row)) for row in r.decay)
-    return f"{decay}:{','.join(map(repr, r.inject))}"
+    """``D:f``, with D's rows apart by slashes; a question mark where they are not constant."""
+    decay = "?" if r.decay is None else "/".join(map(_numbers, r.decay))
+    return f"{decay}:{_numbers(r.inject)}"
+
+
+def _numbers(values: Sequence[float | None]) -> str:
+    return ",".join("?" if v is None else repr(v) for v in values)
 
 
 def _cut(c: Cut) -> str:

@@ -16,7 +16,8 @@ from etcompile.ir.types import Type
 
 __all__ = [
     "Reads", "Table", "Zeros", "anywhere", "both", "by_columns", "by_signal", "either", "filled", "of_arguments", "of_bypass",
-    "of_contraction", "of_first", "of_immediate", "of_matrix", "of_product", "of_state", "of_sum", "of_transition", "wholly",
+    "of_contraction", "of_first", "of_immediate", "of_matrix", "of_product", "of_row", "of_state", "of_sum", "of_transition",
+    "wholly",
 ]  # fmt: skip
 
 Table = Any  #: tuple of bool (rows), tuple of tuple of bool (transition), or bool
@@ -92,6 +93,11 @@ def of_state(header: Header, equation: Equation, args: Sequence[Any]) -> Table:
 def of_first(header: Header, equation: Equation, args: Sequence[Any]) -> Table:
     """Where the first argument can."""
     return args[0]
+
+
+def of_row(header: Header, equation: Equation, args: Sequence[Any]) -> Table:
+    """The one row that the last argument names, where the first argument can."""
+    return tuple(can and k == args[1] for k, can in enumerate(args[0]))
 
 
 def of_sum(header: Header, equation: Equation, args: Sequence[Any]) -> Table:

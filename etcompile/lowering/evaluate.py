@@ -303,6 +303,11 @@ def _gain(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
     return tuple(full if k == state else None for k in range(len(geometry.relation.rows)))
 
 
+def _row(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    f, state = args
+    return tuple(v if k == state else None for k, v in enumerate(f))
+
+
 def _from_step(method: str) -> Rule:
     def rule(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
         (symbol,) = args
@@ -342,6 +347,7 @@ EVALUATE: dict[str, Rule] = {
     "transition": _from_step("transition"),
     "immediate": _from_step("immediate"),
     "gain": _gain,
+    "row": _row,
     "presynaptic": _from_step("presynaptic"),
     "factor": _factor,
     "state": _from_step("state"),

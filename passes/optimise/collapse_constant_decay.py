@@ -10,6 +10,11 @@ state: z_t = D z_{t-1} + φ x_t, where f[o] = s[o] φ. Whatever is linear in a t
 sums, products with numbers, further filters such as that of e-prop. A gradient contract(L, e) becomes
 Σ_k pullback(z_k, L_k s), an ordinary weight gradient with z in place of x.
 
+Where only some rows of D and f are constant, as that of an exponential synapse beside a membrane that spikes, filters take the
+place of these rows, and the trace keeps the others. With S the rows that are filters and u[k] the gain of row k,
+
+    e_t = D e_{t-1} + Σ_{j in S} (D u[j]) (x) z_{t-1}[j] + f (x) x_t        in the rows that are left
+
 The header tells which relations have a constant response, and which ones (``constant=D:f;D:f``): numbers that no state,
 input or parameter enters, so that the same holds while weights change. The result is the same to rounding. Memory goes from
 O(B I O) to O(B I) per response and state.
@@ -19,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etcompile.pass_api import (
@@ -103,7 +108,12 @@ def _numbers_instead(
     program: TraceProgram, relation: Relation, filters: Filters, rows: Mapping[str, Any]
 ) -> int:
     """How many numbers the traces carry, if filters carry fewer; else none."""
-    numbers = sum(sum(rows[e.name]) * math.prod(e.type.shape[1:]) for e in filters.traces if e.name in rows)
+    numbers = sum(
+        sum(carried and k not in filters.left[e.name] for k, carried in enumerate(rows[e.name]))
+        * math.prod(e.type.shape[1:])
+        for e in filters.traces
+        if e.name in rows
+    )
     carried = [(name, r, state) for name, r, state in filters.sums if name in rows and rows[name][state]]
     return numbers if len(carried) * math.prod(_factor(program, relation).shape) < numbers else 0
 
@@ -112,8 +122,12 @@ def _rewrite(out: Rewriter, by_trace: Mapping[str, _Replaced], can: Mapping[str,
     """Beside each trace its filters, and gradients made of them; the traces are swept up later."""
     for e in out.program.equations:
         if e.name in by_trace:
-            out.keep(e)
-            _write_filters(out, by_trace[e.name], e)
+            replaced = by_trace[e.name]
+            if replaced.filters.left[e.name]:
+                out.define(e, _left(out, replaced, e))
+            else:
+                out.keep(e)
+            _write_filters(out, replaced, e)
             continue
         read = next((by_trace[ref.name] for ref in e.refs if ref.name in by_trace), None)
         credit = None if read is None else _gradient(out, read, e, can)
@@ -142,6 +156,7 @@ def _sum(out: Rewriter, relation: Relation, terms: list[Term], values: Mapping[K
         if term.factor == -1.0 and term.power == 1 and total is not None:
             total = out.op("sub", total, value)
             continue
+        assert term.factor is not None  # entries of such terms are left
         if term.power == -1:
             value = out.op("div", value, term.factor)
         elif term.factor != 1.0:
@@ -157,7 +172,7 @@ def _late(value: Ref, delay: int) -> Ref:
 
 
 def _gradient(out: Rewriter, replaced: _Replaced, e: Equation, can: Mapping[str, Any]) -> Ref | None:
-    """``contract(L, e)`` as Σ_k pullback(z_k, L_k s); None where it is zero for every input."""
+    """``contract(L, e)`` as Σ_k pullback(z_k, L_k s), with the rows that are left; None where it is zero for every input."""
     relation, filters, values = replaced.relation, replaced.filters, replaced.values
     signal, trace = e.refs
     credits: dict[Ref, Ref] = {}
@@ -172,4 +187,47 @@ def _gradient(out: Rewriter, replaced: _Replaced, e: Equation, can: Mapping[str,
                     "back", signal, out.op("gain", Symbol(relation.name), number, state), prefix="q"
                 )
                 credits[z] = credit if z not in credits else out.op("add", credits[z], credit)
-    return out.sum(out.op("pullback", z, credit) for z, credit in credits.items())
+    found = [out.op("pullback", z, credit) for z, credit in credits.items()]
+    if filters.left[trace.name]:
+        found.append(out.op(e.op, *e.args, prefix="G"))
+    return out.sum(found)
+
+
+def _left(out: Rewriter, replaced: _Replaced, e: Equation) -> Ref:
+    """The rows of a trace that are left: what they were made of, where rows that are filters are read as these."""
+    filters, row = replaced.filters, out.row(e)
+    left = filters.left[e.name]
+    if row.injects:
+        f, x = e.refs
+        return out.op(e.op, _rows(out, f, left), x)
+    if row.couples:
+        decay, trace = e.refs
+        found = [out.op(e.op, decay, trace)] if filters.left[trace.name] else []
+        for state in range(len(replaced.relation.rows)):
+            for gain, z in _filtered(out, replaced, trace, state):
+                found.append(out.op("outer", _rows(out, out.op(e.op, decay, gain), left), z))
+    elif row.power:
+        return out.op(e.op, *e.args)
+    else:
+        found = []
+        for sign, trace in zip(row.terms, e.refs, strict=True):
+            mine = [trace] if filters.left[trace.name] else []
+            for state in left:
+                mine += [out.op("outer", gain, z) for gain, z in _filtered(out, replaced, trace, state)]
+            found += mine if sign == 1 else [out.op("mul", sign, value) for value in mine]
+    total = out.sum(found)
+    assert total is not None
+    return total
+
+
+def _filtered(out: Rewriter, replaced: _Replaced, trace: Ref, state: int) -> Iterator[tuple[Ref, Ref]]:
+    """The row of a state as gains and filters, where it is one."""
+    for key, number in replaced.filters.numbers(trace.name, state):
+        gain = out.op("gain", Symbol(replaced.relation.name), number, state)
+        yield gain, dataclasses.replace(replaced.values[key], delay=trace.delay)
+
+
+def _rows(out: Rewriter, f: Ref, states: Sequence[int]) -> Ref:
+    total = out.sum(out.op("row", f, state) for state in states)
+    assert total is not None
+    return total

@@ -4,6 +4,8 @@ The solver of :mod:`etcompile.passes.optimise.collapse_constant_decay`. All elem
 an entry, one for each state of the group; what an equation says of an entry is a sum of scaled entries and presynaptic values:
 
     e_t[k] = Σ_j D[k, j] e_{t-1}[j] + f[k] x_t
+
+Where the header knows some of these numbers only, an entry that needs another one is left, and so is what is made of it.
 """
 
 from __future__ import annotations
@@ -17,17 +19,20 @@ __all__ = ["Filters", "Key", "Term", "filters_of"]
 
 #: An entry of a trace: the trace's name, the response of its elements, the state.
 Key = tuple[str, Response, int]
-Vector = tuple[float, ...]
+Vector = tuple[float | None, ...]
 Matrix = tuple[Vector, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """``factor ** power`` times an entry, or times the presynaptic value ``source`` where there is no ``entry``."""
+    """``factor ** power`` times an entry, or times the presynaptic value ``source`` where there is no ``entry``.
+
+    A factor of None is not constant.
+    """
 
     source: Ref
     entry: Key | None
-    factor: Argument = 1.0
+    factor: Argument | None = 1.0
     power: int = 1
 
 
@@ -42,11 +47,19 @@ class Filters:
     traces : tuple of Equation
     sums : mapping of Key to list of Term
         The entries that can differ from zero, each as a sum.
+    left : mapping of str to tuple of int
+        For each trace the states whose entries can differ from zero, and are no such sums.
     """
 
     responses: Mapping[Response, list[int]]
     traces: tuple[Equation, ...]
     sums: Mapping[Key, list[Term]]
+    left: Mapping[str, tuple[int, ...]]
+
+    def numbers(self, trace: str, state: int) -> list[tuple[Key, int]]:
+        """The entries of a state that are sums, each with a number that its response has in the header."""
+        keys = ((trace, response, state) for response in self.responses)
+        return [(key, number) for key in keys if key in self.sums for number in self.responses[key[1]]]
 
 
 def filters_of(out: Rewriter, relation: Relation) -> Filters | None:
@@ -69,7 +82,13 @@ def filters_of(out: Rewriter, relation: Relation) -> Filters | None:
                 if terms is None:
                     return None
                 sums[e.name, response, state] = terms
-    return Filters(responses, traces, _live(sums))
+    live = _live(sums)
+    left = _left(live)
+    solved = {key: terms for key, terms in live.items() if (key[0], key[2]) not in left}
+    states = range(len(relation.rows))
+    return Filters(
+        responses, traces, solved, {e.name: tuple(k for k in states if (e.name, k) in left) for e in traces}
+    )
 
 
 def _terms(out: Rewriter, e: Equation, response: Response, state: int) -> list[Term] | None:
@@ -114,7 +133,25 @@ def _numbers(out: Rewriter, argument: Argument, response: Response) -> tuple | N
 
 
 def _scaled(number: float, value: tuple) -> tuple:
-    return tuple(_scaled(number, v) if isinstance(v, tuple) else number * v for v in value)
+    return tuple(
+        _scaled(number, v) if isinstance(v, tuple) else None if v is None else number * v for v in value
+    )
+
+
+def _left(live: Mapping[Key, list[Term]]) -> set[tuple[str, int]]:
+    """Traces and states of entries that need a number that is not constant, or another such entry."""
+    left: set[tuple[str, int]] = set()
+    while True:
+        grown = {
+            (trace, state)
+            for (trace, _, state), terms in live.items()
+            if any(
+                t.factor is None or (t.entry is not None and (t.entry[0], t.entry[2]) in left) for t in terms
+            )
+        }
+        if grown == left:
+            return left
+        left = grown
 
 
 def _live(sums: Mapping[Key, list[Term]]) -> dict[Key, list[Term]]:
