@@ -30,7 +30,9 @@ import brainstate
 import jax
 import numpy_evaluation
 from shared import forget_if_much
+from without_programs import without_programs
 
+without_programs()
 jax.config.update("jax_enable_x64", True)
 brainstate.environ.set(precision=64)
 # Tracing makes millions of small objects and hardly a circle of them.

@@ -7,6 +7,7 @@ says what numbers they stand for without XLA. Operations that are not in the tab
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -139,8 +140,20 @@ def _run(eqn: Any, values: list[Any]) -> Sequence[Any]:
 
 def _by_jax(eqn: Any, values: list[Any]) -> list[Any]:
     """One equation run by JAX."""
-    found = eqn.primitive.bind(*values, **eqn.params)
+    if eqn.primitive.name in _COMPILED_AT_EVERY_CALL:
+        found = _compiled_once(eqn.primitive, **eqn.params)(*values)
+    else:
+        found = eqn.primitive.bind(*values, **eqn.params)
     return [_array(v) for v in (found if eqn.primitive.multiple_results else [found])]
+
+
+#: Outside of a jit they compile their loops anew each time.
+_COMPILED_AT_EVERY_CALL = frozenset(["random_gamma"])
+
+
+@functools.cache
+def _compiled_once(primitive: Any, **params: Any) -> Callable:
+    return _JIT(lambda *values: primitive.bind(*values, **params))
 
 
 def _called(eqn: Any) -> Any:

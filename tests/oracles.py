@@ -81,7 +81,14 @@ def from_vector(vector: jax.Array, like: Tree, *, gradient: bool = False) -> Tre
 
 
 def time_slice(tree: Tree, t: int) -> Tree:
-    return jax.tree.map(lambda a: a[t], tree)
+    """Step t. By numpy, since JAX compiles a program for each shape; keys are none of its arrays."""
+    is_key = lambda a: jnp.issubdtype(a.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return jax.tree.map(lambda a: a[t] if is_key(a) else np.asarray(a)[t, ...], tree)
+
+
+def summed(trees: Sequence[Tree]) -> Tree:
+    """Leaf by leaf."""
+    return jax.tree.map(lambda *leaves: sum(map(np.asarray, leaves)), *trees)
 
 
 def length(xs: Tree) -> int:
@@ -141,7 +148,7 @@ def one_step_grad(step, params, state, x, target, loss_fn) -> tuple[jax.Array, T
 class Online:
     """What an online run gives: the sum of gradients, those of every step, and where the run ended."""
 
-    losses: jax.Array
+    losses: np.ndarray
     grads: Tree
     grads_per_step: list[Tree]
     params: Tree
@@ -213,9 +220,11 @@ def dense_step(step, loss_fn, groups: Sequence[Sequence[str]], jacobian=jax.jacf
     return one
 
 
-def no_influence(params, state, groups) -> list[jax.Array]:
-    size = to_vector(params).size
-    return [jnp.zeros((to_vector({n: state[n] for n in g}).size, size)) for g in groups]
+def no_influence(params, state, groups) -> list[np.ndarray]:
+    def size(tree):
+        return jax.eval_shape(to_vector, tree).size
+
+    return [np.zeros((size({n: state[n] for n in g}), size(params))) for g in groups]
 
 
 def dense_d_rtrl(
@@ -258,8 +267,7 @@ def dense_d_rtrl(
         per_step.append(grads)
         if update is not None:
             params, update_state = update(params, update_state, grads)
-    total = jax.tree.map(lambda *g: sum(g[1:], start=g[0]), *per_step)
-    return Online(jnp.stack(losses), total, per_step, params, state)
+    return Online(np.stack(losses), summed(per_step), per_step, params, state)
 
 
 # --- Structure, found from derivatives --------------------------------------------------------------------------------
@@ -281,9 +289,11 @@ def local_groups(step, params, state, x, hidden: Sequence[str]) -> tuple[tuple[s
         step(params, full, x, cut=cut_tree, put=put)
         return {n: to_vector(before_put[n]) for n in hidden}
 
-    old = {n: to_vector(state[n]) for n in hidden}
-    zero = {n: jnp.zeros_like(v) for n, v in old.items()}
-    slopes = op_by_op(jax.jacfwd(locally, argnums=(0, 1)), old, zero)
+    def all_slopes(states):
+        old = {n: to_vector(v) for n, v in states.items()}
+        return jax.jacfwd(locally, argnums=(0, 1))(old, {n: jnp.zeros_like(v) for n, v in old.items()})
+
+    slopes = op_by_op(all_slopes, {n: state[n] for n in hidden})
     parent = {n: n for n in hidden}
 
     def root(n):
@@ -303,12 +313,13 @@ def finite_difference(losses_of, params: Tree, direction: Tree, epsilon: float =
     """Derivative of the summed losses along `direction` (a tree like `params`), by central differences."""
 
     def moved(sign):
-        return losses_of(jax.tree.map(lambda p, d: p + sign * epsilon * d, params, direction)).sum()
+        at = jax.tree.map(lambda p, d: np.asarray(p) + sign * epsilon * d, params, direction)
+        return np.asarray(losses_of(at)).sum()
 
     return float((moved(1.0) - moved(-1.0)) / (2 * epsilon))
 
 
 def directional(grads: Tree, direction: Tree) -> float:
     """Derivative along `direction` that `grads` (in the convention of `jax.grad`) stands for."""
-    products = jax.tree.map(lambda g, d: jnp.real(jnp.sum(g * d)), grads, direction)
+    products = jax.tree.map(lambda g, d: np.real(np.sum(np.asarray(g) * d)), grads, direction)
     return float(sum(jax.tree.leaves(products)))

@@ -9,9 +9,10 @@ from typing import Any
 import brainstate
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from numpy_evaluation import interpreted
-from oracles import Online, Tree, dense_d_rtrl, identity, keep, time_slice
+from oracles import Online, Tree, dense_d_rtrl, identity, keep, summed, time_slice
 from shared import shared
 from zoo import CASES, Case, Function
 from zoo.base import Built
@@ -116,7 +117,7 @@ def step_of(case: Case):
 class Learned:
     """What `step_of` gave, step by step: losses (T,), gradients of each step and their sum."""
 
-    losses: jax.Array
+    losses: np.ndarray
     grads_per_step: list[Tree]
     grads: Tree
 
@@ -131,5 +132,4 @@ def learned(case: Case) -> Learned:
         loss, grad = run(time_slice(built.xs, t), *time_slice(tuple(built.targets), t))
         losses.append(loss)
         grads.append(grad)
-    total = jax.tree.map(lambda *g: sum(g[1:], start=g[0]), *grads)
-    return Learned(jnp.stack(losses), grads, total)
+    return Learned(np.stack(losses), grads, summed(grads))

@@ -7,6 +7,7 @@ import os
 import brainstate
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from oracles import relative_error
 from references import autodiff, compiled, fresh
@@ -30,7 +31,7 @@ def results(name, algo, chunk, calls=TWO_CALLS, **options):
     run = step.scan_value_and_grad(built.loss_fn, chunk=chunk)
     found = []
     for part in calls:
-        xs, targets = jax.tree.map(lambda v, p=part: v[p], (built.xs, built.targets))
+        xs, targets = jax.tree.map(lambda v, p=part: np.asarray(v)[p], (built.xs, built.targets))
         found.append(run(xs, *targets))
     return found, jax.tree.leaves(step.traces), built.tolerance
 

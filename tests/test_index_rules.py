@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from numpy_evaluation import interpreted
 
 from etcompile.analysis import index_rules
 from etcompile.analysis.index_rules import ELEMENTWISE, MANY, NONE, operand_influence
@@ -106,8 +107,10 @@ def jacobians(graph, operation, operand):
     """For each result, (its elements, elements of the operand): whether a derivative differs from zero somewhere."""
     avals = [graph.aval(i) for i in operation.inputs]
 
-    def run(value, rest):
-        rest[operand] = value
+    @interpreted
+    @jax.jacfwd
+    def jacobian(value, rest):
+        rest = [value if k == operand else v for k, v in enumerate(rest)]
         return [jnp.asarray(v, jnp.result_type(v, float)) for v in bind(operation, rest)]
 
     found = None
@@ -120,7 +123,7 @@ def jacobians(graph, operation, operand):
             )
             for i, a in zip(operation.inputs, avals, strict=True)
         ]
-        jac = jax.jacfwd(run)(values[operand], values)
+        jac = jacobian(values[operand], values)
         size = avals[operand].size
         reached = [np.asarray(j).reshape(-1, size) != 0 for j in jac]
         found = reached if found is None else [a | b for a, b in zip(found, reached, strict=True)]

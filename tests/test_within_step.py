@@ -13,6 +13,8 @@ from references import compiled as compiled_case
 from test_random_models import TOLERANCE, compiled, profile
 from zoo import CASES, by_name
 
+pytestmark = pytest.mark.usefixtures("by_numpy")
+
 # At its first step pp_prop's gradient is that of autodiff. It is made of L f; what of q is not in that is added,
 # unless the relation is whole.
 

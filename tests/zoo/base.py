@@ -95,23 +95,21 @@ def dotted(path) -> str:
 
 def cast(leaf, dtype):
     """A floating leaf in `dtype`, a complex one in the complex type of that precision, others as they are."""
-    leaf = jnp.asarray(leaf)
+    leaf = np.asarray(leaf)
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        return leaf.astype(jnp.complex128 if jnp.dtype(dtype).itemsize == 8 else jnp.complex64)
-    if jnp.issubdtype(leaf.dtype, jnp.floating):
-        return leaf.astype(dtype)
-    return leaf
+        return jnp.asarray(leaf, jnp.complex128 if jnp.dtype(dtype).itemsize == 8 else jnp.complex64)
+    return jnp.asarray(leaf, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
 
 
 def noisy(rng: np.random.Generator, tree, scale: float, dtype):
     """Every inexact leaf of `tree` moved by normal noise of size `scale`, in `dtype`."""
 
     def move(leaf):
-        leaf = jnp.asarray(leaf)
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if not jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):
             return leaf
+        leaf = np.asarray(leaf)
         noise = rng.normal(size=leaf.shape) * scale
-        if jnp.iscomplexobj(leaf):
+        if np.iscomplexobj(leaf):
             noise = noise + 1j * rng.normal(size=leaf.shape) * scale
         return cast(leaf + noise, dtype)
 
