@@ -52,7 +52,7 @@ def _lines(report: Report) -> Iterator[str]:
         owner = report.trace_owners.get(name)
         yield f"    {name}  {_bytes(size)}" + (f"  {owner}" if owner else "")
     if report.traces and any(p.positions > 1 for p in report.parameters):
-        yield "    in chunks these are needed from call to call alone: Schedule(keep_traces=False) carries none"
+        yield "    a sequence that is one chunk needs none of these, with Schedule(keep_traces=False)"
     if report.devices:
         yield "  devices"
         yield from (f"    {line}" for line in report.devices)
