@@ -229,6 +229,66 @@ class EProp(DRTRL):
         return self.filtered
 
 
+class EPropWithRate(EProp):
+    """E-prop, and c (zb - f) of what a group shows, with the unfiltered trace: zb = mu zb + (1 - mu) z."""
+
+    def __init__(self, rate: float, weight: float, mu: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.rate, self.weight, self.mu = rate, weight, mu
+
+    def start(self, t):
+        super().start(t)
+        self.mean = dict.fromkeys(t.groups, 0.0)
+
+    def advance(self, t):
+        super().advance(t)
+        for n, group in t.groups.items():
+            self.mean[n] = self.mu * self.mean[n] + (1 - self.mu) * group.shown
+
+    def values(self, t):
+        found = super().values(t)
+        for n in t.traced:
+            site = t.sites[n]
+            drive = self.weight * (self.mean[site.group] - self.rate)
+            found[n] = found[n] + contract(through(t.groups[site.group], drive), site, self.e[n])
+        return found
+
+
+class Cascade(Rule):
+    """Stages of a state space model dz/ds = A z + b u, u held for a step: z = expm(A) z + (integral of expm(A s) b) u."""
+
+    def __init__(self, delay: float, stages: int) -> None:
+        alpha = (stages - 1) / delay
+        self.A = -alpha * np.eye(stages) + np.diag(np.ones(stages - 1), -1)
+        # expm by scaling and squaring of its series; the integral is the last column of a larger one
+        larger = np.zeros((stages + 1, stages + 1))
+        larger[:stages, :stages], larger[0, stages] = self.A, 1.0
+        whole, term = np.eye(stages + 1), np.eye(stages + 1)
+        for k in range(1, 40):
+            term = term @ larger / k
+            whole = whole + term
+        self.keep, self.add = whole[:stages, :stages], whole[:stages, stages]
+        answers, z = 0.0, self.add
+        for _ in range(int(200 * delay)):
+            answers, z = answers + z[-1], self.keep @ z
+        self.total = answers
+
+    def start(self, t):
+        self.z = {n: np.zeros((len(self.add), *outer(t.sites[n]).shape)) for n in t.traced}
+
+    def advance(self, t):
+        for n in t.traced:
+            added = np.multiply.outer(self.add, outer(t.sites[n]))
+            self.z[n] = np.tensordot(self.keep, self.z[n], 1) + added
+
+    def values(self, t):
+        return {
+            n: contract(t.groups[t.sites[n].group].signal, t.sites[n], self.z[n][-1] / self.total)
+            + rest(t, n)
+            for n in t.traced
+        }
+
+
 class ThreeFactor(DRTRL):
     """e as D-RTRL; L is a given modulator: a number, one per unit, or a dict of either by group."""
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy_models import MODELS, SQUARED
-from numpy_rules import ETLP, STLLR, Decolle, Rule, SuperSpike, run, summed
+from numpy_rules import ETLP, STLLR, Cascade, Decolle, EPropWithRate, Rule, SuperSpike, run, summed
 from oracles import relative_error
 from shared import shared
 from test_rules import (
@@ -22,6 +22,7 @@ from test_rules import (
 )
 
 import etcompile
+from etcompile.passes.rules.cascade import of_stages
 
 pytestmark = pytest.mark.usefixtures("by_numpy")
 
@@ -42,6 +43,12 @@ CASES = [
     ),
     Case("etlp", lambda B: ETLP(0.7, B), dict(leak=0.7)),
     Case("decolle", lambda B: Decolle(B), dict(seed=2), seed=2),
+    Case("cascade", lambda B: Cascade(3.0, 3), dict(delay=3.0, stages=3)),
+    Case(
+        "e_prop",
+        lambda B: EPropWithRate(0.2, 0.3, 0.8, kappa=0.6),
+        dict(kappa=0.6, rate=0.2, rate_weight=0.3, rate_decay=0.8),
+    ),
 ]
 BY_NAME = {str(c): c for c in CASES}
 
@@ -105,8 +112,19 @@ def test_sltt_carries_nothing_and_is_one_step_of_backpropagation():
         ("superspike", {"feedback": "none"}, "no such feedback"),
         ("s_tllr", {"lambda_pre": 1.0}, "leak must lie"),
         ("three_factor", {"baseline": 2.0}, "baseline must lie"),
+        ("cascade", {"stages": 1}, "two stages or more"),
     ],
 )
 def test_bad_options(algo, options, message):
     with pytest.raises(etcompile.OptionError, match=message):
         compiled(ALL["rate"](), algo, **options)
+
+
+def test_the_last_stage_of_a_cascade_peaks_after_the_delay():
+    decays, gains = of_stages(20.0, 8)
+    keep = sum(np.diag([decays[j]] * (8 - j), -j) for j in range(8))
+    z, answers = np.array(gains), []
+    for _ in range(400):
+        answers.append(z[-1])
+        z = keep @ z
+    assert abs(int(np.argmax(answers)) - 20) <= 1 and abs(sum(answers) - 1) < 1e-6

@@ -82,6 +82,7 @@ RULES = (
     Entry("s_tllr", "s_tllr", {}, "B (I + O)", "B I O", "T = 1"),
     Entry("etlp", "etlp", {}, "B I", "B I O"),
     Entry("decolle", "decolle", {}, "B I O", "B I O"),
+    Entry("cascade", "cascade", {}, "n B I O", "n² B I O"),
     Entry("sltt", "sltt", {}, "0", "B I O", "T = 1"),
     Entry("uoro", "uoro", {}, "B N + P", "a few steps", "on average over seeds"),
     Entry("kf_rtrl", "kf_rtrl", {}, "B N O + B I", "B N² O", "on average over seeds", rate_of="bptt"),
