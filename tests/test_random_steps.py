@@ -128,9 +128,10 @@ def close(found, wanted, model, what: str) -> None:
 @pytest.mark.parametrize("block", range(0, MODELS, BLOCK))
 def test_laws_of_every_model(block):
     for number in range(block, min(block + BLOCK, MODELS)):
-        # XLA compiles a third of the programs, of every turn and every rule: the numbers are the question.
+        # XLA compiles a sixth of the programs, and a third of other rules', of every turn and every rule: the numbers are the question.
+        share = 3 if number % 9 == 2 else 6
         try:
-            with by_numpy(on=(number + number // 9 + number // 108) % 3 != 0):
+            with by_numpy(on=(number + number // 9 + number // 108) % share != 0):
                 check(number)
         except Exception as error:
             error.add_note(f"random step {number}: {recipe(number)}")

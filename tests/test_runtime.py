@@ -11,6 +11,7 @@ import optax
 import pytest
 import saiunit as u
 from oracles import bptt, dense_d_rtrl, one_step_grad, relative_error, time_slice
+from shared import shared
 from zoo import Function, by_name
 
 import etcompile
@@ -60,6 +61,7 @@ def values(step):
     return {path: state.value for path, state in step.param_states.items()}
 
 
+@shared
 def reference():
     """Losses and gradients of every step, one call of value_and_grad after the other."""
     step, model = fresh()
