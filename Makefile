@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo rules bench brain test quick lint format types layers check hooks clean
+.PHONY: help demo rules bench brain worm test quick lint format types layers check hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ bench: $(VENV)/.installed-bench  ## time and memory beside others, and write doc
 
 brain: $(VENV)/.installed-brain  ## a brain of 127,400 spiking neurons learns, every synapse of it; BRAIN_ARGS="--scale 0.01" to try
 	$(BIN)/python tools/brain $(BRAIN_ARGS)
+
+worm: $(VENV)/.installed-worm  ## the same of the worm C. elegans, with the connectome of the package cect
+	$(BIN)/python tools/brain --of worm --out out/worm $(BRAIN_ARGS)
 
 test: $(VENV)/.installed-dev  ## all tests; PYTEST_ARGS="-k lstm" for some
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)

@@ -15,14 +15,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def connectome():
-    path = ROOT / "tools" / "brain" / "connectome.py"
-    spec = importlib.util.spec_from_file_location("brain_connectome", path)
+def module(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / "brain" / f"{name}.py")
     found = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = found
     spec.loader.exec_module(found)
     return found
+
+
+@pytest.fixture(scope="module")
+def connectome():
+    found = module("connectome")
+    yield found
+    del sys.modules["connectome"]
 
 
 def test_the_synthetic_connectome(connectome):
@@ -35,6 +40,22 @@ def test_the_synthetic_connectome(connectome):
     again = connectome.fly(0.01, seed=3)
     assert (again.senders == c.senders).all() and (again.synapses == c.synapses).all()
     assert (connectome.fly(0.01, seed=4).senders != c.senders).any()
+
+
+def test_a_connectome_of_transmitters(connectome):
+    """Cells 0 and 2 release GABA and acetylcholine, 3 glutamate; 1 is a muscle. Gap junctions are no synapses."""
+    none = np.zeros((4, 4))
+    gaba, choline, glutamate = none.copy(), none.copy(), none.copy()
+    gaba[0, [1, 2]] = 5, 1
+    choline[2, [1, 3]] = 2, 3
+    glutamate[3, 0] = 4
+    matrices = {"Glutamate": glutamate, "GABA": gaba, "Generic_GJ": none + 1, "Acetylcholine": choline}
+    table = {"nodes": ["a", "m", "b", "c"], "connections": {k: v.tolist() for k, v in matrices.items()}}
+    c = module("worm").read(table)  # numbered b, a, c, m
+    found = set(zip(c.senders.tolist(), c.receivers.tolist(), c.synapses.tolist(), strict=True))
+    assert found == {(1, 3, 5.0), (1, 0, 1.0), (0, 3, 2.0), (0, 2, 3.0), (2, 1, 4.0)}
+    assert c.signs.tolist() == [1.0, -1.0, 1.0, 1.0] and c.region.tolist() == [0, 1, 2, 3]
+    assert (np.diff(c.receivers) >= 0).all()
 
 
 def test_a_small_brain_learns(tmp_path):

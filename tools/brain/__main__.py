@@ -1,6 +1,6 @@
 """``python tools/brain``: a brain of leaky integrate-and-fire neurons in which every synapse learns.
 
-    make brain                      # or: python tools/brain [--scale 0.01] [--rules d_rtrl ...] [--out DIR]
+    make brain                      # or make worm, or: python tools/brain [--scale 0.01] [--rules d_rtrl ...] [--out DIR]
 
 A synthetic connectome of the size of a fly brain is fitted to a target rate for each of its regions, online: states and
 eligibility traces go on, and the weights change after each window. Each rule runs in a process of its own, for its peak
@@ -24,6 +24,10 @@ from network import Network, Times
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from worm import worm
+
+#: What a synapse adds to a current, in units of the threshold: the worm has few.
+GAINS = {"fly": 0.01, "worm": 0.05}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     description, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(prog="python tools/brain", description=description)
-    parser.add_argument("--scale", type=float, default=1.0, help="share of a whole brain (%(default)s)")
+    parser.add_argument("--of", choices=("fly", "worm"), default="fly", help="whose brain (%(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the fly's brain (%(default)s)")
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES), metavar="RULE")
     parser.add_argument("--updates", type=int, default=40, help="changes of the weights (%(default)s)")
     parser.add_argument("--window", type=int, default=50, help="steps before each (%(default)s)")
@@ -59,7 +64,7 @@ def one(options: argparse.Namespace, rule: str) -> None:
     """Fit with one rule, and write what was found."""
     settings = Settings(options.updates, options.window, options.settle, options.learning_rate, options.seed)
     times = Times()
-    network = Network(_connectome(options), times, gain=0.01)
+    network = Network(_connectome(options), times, GAINS[options.of])
     columns = TextColumn(f"{rule:<8}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
     with Progress(*columns, TimeElapsedColumn()) as progress:
         bar = progress.add_task("compiling", total=settings.updates)
@@ -91,7 +96,7 @@ def table(found: list[dict[str, Any]]) -> Table:
 
 
 def _connectome(options: argparse.Namespace) -> Connectome:
-    return fly(options.scale, options.seed)
+    return worm() if options.of == "worm" else fly(options.scale, options.seed)
 
 
 def _path(options: argparse.Namespace, rule: str, ending: str) -> Path:
