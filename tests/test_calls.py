@@ -223,3 +223,40 @@ def test_a_parameter_that_was_deleted_costs_no_traces():
         runs[0](XS[0], YS[0])
     step.params = kept
     same(*(run(XS[0], YS[0])[1] for run in runs))
+
+
+class Listed(brainstate.nn.Module):
+    """Cells in a list, a dict and a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells = [Leaky(), {"b": (Leaky(),)}]
+
+    def update(self, x):
+        return self.cells[1]["b"][0](self.cells[0](x))
+
+
+class Leaky(brainstate.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.h = brainstate.ParamState(draw(1, 3)), brainstate.HiddenState(jnp.zeros(3))
+
+    def update(self, x):
+        self.h.value = 0.9 * self.h.value + self.w.value * x
+        return self.h.value
+
+
+def test_a_state_replaced_inside_of_a_list_is_seen():
+    model = Listed()
+    step = etcompile.compile(model, jnp.ones(3))
+    for _ in range(3):
+        step(jnp.ones(3))
+    found = step.executor.live.holders
+    assert found.linked(model) and not found.linked(Listed())
+    model.cells[1]["b"][0].w = brainstate.ParamState(jnp.full(3, 2.0))
+    assert not found.linked(model)
+    first, last = (cell.h.value for cell in (model.cells[0], model.cells[1]["b"][0]))
+    out = step(jnp.ones(3))
+    same(out, 0.9 * last + 2.0 * (0.9 * first + model.cells[0].w.value))
+    model.cells[0] = model.cells[1]
+    assert not step.executor.live.holders.linked(model)

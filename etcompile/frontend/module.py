@@ -32,6 +32,10 @@ from etcompile.frontend.user_code import user_frame
 __all__ = ["ModuleStates", "is_module", "trace_module"]
 
 
+#: Owners, names of what they hold, and what that is.
+_Links = tuple[list[Any], list[Any], list[Any]]
+
+
 def is_module(model: Any) -> bool:
     return isinstance(model, brainstate.nn.Module)
 
@@ -46,36 +50,35 @@ class ModuleStates:
     params: dict[str, Any]
     states: dict[str, Any]
     inside: Mapping[str, tuple[str, ...]]
-    #: Owner, name and value of every attribute between the model that was looked at last and its ``State`` objects; empty where
-    #: there is more between them than attributes, None before the first look.
-    _links: tuple[list[Any], list[str], list[Any]] | None = dataclasses.field(
-        default=None, init=False, repr=False
-    )
+    #: What lies between the model that was looked at last and its ``State`` objects: owner, name and value of every attribute;
+    #: container, key and value of every entry of a list, tuple or dict. None before the first look.
+    _links: tuple[_Links, _Links] | None = dataclasses.field(default=None, init=False, repr=False)
 
     def linked(self, model: Any) -> bool:
         """Whether it is clear at once that these are the ``State`` objects that the model holds now."""
-        owners, names, found = self._links or ((), (), ())
-        try:  # at every call: in C, where all that lies on the way are attributes
+        if self._links is None:
+            return False
+        (owners, names, found), (containers, keys, entries) = self._links
+        try:  # at every call: in C
             return (
                 bool(owners)
                 and owners[0] is model
                 and all(map(operator.is_, map(getattr, owners, names), found))
+                and all(map(operator.is_, map(operator.getitem, containers, keys), entries))
             )
-        except AttributeError:
+        except (AttributeError, LookupError):
             return False
 
     def refreshed(self, model: Any) -> ModuleStates:
         """The same paths with the ``State`` objects that the model holds now."""
         if self.linked(model):
             return self
-        owners = self._links[0] if self._links else ()
         for owner, held in self._places:
             there = _lies_at(model, owner)
             if there is None or not all(_part(there, name) is state for name, state in held):
                 break
         else:
-            if self._links is None or owners:
-                object.__setattr__(self, "_links", self._attributes(model))
+            object.__setattr__(self, "_links", self._links_from(model))
             return self
         now = {".".join(map(str, path)): state for path, state in model.states().items()}
         if all(now.get(p, s) is s for held in (self.params, self.states) for p, s in held.items()):
@@ -86,25 +89,26 @@ class ModuleStates:
             self.inside,
         )
 
-    def _attributes(self, model: Any) -> tuple[list[Any], list[str], list[Any]]:
-        """:attr:`_links` for a model; nothing where a list, dict or tuple lies on the way."""
-        owners, names, found = [], [], []
+    def _links_from(self, model: Any) -> tuple[_Links, _Links]:
+        """:attr:`_links` for a model."""
+        attributes: _Links = [], [], []
+        entries: _Links = [], [], []
+
+        def follow(there: Any, part: str) -> Any:
+            inside = _is_container(there)
+            key = _index(there, part) if inside else part
+            value = there[key] if inside else getattr(there, part)
+            for column, one in zip(entries if inside else attributes, (there, key, value), strict=True):
+                column.append(one)
+            return value
+
         for path, held in self._places:
             there = model
             for part in path:
-                if _is_container(there):
-                    return [], [], []
-                owners.append(there)
-                names.append(part)
-                there = getattr(there, part)
-                found.append(there)
-            if _is_container(there):
-                return [], [], []
-            for name, state in held:
-                owners.append(there)
-                names.append(name)
-                found.append(state)
-        return owners, names, found
+                there = follow(there, part)
+            for name, _ in held:
+                follow(there, name)
+        return attributes, entries
 
     @cached_property
     def _places(self) -> list[tuple[tuple[str, ...], list[tuple[str, Any]]]]:
