@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from oracles import relative_error
+from shared import shared
 
 import etcompile
 from etcompile.errors import EtcompileError, OptionError
@@ -49,6 +50,7 @@ def fresh(model=Net, batch=B, **options):
     return etcompile.compile(model(), XS[0, :batch], batch_size=batch, **options)
 
 
+@shared
 def wanted():
     return fresh().scan_value_and_grad(squared)(XS, YS)
 
