@@ -127,7 +127,9 @@ def _measured(
     network: Network, step: etcompile.Step, run: Callable, given: tuple, wanted: Array
 ) -> dict[str, Any]:
     """Milliseconds of a step, learning and forward in turns; memory of a run, predicted and measured."""
-    steps = len(given[0])
+    steps, target = len(given[0]), jax.ShapeDtypeStruct(wanted.shape, wanted.dtype)
+    cost = step.cost(steps=steps, loss_fn=loss, targets=(target,))
+    run_bytes = memory.held() + memory.growth(lambda: run(*given))  # before there are arrays of others
     forward, theta, start = network.run(), step.params["theta"], network.start()
     contenders = {"learning": lambda: run(*given), "forward": lambda: forward(theta, start, given[0])}
     jax.block_until_ready(contenders["forward"]())
@@ -137,10 +139,8 @@ def _measured(
             began = time.perf_counter()
             jax.block_until_ready(contender())
             found[name].append(1000 * (time.perf_counter() - began) / steps)
-    target = jax.ShapeDtypeStruct(wanted.shape, wanted.dtype)
-    cost = step.cost(steps=steps, loss_fn=loss, targets=(target,))
     return {
         "milliseconds": {name: min(times) for name, times in found.items()},
         "predicted_bytes": cost.peak_bytes,
-        "run_bytes": memory.held() + memory.growth(contenders["learning"]),
+        "run_bytes": run_bytes,
     }
