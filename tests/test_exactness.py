@@ -94,7 +94,7 @@ MODELS = {
     rolled: (W_ONLY, H),
     looped: ({"w": W, "v": V}, {"b": ZERO, "v": ZERO, "h": ZERO}),
 }
-EXACT = {leaky, skipped}
+EXACT = {leaky, skipped, packed, register}
 
 
 def square(out, target):
@@ -161,7 +161,7 @@ def test_snap_names_what_its_pattern_drops():
     check(tanh_cell, compiled(tanh_cell, algo="snap"))
 
 
-@pytest.mark.parametrize("fn", [tanh_cell, ring, register, packed], ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("fn", [tanh_cell, ring], ids=lambda fn: fn.__name__)
 def test_rules_that_follow_every_path_are_exact_where_local_ones_cut(fn):
     check(fn, compiled(fn, algo="rtrl"))
     assert compiled(fn, algo="rtrl").exact
