@@ -120,7 +120,9 @@ def _other(use: WeightUse) -> Operand | None:
 
 
 def _same_float(use: WeightUse) -> bool:
-    """Whether weight and result are alike, and real."""
+    """Whether weight and result are alike, and real; what only tells the host of a weight has no result."""
+    if not use.operation.outputs:
+        return False
     weight, y = use.avals[use.operand], use.graph.aval(use.operation.outputs[0])
     return weight == y and bool(jnp.issubdtype(y.dtype, jnp.floating))
 
