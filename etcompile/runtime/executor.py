@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,30 +10,27 @@ import jax
 import jax.numpy as jnp
 
 from etcompile.compiled import Compiled
-from etcompile.errors import CarryError, ModelError, OptionError, UnsupportedError
+from etcompile.errors import OptionError
 from etcompile.frontend.function import own_copy
-from etcompile.frontend.jaxpr import in_transformation, is_traced
+from etcompile.frontend.jaxpr import in_transformation
 from etcompile.frontend.loss_errors import underivable_loss
-from etcompile.frontend.module import not_recorded
-from etcompile.frontend.step_model import StepModel, leaf_names
+from etcompile.frontend.step_model import StepModel
 from etcompile.lowering.carried import outlasts
 from etcompile.lowering.functions import Carry, StepFunctions
 from etcompile.lowering.losses import Loss, LossProgram
 from etcompile.lowering.placement import Placement
+from etcompile.runtime.carry_checks import other_states, refuse_unrecorded, require_alive, require_arrays
 from etcompile.runtime.compilations import Compilation, Compilations, Lower
 from etcompile.runtime.foreign_writes import ForeignWrites
 from etcompile.runtime.jitted import MissingConstants, NotSeen
 from etcompile.runtime.model_states import ModelAccess
 from etcompile.runtime.resizing import batch_leaves
-from etcompile.runtime.shapes import kinds_of, shapes_alone, shapes_of
+from etcompile.runtime.shapes import kinds_of, shapes_of
 from etcompile.runtime.trace_state import TraceState
 from etcompile.runtime.unchanged import Unchanged
 from etcompile.schedule import require_divisible_batch
 
 __all__ = ["Executor"]
-
-#: Of an array; what is none has no such method.
-_is_deleted = operator.methodcaller("is_deleted")
 
 
 class Executor:
@@ -175,13 +171,13 @@ class Executor:
         if self._left_by is not self.compilation or not self._writes.as_left(leaves, tree):
             kinds = kinds_of(states)
             if kinds != self.compilation.kinds:
-                raise self._other_states(states, kinds)
+                raise other_states(self.model.name, states, kinds, self.compilation.kinds)
         self._watch()
         held = self.traces
         self._writes.check(leaves, through=held.shared)
-        self._require_alive(states, leaves, "state ")
+        self._require_alive("state", states, leaves)
         traces = held.own()
-        self._require_alive(traces, jax.tree.leaves(traces), "trace ")
+        self._require_alive("trace", traces, jax.tree.leaves(traces))
         return Carry(states, held.to_give(traces) if give_away else traces)
 
     def commit(self, carry: Carry) -> None:
@@ -200,7 +196,7 @@ class Executor:
         self.require_arrays()
         states, initial = self.live.states(), getattr(self.live, "initial", None)
         states = {**states, **initial} if isinstance(states, dict) and isinstance(initial, dict) else initial
-        self._require_alive(states, jax.tree.leaves(states), "initial state ")
+        self._require_alive("initial state", states, jax.tree.leaves(states))
         states = jax.tree.map(own_copy, states)
         place = self.placement
         held = place.put_states(states, self.model.state_forms)
@@ -208,68 +204,16 @@ class Executor:
 
     def require_arrays(self) -> None:
         """Raise :class:`ModelError` where parameters or states are shapes alone."""
-        if not self.compilations.abstract:
-            return
-        path = shapes_alone({"params": self.live.params(), "state": self.live.states()})
-        if path is not None:
-            raise ModelError(
-                f"{self.model.name} was given by shapes alone: it can be analysed, but not run.",
-                got=f"a jax.ShapeDtypeStruct at {path}",
-                expected="arrays",
-                hint="report() and cost() need no arrays; to run, compile a model that has its parameters and states.",
-            )
+        if self.compilations.abstract:
+            require_arrays(self.model.name, self.live.params(), self.live.states())
 
     def refuse_unrecorded(self, values: Any) -> None:
         """Raise :class:`UnsupportedError` in a transformation of JAX's own, in which writes of states would be lost."""
-        if not_recorded(values):
-            raise UnsupportedError(
-                f"a step of {self.model.name} is called inside of jax.jit, jax.lax.scan, jax.vmap or jax.grad.",
-                got="a transformation of JAX's own, which does not see the states",
-                expected="brainstate's, which do: brainstate.transform.jit, for_loop, grad",
-                hint="or use the pure function: carry, out = step.apply(step.params, carry, x) from step.init_carry().",
-            )
+        refuse_unrecorded(self.model.name, values)
 
-    def _require_alive(self, tree: Any, leaves: list[Any], what: str) -> None:
+    def _require_alive(self, what: str, tree: Any, leaves: list[Any]) -> None:
         """Raise :class:`CarryError` where an array of a tree, whose leaves these are, was given away."""
-        try:
-            if not any(map(_is_deleted, leaves)):
-                return
-        except (AttributeError, jax.errors.ConcretizationTypeError):  # numbers, or tracers
-            pass
-        for k, leaf in enumerate(leaves):
-            gone = getattr(leaf, "is_deleted", None)
-            if gone is not None and not is_traced(leaf) and gone():
-                raise CarryError(
-                    f"{what}{leaf_names(tree)[k]} of {self.model.name} is an array that was deleted.",
-                    got="a buffer that was donated to a jitted function"
-                    + (
-                        f", or was lost in a call that failed while it ran ({self._lost})"
-                        if self._lost
-                        else ""
-                    ),
-                    expected="arrays of the model's own",
-                    hint=(
-                        "step.params = ... puts other parameters in"
-                        if what == "parameter "
-                        else "step.reset() brings states and traces back"
-                    )
-                    + "; what is donated elsewhere has to be a copy (step.init_carry(), jnp.copy).",
-                )
-
-    def _other_states(self, states: Any, kinds: Any) -> CarryError:
-        (tree, leaves), (now, found) = self.compilation.kinds, kinds
-        path, got, expected = "", str(now), str(tree)
-        if tree == now:
-            name, a, b = next(
-                (n, a, b) for n, a, b in zip(leaf_names(states), leaves, found, strict=True) if a != b
-            )
-            path, got, expected = f" {name}", *(f"{dtype} {shape}" for shape, dtype in (b, a))
-        return CarryError(
-            f"state{path} of {self.model.name} is not what it was when the model was compiled.",
-            got=got,
-            expected=expected,
-            hint="call step.reset(batch_size=...) to change the batch size; compile again for another dtype.",
-        )
+        require_alive(self.model.name, what, tree, leaves, self._lost)
 
     def _watch(self) -> None:
         """Follow who else writes the states that traces belong to, in the objects that were last looked up."""
@@ -299,7 +243,7 @@ class Executor:
         """
         self.refuse_unrecorded(data)
         place, params = self.placement, self.live.params(looked_up=True)
-        self._require_alive(params, jax.tree.leaves(params), "parameter ")
+        self._require_alive("parameter", params, jax.tree.leaves(params))
         if place.mesh is None:
             return params, carry, data
         moved = Carry(
