@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from etcompile.adapters.choose import as_model
 from etcompile.analysis.analysis import Analysis, analyse
 from etcompile.analysis.headers import program_header
 from etcompile.compiled import Compiled
@@ -52,7 +53,8 @@ def compile(
     Parameters
     ----------
     model : brainstate.nn.Module or FunctionModel
-        An ordinary model; nothing needs to be marked. Its states must be initialised, or ``batch_size`` given.
+        An ordinary model; nothing needs to be marked. Its states must be initialised, or ``batch_size`` given. Stock recurrent
+        cells of Equinox are taken as they are; :func:`etcompile.from_equinox` makes models of other modules.
     *example_inputs : pytrees of arrays
         One example of every input of ``update``, for one time step. Only shapes and dtypes count.
     algo : str, rule, or list of passes
@@ -108,9 +110,9 @@ def compile(
     """
     how = as_schedule(schedule)
     request = _requested(algo, options, how, within, exclude, manager, optimise)
-    live = access(model)
     refuse_iterators(example_inputs)
     inputs = shapes_of(tuple(jax.tree.map(as_array, x) for x in example_inputs))
+    live = access(as_model(model, inputs))
     if batch_size is not None:
         batch_size = positive_integer("batch_size", batch_size, error=InputError)
     with live.unchanged_on_error():

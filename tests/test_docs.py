@@ -18,6 +18,8 @@ from etcompile.ir.ops import ops_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: Packages that pages and modules are about, and that need not be installed.
+ABOUT = {"flax_equinox.md": "equinox", "etcompile.adapters.equinox": "equinox"}
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -27,6 +29,11 @@ def modules():
     return ["etcompile", *(m.name for m in found)]
 
 
+def _require(name):
+    for package in ABOUT.get(name, "").split():
+        pytest.importorskip(package)
+
+
 @pytest.fixture(autouse=True)
 def _rules_of_this_test_only(monkeypatch):
     monkeypatch.setattr(etcompile.registry, "_RULES", dict(etcompile.registry._RULES))
@@ -34,6 +41,7 @@ def _rules_of_this_test_only(monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
 def test_snippets_run(page):
+    _require(page.name)
     text = page.read_text(encoding="utf-8")
     namespace: dict = {"__name__": "__main__"}
     # As for a reader who has set nothing.
@@ -46,6 +54,7 @@ def test_snippets_run(page):
 
 @pytest.mark.parametrize("name", modules())
 def test_examples_in_docstrings_run(name):
+    _require(name)
     outcome = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert not outcome.failed
 

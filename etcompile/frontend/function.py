@@ -44,7 +44,8 @@ class FunctionModel:
 
     @params.setter
     def params(self, value: Any) -> None:
-        self.param_state.value = value
+        # Containers of its own: others, such as an nnx.State, are changed in place by whoever gave them.
+        self.param_state.value = jax.tree.map(lambda leaf: leaf, value)
 
     @property
     def state(self) -> Any:

@@ -1,0 +1,129 @@
+"""Modules of Equinox, Flax NNX and Flax linen as models, each with one step as its framework computes it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import etcompile
+
+__all__ = ["FOREIGN", "Foreign", "draw"]
+
+
+def draw(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A module as a model.
+
+    Attributes
+    ----------
+    model : FunctionModel
+    step : callable
+        ``step(params, carry, x) -> (carry, out)``, through the framework's own call of the module.
+    params : pytree
+        Trained parameters as the framework itself separates them.
+    carry : pytree
+    size : tuple of int
+        Shape of one input.
+    names : set of str
+        Some of the parameters.
+    """
+
+    model: Any
+    step: Callable
+    params: Any
+    carry: Any
+    size: tuple[int, ...]
+    names: set[str]
+
+
+# -- Equinox ------------------------------------------------------------------------------------------------------------
+
+
+def equinox_model(
+    make: Callable, names: set[str], call: Callable | None = None, batch: tuple = (2,)
+) -> Foreign:
+    """A module of 3 inputs and 4 units."""
+    import equinox as eqx
+
+    module, carry = make(eqx)
+    carry = jax.tree.map(lambda k: draw(k, *batch, 4), carry)
+    params, rest = eqx.partition(module, eqx.is_inexact_array)
+
+    def step(params: Any, carry: Any, x: Any) -> Any:
+        net = eqx.combine(params, rest)
+        if call is not None:
+            return call(net, carry, x)
+        new = jax.vmap(net)(x, carry) if batch else net(x, carry)
+        return new, (new[0] if isinstance(new, tuple) else new)
+
+    return Foreign(etcompile.from_equinox(module, carry, call), step, params, carry, (*batch, 3), names)
+
+
+def _stack(eqx: Any) -> Any:
+    class Leaky(eqx.Module):
+        decay: jax.Array
+        into: Any
+        scale: float = 0.5
+
+        def __call__(self, h: Any, x: Any) -> Any:
+            return jnp.tanh(self.decay * h + self.scale * self.into(x))
+
+    class Net(eqx.Module):
+        cells: list
+        readout: Any
+        mask: jax.Array
+        activation: Callable
+
+        def __call__(self, carry: Any, x: Any) -> Any:
+            h = []
+            for cell, old in zip(self.cells, carry, strict=True):
+                x = cell(old, x * self.mask[0])
+                h.append(x)
+            return h, self.activation(self.readout(x))
+
+    k = jax.random.split(jax.random.key(0), 3)
+    cells = [
+        Leaky(jnp.full(4, 0.5), eqx.nn.Linear(3, 4, key=k[0])),
+        Leaky(jnp.full(4, 0.7), eqx.nn.Linear(4, 4, key=k[1])),
+    ]
+    return Net(cells, eqx.nn.Linear(4, 2, key=k[2]), jnp.array([2]), jax.nn.softplus), [1, 2]
+
+
+def _mapped(net: Any, carry: Any, x: Any) -> Any:
+    return jax.vmap(net)(carry, x)
+
+
+EQUINOX = {
+    "eqx-gru": lambda: equinox_model(
+        lambda eqx: (eqx.nn.GRUCell(3, 4, key=jax.random.key(0)), 1), {"weight_ih", "bias_n"}
+    ),
+    "eqx-lstm": lambda: equinox_model(
+        lambda eqx: (eqx.nn.LSTMCell(3, 4, key=jax.random.key(0)), (1, 2)), {"weight_hh", "bias"}
+    ),
+    "eqx-gru-no-batch": lambda: equinox_model(
+        lambda eqx: (eqx.nn.GRUCell(3, 4, key=jax.random.key(0)), 1), {"weight_ih"}, batch=()
+    ),
+    "eqx-stack": lambda: equinox_model(
+        _stack, {"cells.0.decay", "cells.1.into.weight", "readout.bias"}, _mapped
+    ),
+}
+
+
+def _parameters(package: str, makers: dict[str, Callable]) -> list[Any]:
+    missing = importlib.util.find_spec(package) is None
+    skip = pytest.mark.skipif(missing, reason=f"{package} is not installed")
+    return [pytest.param(make, id=name, marks=skip) for name, make in makers.items()]
+
+
+FOREIGN = [*_parameters("equinox", EQUINOX)]
