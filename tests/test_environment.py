@@ -12,7 +12,7 @@ import saiunit as u
 from brainstate import environ
 
 import etcompile
-from etcompile import EnvironmentWarning, InputError, ModelError
+from etcompile import EnvironmentWarning, InputError, ModelError, UnsupportedError
 
 DT = 0.1 * u.ms
 STEPS = 5
@@ -393,3 +393,21 @@ def test_a_python_if_on_a_traced_value_names_where():
         etcompile.compile(model, xs[0])
     with pytest.raises(ModelError, match=r"test_environment.py:\d+(.|\n)*jnp.where"):
         compiled(Branching(), xs[0])
+
+
+def test_a_step_of_64_bits_is_refused_where_jax_makes_none():
+    def leaky(params, state, x):
+        h = jnp.tanh(0.9 * state["h"] + x @ params["w"])
+        return {"h": h}, h
+
+    x = jnp.ones((2, 3))
+    model = etcompile.from_function(leaky, {"w": jnp.ones((3, 4))}, {"h": jnp.zeros((2, 4))})
+    step = etcompile.compile(model, x)
+    gradient = step.value_and_grad(jnp.sum)
+    losses, _ = gradient(x)
+    step.reset()
+    with environ.context(precision=32):
+        for call in (lambda: step(x), lambda: gradient(x), lambda: step.scan(x[None])):
+            with pytest.raises(UnsupportedError, match=r"jax_enable_x64 is False.*\n.*\n.*precision=32"):
+                call()
+    assert gradient(x)[0] == losses

@@ -151,17 +151,19 @@ class Checkpoints:
         if not due:
             self._at = at
             return False
-        step, parts = _parts(run, extra)
-        about = {**self._about(step), **_settings(run), "leaves": _describe(parts)}
-        stored = [_stored(v) for v in jax.tree.leaves(parts) if np.size(v)]
-        args = _orbax().args
-        with _manager(self.directory, create=True, keep=self.keep) as manager:
-            latest = manager.latest_step()
-            if latest == at == self._at:  # forced twice
-                return False
-            self._check_latest(latest, at)
-            items = args.Composite(arrays=args.StandardSave(stored), about=args.JsonSave(about))
-            manager.save(at, args=items, force=True)
+        step = _step_of(run)
+        with step.executor.turns:  # what is written is a run between two calls
+            parts = _parts(run, step, extra)
+            about = {**self._about(step), **_settings(run), "leaves": _describe(parts)}
+            stored = [_stored(v) for v in jax.tree.leaves(parts) if np.size(v)]
+            args = _orbax().args
+            with _manager(self.directory, create=True, keep=self.keep) as manager:
+                latest = manager.latest_step()
+                if latest == at == self._at:  # forced twice
+                    return False
+                self._check_latest(latest, at)
+                items = args.Composite(arrays=args.StandardSave(stored), about=args.JsonSave(about))
+                manager.save(at, args=items, force=True)
         self._at = at
         return True
 
@@ -189,20 +191,22 @@ class Checkpoints:
         at = self.latest
         if at is None:
             return Restored(0, extra)
-        step, parts = _parts(run, extra)
-        here = {**self._about(step), **_settings(run), "leaves": _describe(parts)}
-        where = f"checkpoint {at} in {self.directory}"
-        args = _orbax().args
-        with _manager(self.directory, create=False) as manager:
-            there = _read(manager, at, where, about=args.JsonRestore())
-            _compare(where, there, here)
-            live, tree = jax.tree.flatten(parts)
-            pairs = list(zip(live, _leaves(there), strict=True))
-            wanted = [_wanted(v, leaf) for v, leaf in pairs if np.size(v)]
-            found = iter(_read(manager, at, where, arrays=args.StandardRestore(wanted)))
-        values = [_placed(next(found), v, leaf) if np.size(v) else v for v, leaf in pairs]
-        restored = jax.tree.unflatten(tree, values)
-        _set(run, restored)
+        step = _step_of(run)
+        with step.executor.turns:
+            parts = _parts(run, step, extra)
+            here = {**self._about(step), **_settings(run), "leaves": _describe(parts)}
+            where = f"checkpoint {at} in {self.directory}"
+            args = _orbax().args
+            with _manager(self.directory, create=False) as manager:
+                there = _read(manager, at, where, about=args.JsonRestore())
+                _compare(where, there, here)
+                live, tree = jax.tree.flatten(parts)
+                pairs = list(zip(live, _leaves(there), strict=True))
+                wanted = [_wanted(v, leaf) for v, leaf in pairs if np.size(v)]
+                found = iter(_read(manager, at, where, arrays=args.StandardRestore(wanted)))
+            values = [_placed(next(found), v, leaf) if np.size(v) else v for v, leaf in pairs]
+            restored = jax.tree.unflatten(tree, values)
+            _set(run, restored)
         self._at = at
         return Restored(at, restored["extra"])
 
@@ -230,7 +234,7 @@ class Checkpoints:
 # -- what is saved ----------------------------------------------------------------------------------------------------
 
 
-def _parts(run: Step | Learner, extra: Any) -> tuple[Step, dict[str, Any]]:
+def _step_of(run: Any) -> Step:
     """The step of a run, and everything that a checkpoint holds, as it stands."""
     from etcompile.runtime.learn import Learner
     from etcompile.runtime.step import Step
@@ -241,7 +245,12 @@ def _parts(run: Step | Learner, extra: Any) -> tuple[Step, dict[str, Any]]:
             got=type(run).__name__,
             expected="what etcompile.compile(...) or step.learn(...) returned",
         )
-    step = run.step if isinstance(run, Learner) else run
+    return run.step if isinstance(run, Learner) else run
+
+
+def _parts(run: Step | Learner, step: Step, extra: Any) -> dict[str, Any]:
+    from etcompile.runtime.learn import Learner
+
     carry, live = step.executor.carry(), step.executor.live
     parts = {
         "params": live.params(),
@@ -257,13 +266,13 @@ def _parts(run: Step | Learner, extra: Any) -> tuple[Step, dict[str, Any]]:
                 f"{name} cannot be saved.", got=type(leaf).__name__, expected="an array or a number"
             )
     refuse_traced(parts, "a checkpoint")
-    return step, parts
+    return parts
 
 
 def _set(run: Step | Learner, parts: dict[str, Any]) -> None:
     from etcompile.runtime.learn import Learner
 
-    executor = (run.step if isinstance(run, Learner) else run).executor
+    executor = _step_of(run).executor
     live = executor.live
     learner = run.saved_states() if isinstance(run, Learner) else {}
     before, initial = {name: state.value for name, state in learner.items()}, live.initial

@@ -7,11 +7,19 @@ from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import jax.numpy as jnp
+
 from etcompile.compiled import Compiled
 from etcompile.errors import EtcompileError
 from etcompile.lowering.functions import StepFunctions
 from etcompile.runtime.changed_attributes import PlainAttributes
-from etcompile.runtime.environment import carried_alike, completed, give_up_traces, warn_of_many
+from etcompile.runtime.environment import (
+    carried_alike,
+    completed,
+    give_up_traces,
+    require_wide_numbers,
+    warn_of_many,
+)
 from etcompile.runtime.foreign_writes import ForeignWrites
 from etcompile.runtime.jitted import Constants, Jitted
 from etcompile.runtime.model_states import ModelAccess
@@ -58,6 +66,8 @@ class Compilation:
         Large arrays that these functions close over.
     jitted : dict
         Jitted functions by what runs and which loss.
+    wide : str or None
+        The dtype of its parameters, states and inputs that has 64 bits; None if there is none.
     """
 
     def __init__(
@@ -71,6 +81,7 @@ class Compilation:
         self.constants = Constants()
         self.jitted: dict[Any, Jitted] = {}
         self.losses: dict[Any, tuple[Any, ...]] = {}
+        self.wide = _wide(compiled)
 
     @property
     def functions(self) -> StepFunctions:
@@ -89,6 +100,14 @@ class Compilation:
                 self.jitted.pop(next(iter(self.jitted)))
             self.jitted[key] = Jitted(fn, self.constants, donate)
         return self.jitted[key]
+
+
+def _wide(compiled: Compiled) -> str | None:
+    """A dtype of parameters, states or inputs that has 64 bits for a real number."""
+    graph = compiled.functions.model.graph
+    avals = {graph.avals[v].dtype: graph.avals[v] for v in graph.inputs}
+    wide = (d for d, aval in avals.items() if aval.differentiable and jnp.finfo(d).bits == 64)
+    return next(map(str, wide), None)
 
 
 class Compilations:
@@ -188,6 +207,7 @@ class Compilations:
         """
         self.attributes.say_what_changed()
         before = self.now
+        require_wide_numbers(before.functions.model.name, before.wide)
         environment = before.functions.model.environment
         if not environment.reads:
             return

@@ -10,13 +10,13 @@ import brainstate
 import jax
 import jax.numpy as jnp
 
-from etcompile.errors import EnvironmentWarning
+from etcompile.errors import EnvironmentWarning, UnsupportedError
 from etcompile.frontend.jaxpr import in_transformation
 from etcompile.frontend.user_code import warn
 from etcompile.ir.program import TraceProgram
 from etcompile.runtime.trace_state import TraceState
 
-__all__ = ["carried_alike", "completed", "give_up_traces", "warn_of_many"]
+__all__ = ["carried_alike", "completed", "give_up_traces", "require_wide_numbers", "warn_of_many"]
 
 _NOTHING = nullcontext()
 
@@ -36,6 +36,22 @@ def completed(values: Mapping[str, Any]) -> AbstractContextManager[Any]:
 def carried_alike(before: TraceProgram, after: TraceProgram) -> bool:
     """Whether what one program carries is what the other does: each trace by its type, weight and group."""
     return _carried(before) == _carried(after)
+
+
+def require_wide_numbers(name: str, wide: str | None) -> None:
+    """Raise where JAX makes no numbers of 64 bits now, and a step has some: what is computed beside them would not fit them.
+
+    ``wide`` is the dtype of such numbers in a step that was compiled where there were any.
+    """
+    if wide is None or jnp.result_type(float).itemsize == 8:
+        return
+    raise UnsupportedError(
+        f"{name} was compiled for numbers of 64 bits, and JAX makes none now.",
+        got=f"jax_enable_x64 is False, and the model has {wide}",
+        expected="jax_enable_x64 True, as when the model was compiled",
+        hint="set it once, before the model is made, and compile again where it changes; "
+        "brainstate.environ.context(precision=32) changes it too.",
+    )
 
 
 def _carried(program: TraceProgram) -> Any:

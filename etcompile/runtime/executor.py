@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,6 +59,9 @@ class Executor:
     ----------
     live : ModelAccess
     compilations : Compilations
+    turns : threading.RLock
+        Held by whoever takes the carry until the next one is committed: of two calls at once, in two threads, both would start
+        from one carry, and one of them would be lost.
 
     Examples
     --------
@@ -79,6 +83,7 @@ class Executor:
 
     def __init__(self, live: ModelAccess, lower: Lower, inputs: tuple[Any, ...], compiled: Compiled) -> None:
         self.live = live
+        self.turns = threading.RLock()
         self._writes = ForeignWrites(self._clear_for_others)
         self.compilations = Compilations(live, lower, self._writes)
         self._lost = ""

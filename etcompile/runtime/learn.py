@@ -142,6 +142,19 @@ class Learner:
             raise OptionError(
                 "the callback must be a function.", got=repr(callback), expected="callback(steps, losses)"
             )
+        with self._step.executor.turns:
+            return self._learn(xs, targets, modulator, mask, progress, checkpoints, callback)
+
+    def _learn(
+        self,
+        xs: Any,
+        targets: tuple[Any, ...],
+        modulator: Any,
+        mask: Any,
+        progress: bool | Progress,
+        checkpoints: Checkpoints | None,
+        callback: Callable[[int, Any], None] | None,
+    ) -> Any:
         xs, targets, mask = over_time((xs, targets, mask))
         run = self._step.executor
         xs, targets = stacked_steps(run.model, xs, targets)

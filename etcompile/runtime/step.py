@@ -38,7 +38,8 @@ class Step:
     """A model compiled with a learning rule.
 
     Calling it runs one time step, advances the model's states and the traces, and is differentiable: inside
-    ``brainstate.transform.grad`` the gradient of whatever loss is made from its result is the online gradient.
+    ``brainstate.transform.grad`` the gradient of whatever loss is made from its result is the online gradient. Calls from several
+    threads take turns, each going on from what the last one left.
 
     Attributes
     ----------
@@ -87,7 +88,8 @@ class Step:
     def traces(self) -> dict[str, Any]:
         """The traces as they stand; copies, safe to keep."""
         self.executor.require_arrays()
-        return jax.tree.map(jnp.array, self.executor.traces.own())
+        with self.executor.turns:
+            return jax.tree.map(jnp.array, self.executor.traces.own())
 
     @property
     def traces_state(self) -> TraceState:
@@ -198,7 +200,8 @@ class Step:
     def __deepcopy__(self, memo: dict[int, Any]) -> Step:
         """A step of a deep copy of the model, with states and traces as they stand; nothing is analysed again."""
         new = memo[id(self)] = object.__new__(Step)
-        new.executor = self.executor.copied(memo)
+        with self.executor.turns:
+            new.executor = self.executor.copied(memo)
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -265,7 +268,8 @@ class Step:
         which the others are the same; outputs then have time on axis 0. ``target`` and ``modulator`` are for rules that read
         them, where the step is differentiated.
         """
-        return called(self.executor, inputs, target, modulator)
+        with self.executor.turns:
+            return called(self.executor, inputs, target, modulator)
 
     @named_arguments("step.scan")
     def scan(self, xs: Any, progress: bool | Progress = False) -> Any:
@@ -274,7 +278,8 @@ class Step:
         Steps are handled together as the schedule says of :meth:`scan_value_and_grad`, with the same result.
         ``progress`` as in :meth:`scan_value_and_grad`, and so are ``t`` and ``i`` of ``brainstate.environ``.
         """
-        return run_sequence(self.executor, xs, progress)
+        with self.executor.turns:
+            return run_sequence(self.executor, xs, progress)
 
     @named_arguments("step.value_and_grad", then="step.value_and_grad(loss_fn)(x, *targets)")
     def value_and_grad(self, loss_fn: Callable, has_aux: bool = False) -> Callable:
@@ -309,7 +314,8 @@ class Step:
             x: Any, *targets: Any, modulator: Any = None, mask: Any = None, **others: Any
         ) -> tuple[Any, Any]:
             refuse_others("step.value_and_grad(loss_fn)", others, ("modulator", "mask"))
-            found, grads = called_with_gradients(executor, loss, x, targets, modulator, mask)
+            with executor.turns:
+                found, grads = called_with_gradients(executor, loss, x, targets, modulator, mask)
             return as_asked(found, loss), grads
 
         return run
@@ -364,9 +370,10 @@ class Step:
         ) -> tuple[Any, Any]:
             refuse_others("step.scan_value_and_grad(loss_fn)", others, ("modulator", "mask", "progress"))
             given = (xs, targets, modulator, mask)
-            found, grads = sequence_gradients(
-                executor, loss, *given, chunk=chunk, reduction=reduction, progress=progress
-            )
+            with executor.turns:
+                found, grads = sequence_gradients(
+                    executor, loss, *given, chunk=chunk, reduction=reduction, progress=progress
+                )
             return as_asked(found, loss), grads
 
         return run
@@ -408,17 +415,19 @@ class Step:
         ``init_state`` methods. What was compiled is kept for every batch size: a change back, or a last batch that is smaller,
         compiles nothing that was seen before.
         """
-        if batch_size is None:
-            self.executor.reset()
-        else:
-            self.executor.resize(_check_batch(batch_size))
+        with self.executor.turns:
+            if batch_size is None:
+                self.executor.reset()
+            else:
+                self.executor.resize(_check_batch(batch_size))
 
     def place_states(self) -> None:
         """Put the model's parameters and states and the traces where the schedule's mesh wants them; nothing without a mesh.
 
         Calls do so by themselves; it is for code that reads these states on its own and expects them on all devices.
         """
-        self.executor.place_states()
+        with self.executor.turns:
+            self.executor.place_states()
 
 
 def _check_batch(batch_size: Any) -> int:

@@ -168,21 +168,22 @@ class SyntheticGradient:
         self._check_taught()
 
         def run(xs: Any, *targets: Any, mask: Any = None) -> tuple[Any, Any]:
-            self._check_taught()
-            carry, inputs, bound, items = self._start(xs, targets, mask)
-            found, grads, carry = self._ran(
-                "gradients",
-                self._gradients,
-                bound,
-                self._params.value,
-                self.step.executor.live.params(),
-                carry,
-                bound.loss,
-                inputs,
-                items,
-            )
-            self.step.executor.commit(carry)
-            bound.write(found.carried)
+            with self.step.executor.turns:
+                self._check_taught()
+                carry, inputs, bound, items = self._start(xs, targets, mask)
+                found, grads, carry = self._ran(
+                    "gradients",
+                    self._gradients,
+                    bound,
+                    self._params.value,
+                    self.step.executor.live.params(),
+                    carry,
+                    bound.loss,
+                    inputs,
+                    items,
+                )
+                self.step.executor.commit(carry)
+                bound.write(found.carried)
             return as_asked(found, self._of_step), grads
 
         return run
@@ -275,25 +276,26 @@ class SyntheticGradient:
         losses : array ``(T,)``
         grads : pytree
         """
-        self._check_same_step()
-        carry, inputs, bound, items = self._start(xs, targets, mask)
-        self._check_several(inputs)
-        with self._with_optimizer(optimizer):
-            found, grads, carry, params, state, loss = self._ran(
-                "update",
-                self._update,
-                bound,
-                self._params.value,
-                self._optimizer_state.value,
-                self.step.executor.live.params(),
-                carry,
-                bound.loss,
-                inputs,
-                items,
-            )
-        self._params.value, self._optimizer_state.value, self._loss.value = params, state, loss
-        self.step.executor.commit(carry)
-        bound.write(found.carried)
+        with self.step.executor.turns:
+            self._check_same_step()
+            carry, inputs, bound, items = self._start(xs, targets, mask)
+            self._check_several(inputs)
+            with self._with_optimizer(optimizer):
+                found, grads, carry, params, state, loss = self._ran(
+                    "update",
+                    self._update,
+                    bound,
+                    self._params.value,
+                    self._optimizer_state.value,
+                    self.step.executor.live.params(),
+                    carry,
+                    bound.loss,
+                    inputs,
+                    items,
+                )
+            self._params.value, self._optimizer_state.value, self._loss.value = params, state, loss
+            self.step.executor.commit(carry)
+            bound.write(found.carried)
         self._fitted = True
         return as_asked(found, self._of_step), grads
 
