@@ -86,6 +86,16 @@ def test_the_size_of_a_chunk_leaves_no_rest_where_it_can():
     assert size(500, memory=1) == 1
 
 
+def test_a_sequence_is_one_chunk_where_traces_are_given_up_and_memory_allows():
+    _, step = built_and_step("gru_no_batch", "d_rtrl", schedule=etcompile.Schedule(keep_traces=False))
+
+    def size(steps, memory):
+        return step.executor.functions.plan(etcompile.Schedule(memory=memory), steps).together(steps)
+
+    assert size(500, memory=1 << 28) == 500
+    assert size(500, memory=1 << 18) < 500
+
+
 RULES = [
     ("e_prop", {"kappa": 0.7, "normalize": True}), ("e_prop", {"feedback": "random"}), ("pp_prop", {"decay": (0.8, 0.6)}),
     ("ottt", {}), ("otpe", {}), ("otpe", {"approximate": True}), ("rflo", {"leak": 0.8}), ("osttp", {}),

@@ -102,8 +102,10 @@ class Chunked(SequenceSchedule):
         A size that leaves no rest is preferred: a shorter last chunk is a second program to compile.
         """
         traces = any(KINDS[self._kind(name)].trace for name in self._carried)
-        enough = _ENOUGH if traces else _ENOUGH_WITHOUT_TRACES
-        most = max(1, min(enough, steps, memory // self._first_pass.bytes_of_a_step))
+        possible = min(steps, memory // self._first_pass.bytes_of_a_step)
+        if traces and not self.causal.keeps and possible == steps:  # one chunk needs no traces
+            return steps
+        most = max(1, min(possible, _ENOUGH if traces else _ENOUGH_WITHOUT_TRACES))
         whole = next((c for c in range(most, most // 2, -1) if steps % c == 0), None)
         return whole or -(-steps // -(-steps // most))
 
