@@ -120,10 +120,69 @@ EQUINOX = {
 }
 
 
+# -- Flax NNX -----------------------------------------------------------------------------------------------------------
+
+
+def nnx_model(make: Callable, names: set[str], **options: Any) -> Foreign:
+    """A module of 3 inputs and 4 units, whose call is (carry, x) -> (carry, out)."""
+    from flax import nnx
+
+    module, carry = make(nnx)
+    carry = jax.tree.map(lambda k: draw(k, 2, 4), carry)
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+
+    def step(params: Any, carry: Any, x: Any) -> Any:
+        live = nnx.merge(graph, params, rest)
+        return (live.cell if isinstance(live, nnx.RNN) else live)(carry, x)
+
+    return Foreign(etcompile.from_nnx(module, carry), step, params, carry, (2, 3), names)
+
+
+def _nnx_cell(kind: str, carry: Any) -> Callable:
+    def make(nnx: Any) -> Any:
+        return getattr(nnx, kind)(3, 4, dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0)), carry
+
+    return make
+
+
+def _nnx_rnn(nnx: Any) -> Any:
+    return nnx.RNN(_nnx_cell("GRUCell", 1)(nnx)[0]), 1
+
+
+def _nnx_stack(nnx: Any) -> Any:
+    class Net(nnx.Module):
+        def __init__(self, rngs: Any) -> None:
+            dtype = {"param_dtype": jnp.float64, "rngs": rngs}
+            self.cells = nnx.List([nnx.GRUCell(3, 4, **dtype), nnx.LSTMCell(4, 4, **dtype)])
+            self.readout = nnx.Linear(4, 2, **dtype)
+            self.scale = nnx.Variable(jnp.full(4, 0.5))
+
+        def __call__(self, carry: Any, x: Any) -> Any:
+            new = []
+            for cell, old in zip(self.cells, carry, strict=True):
+                old, x = cell(old, x)
+                new.append(old)
+            return new, self.readout(x * self.scale)
+
+    return Net(nnx.Rngs(0)), [1, (2, 3)]
+
+
+NNX = {
+    "nnx-gru": lambda: nnx_model(_nnx_cell("GRUCell", 1), {"dense_i.kernel", "dense_h.kernel"}),
+    "nnx-lstm": lambda: nnx_model(_nnx_cell("LSTMCell", (1, 2)), {"ii.kernel", "hf.bias"}),
+    "nnx-optimized-lstm": lambda: nnx_model(_nnx_cell("OptimizedLSTMCell", (1, 2)), {"dense_i.kernel"}),
+    "nnx-simple": lambda: nnx_model(_nnx_cell("SimpleCell", 1), {"dense_i.kernel", "dense_h.kernel"}),
+    "nnx-rnn": lambda: nnx_model(_nnx_rnn, {"cell.dense_i.kernel"}),
+    "nnx-stack": lambda: nnx_model(
+        _nnx_stack, {"cells.0.dense_i.kernel", "cells.1.hf.kernel", "readout.bias"}
+    ),
+}
+
+
 def _parameters(package: str, makers: dict[str, Callable]) -> list[Any]:
     missing = importlib.util.find_spec(package) is None
     skip = pytest.mark.skipif(missing, reason=f"{package} is not installed")
     return [pytest.param(make, id=name, marks=skip) for name, make in makers.items()]
 
 
-FOREIGN = [*_parameters("equinox", EQUINOX)]
+FOREIGN = [*_parameters("equinox", EQUINOX), *_parameters("flax", NNX)]

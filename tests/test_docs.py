@@ -19,7 +19,11 @@ from etcompile.ir.ops import ops_table
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Packages that pages and modules are about, and that need not be installed.
-ABOUT = {"flax_equinox.md": "equinox", "etcompile.adapters.equinox": "equinox"}
+ABOUT = {
+    "flax_equinox.md": "equinox flax",
+    "etcompile.adapters.equinox": "equinox",
+    "etcompile.adapters.nnx": "flax",
+}
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from etcompile.adapters.modules import framework_of, is_trained_array, needs
+from etcompile.adapters.modules import framework_of, is_trained_array, needs, pair, settled
 from etcompile.errors import ModelError
 from etcompile.frontend.function import FunctionModel, from_function
 
@@ -65,14 +65,10 @@ def from_equinox(
     trained, rest = eqx.partition(module, filter_spec)
 
     def one_step(params: Any, state: Any, *inputs: Any) -> tuple[Any, Any]:
-        result = call(eqx.combine(params, rest), state["carry"], *inputs)
-        if not (isinstance(result, tuple) and len(result) == 2):
-            raise ModelError(
-                f"one step of {type(module).__name__} must return two values.",
-                got=f"a {type(result).__name__}",
-                expected="call(module, carry, x) -> (new_carry, out)",
-            )
-        return {"carry": result[0]}, result[1]
+        # Containers of its own: an eqx.nn.State can be used once.
+        carry = jax.tree.map(lambda leaf: leaf, state["carry"])
+        new, out = pair(call(eqx.combine(params, rest), carry, *inputs), module)
+        return {"carry": new}, out
 
     one_step.__name__ = type(module).__name__
     return from_function(one_step, trained, {"carry": carry})
@@ -95,7 +91,8 @@ def equinox_model(module: Any, inputs: tuple[Any, ...]) -> FunctionModel | None:
         )
     batch = inputs[0].shape[:-1]
     zeros = jnp.zeros((*batch, module.hidden_size), module.weight_hh.dtype)
-    return from_equinox(module, (zeros, zeros) if isinstance(module, eqx.nn.LSTMCell) else zeros)
+    carry = (zeros, zeros) if isinstance(module, eqx.nn.LSTMCell) else zeros
+    return settled(from_equinox(module, carry), inputs)
 
 
 def _stock_call(eqx: Any, module: Any, carry: Any) -> Call:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from etcompile.errors import ModelError
+from etcompile.frontend.function import FunctionModel
 
-__all__ = ["framework_of", "is_trained_array", "needs"]
+__all__ = ["framework_of", "is_trained_array", "needs", "pair", "settled"]
 
 
 def framework_of(model: Any, name: str) -> Any:
@@ -30,6 +31,29 @@ def needs(function: str, what: str, model: Any, example: str) -> ModelError:
     )
 
 
+def pair(result: Any, module: Any) -> tuple[Any, Any]:
+    """The new carry and the output of one step, where these are what it returned."""
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise ModelError(
+            f"one step of {type(module).__name__} must return two values.",
+            got=f"a {type(result).__name__}",
+            expected="(new_carry, out), from call(module, carry, x)",
+        )
+    return result
+
+
 def is_trained_array(leaf: Any) -> bool:
     """Whether a leaf is an array of real or complex numbers, or the shape of one."""
     return hasattr(leaf, "shape") and jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.inexact)
+
+
+def settled(model: FunctionModel, inputs: tuple[Any, ...]) -> FunctionModel:
+    """A model of which nobody gave the initial state: it has the dtypes that one step on these inputs returns."""
+    try:
+        new, _ = jax.eval_shape(model.fn, model.params, model.state, *inputs)
+    except Exception:  # compile traces it again, and says what is wrong
+        return model
+    model.state = jax.tree.map(
+        lambda old, v: old if old.dtype == v.dtype else old.astype(v.dtype), model.state, new
+    )
+    return model

@@ -16,7 +16,7 @@ from etcompile.frontend.jaxpr import in_transformation, inputs_used, is_traced, 
 from etcompile.frontend.step_model import TracedStep, leaf_names
 from etcompile.frontend.user_code import user_frame
 
-__all__ = ["FunctionModel", "from_function", "own_copy"]
+__all__ = ["FunctionModel", "from_function", "function_model", "own_copy"]
 
 
 class FunctionModel:
@@ -29,11 +29,21 @@ class FunctionModel:
     name : str
     param_state, state_state : brainstate states
         Hold the current parameters and the current state, so that brainstate's transformations see them.
+    lasting : frozenset of str
+        Entries of the state, a dict, that a reset leaves alone.
     """
 
-    def __init__(self, fn: Callable[..., tuple[Any, Any]], params: Any, state: Any, name: str) -> None:
+    def __init__(
+        self,
+        fn: Callable[..., tuple[Any, Any]],
+        params: Any,
+        state: Any,
+        name: str,
+        lasting: frozenset[str] = frozenset(),
+    ) -> None:
         self.fn = fn
         self.name = name
+        self.lasting = lasting
         self.param_state = brainstate.ParamState(params)
         self.state_state = brainstate.ShortTermState(state)
 
@@ -97,9 +107,15 @@ def from_function(fn: Callable[..., tuple[Any, Any]], params: Any, state: Any) -
             expected="from_function(fn, params, state), with fn(params, state, x) -> (state, out)",
             hint="are the arguments swapped? The function comes first." if swapped else None,
         )
-    return FunctionModel(
-        fn, jax.tree.map(_array, params), jax.tree.map(_array, state), getattr(fn, "__name__", "fn")
-    )
+    return function_model(fn, params, state)
+
+
+def function_model(
+    fn: Callable[..., tuple[Any, Any]], params: Any, state: Any, lasting: frozenset[str] = frozenset()
+) -> FunctionModel:
+    """The model of a function, with copies of parameters and state; ``lasting`` entries of the state outlast a reset."""
+    name = getattr(fn, "__name__", "fn")
+    return FunctionModel(fn, jax.tree.map(_array, params), jax.tree.map(_array, state), name, lasting)
 
 
 def _array(value: Any) -> Any:

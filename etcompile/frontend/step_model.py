@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
@@ -192,7 +193,8 @@ def _castable(given: Any, wanted: Any) -> bool:
 def leaf_names(tree: Any, prefix: str = "") -> list[str]:
     """Dotted path of every leaf of ``tree``, in flattening order."""
     names = []
-    for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    for path in _without_holders(paths):
         parts = [prefix] if prefix else []
         for key in path:
             if isinstance(key, jax.tree_util.FlattenedIndexKey):
@@ -202,6 +204,17 @@ def leaf_names(tree: Any, prefix: str = "") -> list[str]:
                 parts.append(str(part))
         names.append(".".join(parts) or "value")
     return names
+
+
+def _without_holders(paths: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Without the attribute ``value`` of what holds nothing else, such as a variable of Flax."""
+    held = jax.tree_util.GetAttrKey("value")
+    if not any(len(path) > 1 and path[-1] == held for path in paths):
+        return paths
+    leaves = collections.Counter(path[:k] for path in paths for k in range(len(path)))
+    return [
+        path[:-1] if len(path) > 1 and path[-1] == held and leaves[path[:-1]] == 1 else path for path in paths
+    ]
 
 
 def step_model(traced: TracedStep) -> StepModel:

@@ -15,7 +15,7 @@ import numpy as np
 
 from etcompile.errors import CarryError, EtcompileError, InputError, ModelError
 from etcompile.frontend.explain import known_cause
-from etcompile.frontend.function import FunctionModel, from_function, own_copy, trace_function
+from etcompile.frontend.function import FunctionModel, function_model, own_copy, trace_function
 from etcompile.frontend.given import shape_hint
 from etcompile.frontend.module import (
     ModuleStates,
@@ -356,7 +356,12 @@ class FunctionAccess:
         self.model.state = values
 
     def remember(self) -> None:
-        self.initial = self.model.state
+        state, lasting = self.model.state, self.model.lasting
+        self.initial = {k: v for k, v in state.items() if k not in lasting} if lasting else state
+
+    def _restarted(self) -> Any:
+        """The initial state; what lasts is as it is."""
+        return {**self.model.state, **self.initial} if self.model.lasting else self.initial
 
     def hidden_states(self) -> dict[str, Any]:
         """The ``State`` object that goes back to its initial value at a reset."""
@@ -367,10 +372,10 @@ class FunctionAccess:
         return kinds_of(self.model.state)
 
     def restart(self) -> None:
-        self.model.state = self.initial
+        self.model.state = self._restarted()
 
     def resize(self, batch_size: int, along: list[bool]) -> None:
-        leaves, tree = jax.tree.flatten(self.initial)
+        leaves, tree = jax.tree.flatten(self._restarted())
         resized = [_resized(v, batch_size) if b else v for v, b in zip(leaves, along, strict=True)]
         self.model.state = jax.tree.unflatten(tree, resized)
 
@@ -402,7 +407,7 @@ class FunctionAccess:
     def copied(self, memo: dict[int, Any]) -> FunctionAccess:
         """The same with parameters and state of its own."""
         model = self.model
-        new = FunctionAccess(from_function(model.fn, model.params, model.state))
+        new = FunctionAccess(function_model(model.fn, model.params, model.state, model.lasting))
         new.initial = self.initial
         return new
 
