@@ -12,7 +12,7 @@ import pytest
 from test_reset import XS, YS, draw, fresh, same, squared
 
 import etcompile
-from etcompile.errors import CarryError, ForeignWriteWarning, InputError
+from etcompile.errors import CarryError, EtcompileWarning, ForeignWriteWarning, InputError
 from etcompile.frontend.captured import Captured
 
 SCALE = 1.0
@@ -260,3 +260,34 @@ def test_a_state_replaced_inside_of_a_list_is_seen():
     same(out, 0.9 * last + 2.0 * (0.9 * first + model.cells[0].w.value))
     model.cells[0] = model.cells[1]
     assert not step.executor.live.holders.linked(model)
+
+
+class Weighed:
+    def __init__(self):
+        self.weight = 1.0
+
+    def loss(self, out, target):
+        return self.weight * squared(out, target)
+
+
+def test_an_attribute_is_not_taken_for_what_the_module_has_under_its_name(monkeypatch):
+    monkeypatch.setattr("etcompile.frontend.captured._LIMIT", 20)
+    many = [[k] for k in range(100)]
+    monkeypatch.setitem(globals(), "loss", lambda: many)
+    monkeypatch.setitem(globals(), "weight", lambda: many)
+    weighed, step = Weighed(), fresh()
+    gradient = step.value_and_grad(weighed.loss)
+    first, _ = gradient(XS[0], YS[0])
+    step.reset()
+    weighed.weight = 2.0
+    again, _ = gradient(XS[0], YS[0])
+    assert again == pytest.approx(2 * first)
+
+
+def test_a_loss_that_reaches_too_much_to_follow_is_said(monkeypatch):
+    monkeypatch.setattr("etcompile.frontend.captured._LIMIT", 20)
+    many = [[k] for k in range(100)]
+    gradient = fresh().value_and_grad(lambda out, target: many[1][0] * squared(out, target))
+    with pytest.warns(EtcompileWarning, match="more than 20 values .* as a target"):
+        gradient(XS[0], YS[0])
+    gradient(XS[0], YS[0])

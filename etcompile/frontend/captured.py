@@ -23,11 +23,13 @@ import brainstate
 import jax
 import numpy as np
 
-from etcompile.frontend.code_names import code_names
+from etcompile.errors import EtcompileWarning
+from etcompile.frontend.code_names import code_names, global_names
+from etcompile.frontend.user_code import warn
 
 __all__ = ["Captured", "Same", "is_captured"]
 
-#: Values looked at for one function; a function that reaches more is not followed further.
+#: Values looked at for one function; a function that reaches more is not followed further, and that is said.
 _LIMIT = 4096
 
 _MISSING = object()
@@ -64,6 +66,7 @@ class Captured:
     def __init__(self, function: Any) -> None:
         self._function = function
         self._walk: _Walk | None = None
+        self._warned = False
 
     def unchanged(self) -> bool:
         """Whether nothing has changed since :meth:`key` was asked for the last time."""
@@ -77,6 +80,14 @@ class Captured:
         if self._walk is None or not self._walk.same():
             self._walk = _Walk()
             self._walk.visit(self._function, frozenset())
+            if self._walk.gave_up and not self._warned:
+                self._warned = True
+                warn(
+                    f"{getattr(self._function, '__qualname__', self._function)} reaches more than {_LIMIT} values outside of its "
+                    "arguments: where one further away changes, later calls go on with what it was. Give what changes from call "
+                    "to call as a target, or keep it in a brainstate state.",
+                    EtcompileWarning,
+                )
         found = self._walk.found
         return (*found, Same(self._function)) if self._walk.gave_up else tuple(found)
 
@@ -211,7 +222,7 @@ class _Walk:
         if function.__kwdefaults__:
             self._hold(self._get(of, "__kwdefaults__"))
             self._all(function.__kwdefaults__.values(), names)
-        for name in sorted(names):
+        for name in sorted(global_names(function.__code__)):
             held = self._get(function.__globals__.get, name)
             if held is not _MISSING:
                 self.visit(held, names)
