@@ -5,6 +5,7 @@ from __future__ import annotations
 from etcompile import brainstate_import as _  # noqa: F401  (the first import: see there)
 from etcompile import nn
 from etcompile.adapters.equinox import from_equinox
+from etcompile.adapters.linen import from_linen
 from etcompile.adapters.nnx import from_nnx
 from etcompile.compiler import compile
 from etcompile.cost.cost import Cost
@@ -53,6 +54,6 @@ __all__ = [
     "LeakyRateReadout", "ModelError", "MultiStepData", "OptionError", "Pass", "PassError", "PassManager",
     "PresynapticTrace", "ProgramError", "Report", "Schedule", "SequenceSchedule", "SingleStepData", "Step", "SyntheticGradient",
     "TraceProgram", "UnsupportedError", "WeightOperation", "algorithm", "algorithm_names", "compile", "extract_y_target",
-    "feedback_matrix", "from_equinox", "from_function", "from_nnx", "nn", "parse_program", "register_schedule",
+    "feedback_matrix", "from_equinox", "from_function", "from_linen", "from_nnx", "nn", "parse_program", "register_schedule",
     "weight_operation",
 ]  # fmt: skip

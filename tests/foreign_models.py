@@ -179,10 +179,75 @@ NNX = {
 }
 
 
+# -- Flax linen ---------------------------------------------------------------------------------------------------------
+
+
+def linen_model(make: Callable, names: set[str], size: tuple[int, ...] = (2, 3)) -> Foreign:
+    """A module whose call is (carry, x) -> (carry, out)."""
+    import flax.linen as nn
+
+    module, carry = make(nn)
+    method = (lambda rnn, *given: rnn.cell(*given)) if isinstance(module, nn.RNN) else None
+    variables = module.init(jax.random.key(0), carry, jnp.ones(size), method=method)
+
+    def step(params: Any, carry: Any, x: Any) -> Any:
+        return module.apply({"params": params}, carry, x, method=method)
+
+    return Foreign(
+        etcompile.from_linen(module, variables, carry), step, variables["params"], carry, size, names
+    )
+
+
+def _linen_cell(kind: str, *carry: int) -> Callable:
+    def make(nn: Any) -> Any:
+        held = tuple(draw(k, 2, 4) for k in carry)
+        dtypes = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+        return getattr(nn, kind)(4, **dtypes), held if len(held) > 1 else held[0]
+
+    return make
+
+
+def _linen_convolution(nn: Any) -> Any:
+    cell = nn.ConvLSTMCell(2, (3,), dtype=jnp.float64, param_dtype=jnp.float64)
+    return cell, (draw(1, 2, 5, 2), draw(2, 2, 5, 2))
+
+
+def _linen_rnn(nn: Any) -> Any:
+    cell, carry = _linen_cell("GRUCell", 1)(nn)
+    return nn.RNN(cell), carry
+
+
+def _linen_stack(nn: Any) -> Any:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, carry: Any, x: Any) -> Any:
+            dtype, new = {"param_dtype": jnp.float64}, []
+            for k, cell in enumerate(
+                (nn.GRUCell(4, name="below", **dtype), nn.MGUCell(4, name="above", **dtype))
+            ):
+                h, x = cell(carry[k], x)
+                new.append(h)
+            return new, nn.Dense(2, name="readout", **dtype)(x)
+
+    return Net(), [draw(1, 2, 4), draw(2, 2, 4)]
+
+
+LINEN = {
+    "linen-gru": lambda: linen_model(_linen_cell("GRUCell", 1), {"hn.kernel", "in.bias"}),
+    "linen-lstm": lambda: linen_model(_linen_cell("LSTMCell", 1, 2), {"hf.kernel"}),
+    "linen-optimized-lstm": lambda: linen_model(_linen_cell("OptimizedLSTMCell", 1, 2), {"hf.kernel"}),
+    "linen-mgu": lambda: linen_model(_linen_cell("MGUCell", 1), {"hf.kernel"}),
+    "linen-simple": lambda: linen_model(_linen_cell("SimpleCell", 1), {"h.kernel", "i.kernel"}),
+    "linen-convolution": lambda: linen_model(_linen_convolution, {"hh.kernel"}, (2, 5, 3)),
+    "linen-rnn": lambda: linen_model(_linen_rnn, {"cell.hn.kernel"}),
+    "linen-stack": lambda: linen_model(_linen_stack, {"below.hn.kernel", "above.hf.kernel", "readout.bias"}),
+}
+
+
 def _parameters(package: str, makers: dict[str, Callable]) -> list[Any]:
     missing = importlib.util.find_spec(package) is None
     skip = pytest.mark.skipif(missing, reason=f"{package} is not installed")
     return [pytest.param(make, id=name, marks=skip) for name, make in makers.items()]
 
 
-FOREIGN = [*_parameters("equinox", EQUINOX), *_parameters("flax", NNX)]
+FOREIGN = [*_parameters("equinox", EQUINOX), *_parameters("flax", NNX), *_parameters("flax", LINEN)]

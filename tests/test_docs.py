@@ -22,6 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ABOUT = {
     "flax_equinox.md": "equinox flax",
     "etcompile.adapters.equinox": "equinox",
+    "etcompile.adapters.linen": "flax",
     "etcompile.adapters.nnx": "flax",
 }
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -243,3 +243,45 @@ def test_nnx_mistakes_are_said():
     refused(lambda: etcompile.compile(Writing(), jnp.ones(3)), "writes its trained variable w")
     refused(lambda: etcompile.from_nnx(nnx.GRUCell, jnp.zeros(3)), "a flax.nnx.Module", "make one")
     refused(lambda: etcompile.from_nnx(nnx.RNN(cell, reverse=True), jnp.zeros((2, 4))), "backwards in time")
+
+
+# -- Flax linen ---------------------------------------------------------------------------------------------------------
+
+
+def test_collections_of_linen_go_on_and_statistics_outlast_a_reset():
+    nn = pytest.importorskip("flax.linen")
+
+    class Leaky(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            h = self.variable("memory", "h", jnp.zeros, (2, 4))
+            mean = self.variable("batch_stats", "mean", jnp.zeros, ())
+            mean.value = 0.9 * mean.value + 0.1 * jnp.mean(x)
+            h.value = jnp.tanh(0.5 * h.value + nn.Dense(4, param_dtype=jnp.float64)(x))
+            return h.value
+
+    module, x = Leaky(), jnp.ones((2, 3))
+    variables = module.init(jax.random.key(0), x)
+    with by_numpy():
+        step = etcompile.compile(etcompile.from_linen(module, variables), x)
+        assert step.exact
+        wanted, _ = module.apply(variables, x, mutable=["memory", "batch_stats"])
+        assert relative_error(step(x), wanted) < TOLERANCE
+        step.reset()
+        state = step.executor.live.states()
+        assert relative_error(state["variables"]["memory"]["h"], variables["memory"]["h"]) == 0.0
+        assert float(state["lasting"]["batch_stats"]["mean"]) == pytest.approx(0.19)
+
+
+def test_linen_mistakes_are_said():
+    nn = pytest.importorskip("flax.linen")
+    cell = nn.GRUCell(4)
+    refused(
+        lambda: etcompile.compile(cell, jnp.ones((2, 3))),
+        "variables",
+        "etcompile.from_linen(module, variables, carry)",
+    )
+    refused(lambda: etcompile.from_linen(cell, jnp.zeros((2, 4))), "module.init")
+    refused(lambda: etcompile.from_linen(cell, {"kernel": 1.0}), "['kernel']", "module.init")
+    refused(lambda: etcompile.from_linen(nn.GRUCell, {"params": {}}), "a flax.linen.Module", "make one")
+    refused(lambda: etcompile.from_linen(nn.RNN(cell, reverse=True), {"params": {}}), "backwards in time")
