@@ -69,6 +69,20 @@ def bptt(fn, params, state):
     return op_by_op(jax.grad(total), params)
 
 
+@pytest.mark.parametrize("how", ["at", "slice"])
+def test_parts_that_are_set_one_by_one(how):
+    def fn(params, state, x):
+        s = state["s"]
+        v, a = neuron(params, s[..., 0], s[..., 1], x)
+        if how == "at":
+            s = s.at[..., 0].set(v).at[..., 1].set(a)
+        else:
+            s = jax.lax.dynamic_update_slice_in_dim(s, a[..., None], 1, 2).at[..., 0].set(v)
+        return {"s": s}, jnp.tanh(v)
+
+    check(fn, PARAMS, {"s": jnp.stack(START, -1)})
+
+
 def check(fn, params, state):
     step, wanted = compiled(fn, params, state), bptt(fn, params, state)
     assert step.exact

@@ -12,11 +12,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operand, Operation
+from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operand, Operation, bind
 
 __all__ = ["StateForm", "join_states", "put_together", "split_states", "state_form"]
 
@@ -26,6 +27,8 @@ Array = Any
 MOST_PARTS = 32
 #: Elements of an axis over which a constant matrix is a rotation of a unit's own values, and no connection between units.
 _MOST_TURNED = 2
+#: Which operand of an operation that sets elements of its first one has their new values.
+_UPDATES = {"scatter": 2, "dynamic_update_slice": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +130,26 @@ def _read(graph: Graph, operation: Operation, old: int) -> tuple[int | None, tup
         return params["axis"], tuple(range(shape[params["axis"]]))
     if operation.name == "dot_general":
         return _rotated(operation, old, shape) or nothing
+    if operation.name in _UPDATES:
+        return _set_in(graph, operation, old) or nothing
     return nothing
+
+
+def _set_in(graph: Graph, operation: Operation, old: int) -> tuple[int, tuple[int, ...]] | None:
+    """The axis along which parts are set to something else, at constant places; what is left is read."""
+    values: list[Any] = [v.value if isinstance(v, Constant) else None for v in operation.inputs]
+    update, shape = _UPDATES[operation.name], graph.avals[old].shape
+    if operation.inputs[0] != old or any(v is None for k, v in enumerate(values) if k not in (0, update)):
+        return None
+    with jax.ensure_compile_time_eval():
+        values[0], values[update] = jnp.zeros(shape), jnp.ones(graph.aval(operation.inputs[update]).shape)
+        here = np.asarray(bind(operation, values)[0]) != 0
+    for axis in range(len(shape)):
+        others = tuple(d for d in range(len(shape)) if d != axis)
+        lines = here.all(others)
+        if lines.any() and not lines.all() and (lines == here.any(others)).all():
+            return axis, tuple((np.flatnonzero(np.diff(lines)) + 1).tolist())
+    return None
 
 
 def _rotated(operation: Operation, old: int, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | None:
