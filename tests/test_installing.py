@@ -22,7 +22,8 @@ def test_importing_leaves_the_settings_of_jax(first):
         "jax.config.update('jax_default_matmul_precision', 'highest'); "
         + first
         + "before = dict(jax.config.values); "
-        "import etcompile; assert dict(jax.config.values) == before; assert jax.numpy.ones(1).dtype == 'float64'"
+        "import etcompile; assert dict(jax.config.values) == before; assert jax.numpy.ones(1).dtype == 'float64'; "
+        "import sys; assert not {'flax', 'equinox'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", told], check=True, cwd=ROOT, timeout=120)
 
