@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from etcompile.pass_api import OptionError, ProgramBuilder, Value
 
-__all__ = ["SIGNALS", "learning_signal", "shown_signal"]
+__all__ = ["SIGNALS", "learning_signal", "require_feedback", "shown_signal"]
 
 SIGNALS = ("symmetric", "random", "adaptive", "target", "modulator")
 
@@ -48,6 +48,16 @@ def learning_signal(
     raise OptionError(
         "there is no such learning signal.", got=repr(kind), expected="one of " + ", ".join(SIGNALS)
     )
+
+
+def require_feedback(feedback: str, *known: str) -> None:
+    """Refuse a feedback that a rule does not have."""
+    if feedback not in known:
+        raise OptionError(
+            "there is no such feedback.",
+            got=repr(feedback),
+            expected=f"{', '.join(known[:-1])} or {known[-1]}",
+        )
 
 
 def shown_signal(p: ProgramBuilder, group: str, kind: str, seed: int) -> Value:

@@ -48,18 +48,14 @@ class Products(DRTRL):
     def advance(self, t):
         for n in t.groups:
             self.mean[n] = 0.5 * self.mean[n] + t.groups[n].shown - 0.1
-        for n in t.traced:
-            site = t.sites[n]
-            group = t.groups[site.group]
+        for n, site, group in t.each_traced():
             h = np.concatenate([v.ravel() for v in t.states.values()])[group.index]
             mean = self.mean[site.group][site.at]
             self.e[n] = 0.3 * h[:, site.at, None] * self.e[n] + mean[:, None] * outer(site)
 
     def values(self, t):
         found = {}
-        for n in t.traced:
-            site = t.sites[n]
-            group = t.groups[site.group]
+        for n, site, group in t.each_traced():
             B = self.matrix(site.group, t.target.shape[1], group.units)
             error = group.shown.reshape(t.batch, -1) @ B.T - t.target
             drive = (error @ B).ravel() + loss_by_shown(group)

@@ -10,7 +10,7 @@ effective weight that the site reads (a bias is broadcast over the batch first),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -157,6 +157,11 @@ class StepTables:
     def traced(self) -> list[str]:
         """Weights with a relation."""
         return [name for name, site in self.sites.items() if site.group is not None]
+
+    def each_traced(self) -> Iterator[tuple[str, Site, Group]]:
+        """Weights with a relation, with their site and group."""
+        for name in self.traced:
+            yield name, self.sites[name], self.groups[self.sites[name].group]
 
 
 @dataclass

@@ -216,9 +216,7 @@ class EProp(DRTRL):
 
     def values(self, t):
         found = {}
-        for n in t.traced:
-            site = t.sites[n]
-            group = t.groups[site.group]
+        for n, site, group in t.each_traced():
             if self.kind == "symmetric":
                 found[n] = contract(group.signal, site, self.filtered[n]) + rest(t, n)
             else:
@@ -375,9 +373,7 @@ class RFLO(DRTRL):
 
     def values(self, t):
         found = {}
-        for n in t.traced:
-            site = t.sites[n]
-            group = t.groups[site.group]
+        for n, site, group in t.each_traced():
             drive = t.error @ self.matrix(site.group, t.out.shape[1], group.units)
             found[n] = contract(through(group, drive), site, self.e[n])
         return found
@@ -462,9 +458,7 @@ class ETLP(OTTT):
 
     def values(self, t):
         found = {}
-        for n in t.traced:
-            site = t.sites[n]
-            group = t.groups[site.group]
+        for n, site, group in t.each_traced():
             drive = t.target @ self.matrix(site.group, t.target.shape[1], group.units)
             found[n] = back(through(group, drive), site) @ self.a[n]
         return found
@@ -478,9 +472,7 @@ class Decolle(DRTRL):
 
     def values(self, t):
         found = {}
-        for n in t.traced:
-            site = t.sites[n]
-            group = t.groups[site.group]
+        for n, site, group in t.each_traced():
             B = self.matrix(site.group, t.target.shape[1], group.units)
             error = group.shown.reshape(t.batch, -1) @ B.T - t.target
             found[n] = contract(through(group, error @ B), site, self.e[n])
@@ -529,9 +521,7 @@ class Compose(DRTRL):
 
     def values(self, t):
         found = {}
-        for n in t.traced:
-            site = t.sites[n]
-            group = t.groups[site.group]
+        for n, site, group in t.each_traced():
             if self.kind == "symmetric":
                 found[n] = contract(group.signal, site, self.filtered[n]) + rest(t, n)
             else:
@@ -641,9 +631,7 @@ class OSTTP(Rule):
             target = np.eye(t.out.shape[1])[target]
         target = target.reshape(t.batch, -1)
         found = {}
-        for n in t.traced:
-            site = t.sites[n]
-            group = t.groups[site.group]
+        for n, site, group in t.each_traced():
             signal = through(group, target @ self.matrix(site.group, target.shape[1], group.units))
             if self.recurrent:
                 full = np.zeros(len(t.recurrence))

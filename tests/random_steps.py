@@ -48,6 +48,7 @@ class Recipe:
     batch: int | None
     dtype: str
     seed: int
+    number: int
 
 
 MIXES = ("leaky", "gated", "tanh", "learned", "product")
@@ -396,6 +397,7 @@ def recipe(number: int) -> Recipe:
         one_of((None, 1, 2)),
         one_of(("float64",) * 6 + ("float32", "bfloat16")),
         int(rng.integers(1000)),
+        number,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from etcompile.adapters.modules import framework_of, needs, pair
+from etcompile.adapters.modules import framework_of, needs, pair, refuse_backwards
 from etcompile.errors import ModelError
 from etcompile.frontend.function import FunctionModel, function_model
 
@@ -97,13 +97,8 @@ def linen_model(module: Any, inputs: tuple[Any, ...]) -> None:
 
 def _usual_method(nn: Any, module: Any) -> Callable[..., Any] | None:
     """What is called of a module: itself, or the cell of an RNN."""
-    if isinstance(module, nn.Bidirectional) or (isinstance(module, nn.RNN) and module.reverse):
-        raise ModelError(
-            f"{type(module).__name__} reads a sequence from its end, which cannot be learned while it runs.",
-            got="a module that runs backwards in time",
-            expected=_EXAMPLE,
-            hint="give its forward cell alone.",
-        )
+    backwards = isinstance(module, nn.Bidirectional) or (isinstance(module, nn.RNN) and module.reverse)
+    refuse_backwards(backwards, module, _EXAMPLE)
     if isinstance(module, nn.RNN):
         return lambda rnn, carry, *inputs: rnn.cell(carry, *inputs)
     return None

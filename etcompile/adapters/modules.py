@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from etcompile.errors import ModelError
 from etcompile.frontend.function import FunctionModel
 
-__all__ = ["framework_of", "is_trained_array", "needs", "pair", "settled"]
+__all__ = ["framework_of", "is_trained_array", "needs", "pair", "refuse_backwards", "settled"]
 
 
 def framework_of(model: Any, name: str) -> Any:
@@ -40,6 +40,17 @@ def pair(result: Any, module: Any) -> tuple[Any, Any]:
             expected="(new_carry, out), from call(module, carry, x)",
         )
     return result
+
+
+def refuse_backwards(backwards: bool, module: Any, example: str) -> None:
+    """Raise :class:`ModelError` for a module that reads a sequence from its end."""
+    if backwards:
+        raise ModelError(
+            f"{type(module).__name__} reads a sequence from its end, which cannot be learned while it runs.",
+            got="a module that runs backwards in time",
+            expected=example,
+            hint="give its forward cell alone.",
+        )
 
 
 def is_trained_array(leaf: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from etcompile.adapters.modules import framework_of, needs, pair, settled
+from etcompile.adapters.modules import framework_of, needs, pair, refuse_backwards, settled
 from etcompile.errors import ModelError
 from etcompile.frontend.function import FunctionModel, function_model
 
@@ -104,13 +104,8 @@ def nnx_model(model: Any, inputs: tuple[Any, ...]) -> FunctionModel | None:
 
 def _usual_call(nnx: Any, model: Any, carry: Any) -> Callable[..., Any]:
     """How a module is called: itself, or the cell of an RNN."""
-    if isinstance(model, nnx.Bidirectional) or getattr(model, "reverse", False) is True:
-        raise ModelError(
-            f"{type(model).__name__} reads a sequence from its end, which cannot be learned while it runs.",
-            got="a module that runs backwards in time",
-            expected=_EXAMPLE,
-            hint="give its forward cell alone.",
-        )
+    backwards = isinstance(model, nnx.Bidirectional) or getattr(model, "reverse", False) is True
+    refuse_backwards(backwards, model, _EXAMPLE)
     if isinstance(model, nnx.RNN):
         return lambda rnn, carry, *inputs: rnn.cell(carry, *inputs)
     return lambda module, *given: module(*given)

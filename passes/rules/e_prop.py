@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from etcompile.pass_api import Header, OptionError, ProgramBuilder, Value, algorithm
 from etcompile.passes.parts import require_leak
-from etcompile.passes.signals import learning_signal
+from etcompile.passes.signals import learning_signal, require_feedback
 
 __all__ = ["e_prop"]
 
@@ -67,10 +67,7 @@ def e_prop(
     """E-prop: e = D e + f (x) x; ē = κ ē + e; grad = L ē."""
     if not 0.0 <= kappa < 1.0:
         raise OptionError("kappa must lie in [0, 1).", got=f"kappa={kappa!r}")
-    if feedback not in ("symmetric", "random", "adaptive"):
-        raise OptionError(
-            "there is no such feedback.", got=repr(feedback), expected="symmetric, random or adaptive"
-        )
+    require_feedback(feedback, "symmetric", "random", "adaptive")
     require_leak(rate_decay)
     for r in p.relations:
         e = p.recur(decay=p.transition(r.group), inject=p.outer(r))

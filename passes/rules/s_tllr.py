@@ -16,9 +16,9 @@ derivative, not a second function; biases have traces like other weights.
 
 from __future__ import annotations
 
-from etcompile.pass_api import OptionError, ProgramBuilder, algorithm
+from etcompile.pass_api import ProgramBuilder, algorithm
 from etcompile.passes.parts import require_leak
-from etcompile.passes.signals import shown_signal
+from etcompile.passes.signals import require_feedback, shown_signal
 
 __all__ = ["s_tllr"]
 
@@ -40,10 +40,7 @@ def s_tllr(
     """S-TLLR: x̄ = λ x̄ + x; Ψ = λ' Ψ + ψ f; grad = E (α (ψ f) (x) x̄ + α' Ψ_{t-1} (x) x)."""
     for leak in (lambda_pre, lambda_post):
         require_leak(leak)
-    if feedback not in ("random", "symmetric"):
-        raise OptionError(
-            "there is no such feedback.", got=repr(feedback), expected="'symmetric' or 'random'"
-        )
+    require_feedback(feedback, "symmetric", "random")
     for r in p.relations:
         now = p.scale(p.derivative(r.group), p.immediate(r))
         came_in = p.recur(decay=lambda_post, inject=p.presynaptic(r))

@@ -16,9 +16,9 @@ loss, so that the filter of van Rossum's distance is the loss's affair; rates pe
 
 from __future__ import annotations
 
-from etcompile.pass_api import OptionError, ProgramBuilder, algorithm
+from etcompile.pass_api import ProgramBuilder, algorithm
 from etcompile.passes.parts import require_leak
-from etcompile.passes.signals import shown_signal
+from etcompile.passes.signals import require_feedback, shown_signal
 
 __all__ = ["superspike"]
 
@@ -39,10 +39,7 @@ def superspike(
     """SuperSpike: x̄ = filter of x, twice; e = γ e + (ψ f) (x) x̄; grad = (err B) e."""
     for leak in (alpha, beta, gamma):
         require_leak(leak)
-    if feedback not in ("random", "symmetric"):
-        raise OptionError(
-            "there is no such feedback.", got=repr(feedback), expected="'random' or 'symmetric'"
-        )
+    require_feedback(feedback, "random", "symmetric")
     for r in p.relations:
         x = p.recur(decay=beta, inject=p.recur(decay=alpha, inject=p.presynaptic(r)))
         f = p.scale(p.derivative(r.group), p.immediate(r))

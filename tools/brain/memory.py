@@ -28,11 +28,10 @@ def held() -> int:
 def growth(run: Callable[[], Any]) -> int:
     """Bytes by which the process grows at most while ``run`` runs."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(
-        0
-    )  # Give back what earlier runs left, so that this one must ask for it again.
+    # What earlier runs left is given back, so that this one must ask for it again; then the peak begins anew.
+    ctypes.CDLL(None).malloc_trim(0)
     before = _read("VmRSS")
-    _CLEAR.write_text("5", encoding="utf-8")  # The peak begins here.
+    _CLEAR.write_text("5", encoding="utf-8")
     result = jax.block_until_ready(run())
     after = _read("VmHWM")
     del result
