@@ -26,7 +26,7 @@ from etcompile.analysis.index_rules import ELEMENTWISE, NONE
 from etcompile.analysis.influence import Influence
 from etcompile.analysis.reads import REPEATING, Reads, Slots, compress, joins, reads_of
 from etcompile.analysis.relations import FanOut, Relation, bounding_box
-from etcompile.analysis.shared_states import leading_to, operands_of
+from etcompile.analysis.shared_states import cuts_toward, leading_to, operands_of
 from etcompile.analysis.sites import Site, SplitStep
 from etcompile.frontend.jaxpr import Constant, Graph
 from etcompile.frontend.loops import Use
@@ -207,7 +207,7 @@ class _Search:
         colours = _classes(list(itertools.chain(*at)), kept.size) if any(at) else None
         if colours is None:
             return ()
-        cuts = self._cuts_toward(reads, group)
+        cuts = cuts_toward(self.split.body, reads, self._new([group]))
         numbers = range(int(colours.max(initial=NONE)) + 1)
         return tuple(_relation(site, group, at, (colours == c).reshape(shape), cuts) for c in numbers)
 
@@ -218,7 +218,7 @@ class _Search:
             return frozenset()
         body = self.split.body
         reads = self._read(site, np.where(kept, 0, NONE).reshape(body.avals[site.y].shape))
-        opaque = self._cuts_toward(reads, group)
+        opaque = cuts_toward(self.split.body, reads, self._new([group]))
         found = set()
         for s in group.states:
             for use, mask in self.found[s].cuts.items():
@@ -259,15 +259,6 @@ class _Search:
             if positions is not None:
                 kept |= positions.ravel() != NONE
         return kept
-
-    def _cuts_toward(self, reads: Reads, group: HiddenGroup) -> dict[Use, Array]:
-        if not reads.cuts:
-            return {}
-        toward = leading_to(self.split.body, self._new([group]))
-        operations = self.split.body.operations
-        return {
-            use: mask for use, mask in reads.cuts.items() if not toward.isdisjoint(operations[use[0]].outputs)
-        }
 
 
 def _at_positions(group: HiddenGroup, k: int, slots: Slots) -> list[Array]:

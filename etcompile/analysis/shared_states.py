@@ -26,7 +26,7 @@ from etcompile.frontend.jaxpr import Constant, Graph
 from etcompile.frontend.loops import Use
 from etcompile.frontend.step_model import StepModel
 
-__all__ = ["SharedLink", "find_shared", "leading_to", "operands_of", "with_shared"]
+__all__ = ["SharedLink", "cuts_toward", "find_shared", "leading_to", "operands_of", "with_shared"]
 
 Array = Any
 
@@ -108,7 +108,7 @@ def find_shared(
         )
         for k in larger:
             slots = reads.slots.get(new[k], ())
-            if len(slots) == 1 and (slots[0] != NONE).all() and not _cut_before(body, reads, new[k]):
+            if len(slots) == 1 and (slots[0] != NONE).all() and not cuts_toward(body, reads, [new[k]]):
                 links.append(SharedLink(j, k, slots[0].ravel()))
     return links
 
@@ -132,12 +132,16 @@ def _readers(
     return readers
 
 
-def _cut_before(body: Graph, reads: Reads, variable: Any) -> bool:
-    """Whether a use is cut on the way to a variable."""
+def cuts_toward(body: Graph, reads: Reads, variables: Iterable[Any]) -> dict[Use, Array]:
+    """What reads have cut on the way to some variables."""
     if not reads.cuts:
-        return False
-    before = leading_to(body, [variable])
-    return any(not before.isdisjoint(body.operations[use[0]].outputs) for use in reads.cuts)
+        return {}
+    toward = leading_to(body, variables)
+    return {
+        use: mask
+        for use, mask in reads.cuts.items()
+        if not toward.isdisjoint(body.operations[use[0]].outputs)
+    }
 
 
 def with_shared(
