@@ -7,6 +7,8 @@ from etcompile import nn
 from etcompile.adapters.equinox import from_equinox
 from etcompile.adapters.linen import from_linen
 from etcompile.adapters.nnx import from_nnx
+from etcompile.comparing import compare
+from etcompile.comparison import Comparison
 from etcompile.compiler import compile
 from etcompile.cost.cost import Cost
 from etcompile.errors import (
@@ -47,13 +49,13 @@ from etcompile.sites.table import weight_operation
 __version__ = "0.1.0"
 
 __all__ = [
-    "AlgorithmError", "Carry", "CarryError", "CheckpointError", "Checkpoints", "Cost", "DependencyError",
+    "AlgorithmError", "Carry", "CarryError", "CheckpointError", "Checkpoints", "Comparison", "Cost", "DependencyError",
     "EnvironmentWarning", "EtcompileError", "EtcompileWarning", "Executor",
     "FixedRandomFeedback", "FunctionModel", "GradExpon", "InputError",
     "KappaFilter",
     "LeakyRateReadout", "ModelError", "MultiStepData", "OptionError", "Pass", "PassError", "PassManager",
     "PresynapticTrace", "ProgramError", "Report", "Schedule", "SequenceSchedule", "SingleStepData", "Step", "SyntheticGradient",
-    "TraceProgram", "UnsupportedError", "WeightOperation", "algorithm", "algorithm_names", "compile", "extract_y_target",
-    "feedback_matrix", "from_equinox", "from_function", "from_linen", "from_nnx", "nn", "parse_program", "register_schedule",
-    "weight_operation",
+    "TraceProgram", "UnsupportedError", "WeightOperation", "algorithm", "algorithm_names", "compare", "compile",
+    "extract_y_target", "feedback_matrix", "from_equinox", "from_function", "from_linen", "from_nnx", "nn", "parse_program",
+    "register_schedule", "weight_operation",
 ]  # fmt: skip

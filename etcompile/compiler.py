@@ -30,7 +30,7 @@ from etcompile.runtime.shapes import shapes_of
 from etcompile.runtime.step import Step
 from etcompile.schedule import Schedule, as_schedule
 
-__all__ = ["Request", "compile", "lower_model"]
+__all__ = ["Request", "analysed", "compile", "lower_analysed", "lower_model", "requested"]
 
 #: What a pass after the rule does to the gradient, by its declaration.
 _EFFECT = {"approximates": "approximates the gradient", "changes": "changes the gradient"}
@@ -110,7 +110,7 @@ def compile(
     (4, 2)
     """
     how = as_schedule(schedule)
-    request = _requested(algo, options, how, within, exclude, manager, optimise)
+    request = requested(algo, options, how, within, exclude, manager, optimise)
     refuse_iterators(example_inputs)
     inputs = shapes_of(tuple(jax.tree.map(as_array, x) for x in example_inputs))
     live = access(as_model(model, inputs))
@@ -149,9 +149,18 @@ class Request:
 
 def lower_model(live: ModelAccess, inputs: tuple[Any, ...], request: Request) -> Compiled:
     """One step of a live model for inputs of these shapes: trace, analyse, run the passes, lower."""
-    model = step_model(live.trace(inputs))
-    analysis = analyse(model, request.exclude)
+    return lower_analysed(analysed(live, inputs, request.exclude), request)
+
+
+def analysed(live: ModelAccess, inputs: tuple[Any, ...], exclude: tuple[str, ...] = ()) -> Analysis:
+    """One step of a live model for inputs of these shapes: traced and analysed, whatever the rule."""
+    analysis = analyse(step_model(live.trace(inputs)), exclude)
     refuse_operands(analysis)
+    return analysis
+
+
+def lower_analysed(analysis: Analysis, request: Request) -> Compiled:
+    """An analysed step, compiled: run the passes, lower."""
     empty = TraceProgram("empty", program_header(analysis, windows=request.within_exact))
     program, records = _passed(empty, analysis, request)
     causal = CausalProgram(program, analysis, request.rule.functions, request.schedule)
@@ -160,7 +169,7 @@ def lower_model(live: ModelAccess, inputs: tuple[Any, ...], request: Request) ->
     return Compiled(analysis, program, records, StepFunctions(causal), request.schedule, leaves_out, changes)
 
 
-def _requested(
+def requested(
     algo: Any,
     options: dict[str, Any],
     schedule: Schedule,

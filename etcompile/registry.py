@@ -18,7 +18,7 @@ from etcompile.pass_manager import Pass
 from etcompile.paths import path_matches
 from etcompile.rule_errors import rule_failure
 
-__all__ = ["Algorithm", "Mixed", "Rule", "algorithm", "algorithm_names", "pipeline"]
+__all__ = ["Algorithm", "Mixed", "Rule", "algorithm", "algorithm_names", "pipeline", "shipped_names"]
 
 #: Entry point group in which other packages publish rules.
 ENTRY_POINTS = "etcompile.algorithms"
@@ -166,6 +166,12 @@ def algorithm_names() -> list[str]:
     """Names of all rules: those shipped, those registered here, and those of installed packages."""
     _load()
     return sorted(set(_RULES) | {e.name for e in metadata.entry_points(group=ENTRY_POINTS)})
+
+
+def shipped_names() -> list[str]:
+    """Names of the rules that come with the package, each rule once, without its aliases."""
+    _load()
+    return sorted({rule.name for rule in _RULES.values() if _ships(rule)})
 
 
 def find_rule(name: str) -> Rule:

@@ -76,8 +76,8 @@ class Report:
 
     The text is short: where a cut ends the credit of many states and parameters it names their modules, and of a source line the
     user's part; the attributes and :meth:`to_dict` hold all. ``exact`` is False if and only if something says where credit
-    ends: ``cuts``, or ``leaves_out``, what the rule loses beside them. ``verdict`` says what the gradient is; ``forgotten``
-    names the hidden groups of which the rule keeps nothing from step to step;
+    ends: ``cuts``, or ``leaves_out``, what the rule loses beside them. ``verdict`` says what the gradient is, ``another`` that
+    it is none of the loss, by intent; ``forgotten`` names the hidden groups of which the rule keeps nothing from step to step;
     ``trace_owners`` whose each trace is; ``learning`` those that depend on the loss and go on at steps with one alone;
     ``devices`` where arrays lie on a mesh: the mesh, then each array with the mesh axes behind the sizes that they split.
     """
@@ -96,6 +96,7 @@ class Report:
     verdict: str = ""
     forgotten: tuple[str, ...] = ()
     learning: tuple[str, ...] = ()
+    another: bool = False
 
     @property
     def trace_bytes(self) -> int:
@@ -109,6 +110,7 @@ class Report:
             "algorithm": self.algorithm,
             "exact": self.exact,
             "verdict": self.verdict,
+            "another": self.another,
             "forgotten": list(self.forgotten),
             "learning": list(self.learning),
             "leaves_out": self.leaves_out,
@@ -250,9 +252,9 @@ def _zero(analysis: Analysis, program: TraceProgram, path: str, groups: Sequence
     return f"its gradient is zero with {program.name}: within a step it reaches no output, {kept}; the cuts say why"
 
 
-def _verdict(program: TraceProgram, leaves_out: str, changes: bool) -> str:
+def _verdict(program: TraceProgram, leaves_out: str, another: bool) -> str:
     """What the gradient is, in words."""
-    if changes or any(OPS[e.op].signal == "drive" for e in program.equations):
+    if another:
         return f"not the gradient of the loss: {leaves_out or 'the rule says so'}"
     if program.window is None:
         how = "equals" if program.exact else "approximates"
@@ -332,6 +334,7 @@ def make_report(
     }
     if not (program.exact or leaves_out or program.header.cuts):
         leaves_out = f"{program.name} is registered as never exact and does not say what it leaves out"
+    another = changes or any(OPS[e.op].signal == "drive" for e in program.equations)
     return Report(
         model=analysis.model.name,
         algorithm=program.name,
@@ -350,9 +353,10 @@ def make_report(
         traces=dict(sorted(sizes.items(), key=lambda item: natural_key(item[0]))),
         devices=devices,
         trace_owners={name: _owner(program, name) for name in sizes},
-        verdict=_verdict(program, leaves_out, changes),
+        verdict=_verdict(program, leaves_out, another),
         forgotten=_forgotten(program, sizes),
         learning=tuple(name for name in program.carried if OPS[program.equation(name).op].learns),
+        another=another,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from etcompile.amounts import bytes_text
 from etcompile.paths import short_list, short_text, user_line
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def report_text(report: Report) -> str:
 
 def _lines(report: Report) -> Iterator[str]:
     yield f"{report.model} compiled with {report.algorithm}"
-    yield f"  gradient   {report.verdict}; {len(report.cuts)} cut(s); traces {_bytes(report.trace_bytes)}"
+    yield f"  gradient   {report.verdict}; {len(report.cuts)} cut(s); traces {bytes_text(report.trace_bytes)}"
     if report.leaves_out:
         yield f"  rule       {report.leaves_out}"
     if report.forgotten:
@@ -50,7 +51,7 @@ def _lines(report: Report) -> Iterator[str]:
         yield "  traces"
     for name, size in report.traces.items():
         owner = report.trace_owners.get(name)
-        yield f"    {name}  {_bytes(size)}" + (f"  {owner}" if owner else "")
+        yield f"    {name}  {bytes_text(size)}" + (f"  {owner}" if owner else "")
     if report.traces and any(p.positions > 1 for p in report.parameters):
         yield "    a sequence that is one chunk needs none of these, with Schedule(keep_traces=False)"
     if report.devices:
@@ -68,25 +69,16 @@ def _named(report: Report, name: str) -> str:
 
 
 def _parameter(p: ParameterLine, width: int) -> Iterator[str]:
-    size = f", {_bytes(p.trace_bytes)}" if p.trace_bytes else ""
+    size = f", {bytes_text(p.trace_bytes)}" if p.trace_bytes else ""
     yield f"    {p.path.ljust(width)}  {p.how}{size}{f' ({p.part})' if p.part else ''}"
     for said in filter(None, (p.silent, p.zero)):
         yield f"    {' ' * width}  {said}"
     if p.decays:
         count = "1 decay" if p.decays == 1 else f"{p.decays} decays"
-        saved = _bytes(p.saved_bytes)
+        saved = bytes_text(p.saved_bytes)
         yield f"    {' ' * width}  its trace is factorised into filtered inputs, {count}: {saved} less"
 
 
 def _cut(cut: Cut) -> Iterator[str]:
     yield f"    {cut.name}  {user_line(cut.source)}  {cut.primitive}: {short_list(cut.origins)}"
     yield f"        {short_text(cut.meaning)}" + ("" if cut.part == "all" else f" ({cut.part})")
-
-
-def _bytes(size: int) -> str:
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{size} B"

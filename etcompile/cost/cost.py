@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any
 
+from etcompile.amounts import bytes_text, count_text
 from etcompile.cost.graph import Graph, flatten
 from etcompile.cost.totals import totals
 
@@ -62,10 +63,10 @@ class Cost:
         batch = "" if self.batch is None else f", batch {self.batch}"
         return "\n".join((
             f"cost of {what}{batch}",
-            f"  traces          {_bytes(self.trace_bytes)}",
-            f"  peak            {_bytes(self.peak_bytes)}",
-            f"  per step        {_count(self.flops)}flop, {_count(self.transcendentals).strip()} transcendentals",
-            f"  moved per step  {_bytes(self.bytes_moved)}",
+            f"  traces          {bytes_text(self.trace_bytes)}",
+            f"  peak            {bytes_text(self.peak_bytes)}",
+            f"  per step        {count_text(self.flops)}flop, {count_text(self.transcendentals).strip()} transcendentals",
+            f"  moved per step  {bytes_text(self.bytes_moved)}",
         ))  # fmt: skip
 
 
@@ -117,19 +118,3 @@ def priced(
         chunk=chunk,
         batch=batch,
     )
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} PiB"
-
-
-def _count(number: float) -> str:
-    for unit in ("", "k", "M", "G", "T"):
-        if number < 1000:
-            return f"{number:.0f} " if not unit else f"{number:.2f} {unit}"
-        number /= 1000
-    return f"{number:.2f} P"

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from etcompile.compiled import Compiled
 from etcompile.cost.cost import Cost, Measured, measured, priced
 from etcompile.cost.scaling import scaled
 from etcompile.errors import InputError, OptionError
@@ -22,10 +23,12 @@ from etcompile.runtime.checks import keywords_of
 from etcompile.runtime.compilations import Compilation
 from etcompile.runtime.executor import Executor
 from etcompile.runtime.losses import LossFunction, check_callable, join_loss
+from etcompile.runtime.model_states import ModelAccess
 from etcompile.runtime.shapes import shapes_of
+from etcompile.runtime.trace_state import TraceState
 from etcompile.schedule import Schedule, check_chunk
 
-__all__ = ["step_cost"]
+__all__ = ["as_targets", "check_run", "program_cost", "step_cost"]
 
 Shapes = Any
 
@@ -42,20 +45,11 @@ def step_cost(
 ) -> Cost:
     """See :meth:`etcompile.Step.cost`; ``every_trip`` as in :func:`etcompile.cost.cost.priced`."""
     batch = None if batch is None else positive_integer("batch", batch)
-    steps = None if steps is None else positive_integer("steps", steps)
-    if chunk is not None:
-        chunk = check_chunk(chunk)
-        steps = steps or (chunk if isinstance(chunk, int) else None)
-        if steps is None:
-            raise OptionError(
-                "the cost of a chunk depends on the number of steps.",
-                got=f"chunk={chunk!r}, steps=None",
-                expected="steps=1000, or another length of the sequence",
-            )
-    targets = tuple(jax.tree.map(lambda v: v if hasattr(v, "shape") else as_array(v, "a target"), targets))
-    loss = _Wanted(loss_fn, targets, has_aux)
+    steps, chunk = check_run(steps, chunk)
+    loss = _Wanted(loss_fn, as_targets(targets), has_aux)
+    targets = loss.targets
     now, schedule = executor.compiled.causal.model.examples, executor.compiled.schedule
-    here = _compiled(executor, executor.compilation, loss)
+    here = _compiled(executor.live, executor.compilation, loss)
     if batch is None or batch == now:
         found, together = here.measured(schedule, steps, chunk)
         return priced(found, steps, together, now, every_trip)
@@ -84,6 +78,47 @@ def step_cost(
         there = _at_batch(executor, batch, loss)
         found, together = there.measured(schedule, steps, chunk)
     return priced(found, steps, together, batch, every_trip)
+
+
+def program_cost(
+    live: ModelAccess,
+    compiled: Compiled,
+    inputs: tuple[Any, ...],
+    steps: int | None,
+    chunk: int | str | None,
+    loss_fn: Callable | None,
+    targets: tuple[Any, ...],
+    has_aux: bool,
+) -> Cost:
+    """The cost of what was compiled for a live model and inputs of these shapes, at its own batch size; no step is made.
+
+    ``steps``, ``chunk`` and ``targets`` as :func:`check_run` and :func:`as_targets` give them.
+    """
+    compilation = Compilation(compiled, inputs, None, None, TraceState(compiled.causal.init_traces_shapes()))
+    here = _compiled(live, compilation, _Wanted(loss_fn, targets, has_aux))
+    found, together = here.measured(compiled.schedule, steps, chunk)
+    return priced(found, steps, together, compiled.causal.model.examples)
+
+
+def check_run(steps: int | None, chunk: int | str | None) -> tuple[int | None, int | str | None]:
+    """Steps and chunk of the run that is asked about; a chunk alone is a sequence of that length."""
+    steps = None if steps is None else positive_integer("steps", steps)
+    if chunk is None:
+        return steps, None
+    chunk = check_chunk(chunk)
+    steps = steps or (chunk if isinstance(chunk, int) else None)
+    if steps is None:
+        raise OptionError(
+            "the cost of a chunk depends on the number of steps.",
+            got=f"chunk={chunk!r}, steps=None",
+            expected="steps=1000, or another length of the sequence",
+        )
+    return steps, chunk
+
+
+def as_targets(targets: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Targets of one step, with shapes as they are and numbers as arrays."""
+    return tuple(jax.tree.map(lambda v: v if hasattr(v, "shape") else as_array(v, "a target"), targets))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,7 +175,7 @@ class _Compiled:
         return measured(closed, range(start, start + counts[DONATED])), together
 
 
-def _compiled(executor: Executor, compilation: Compilation, wanted: _Wanted) -> _Compiled:
+def _compiled(live: ModelAccess, compilation: Compilation, wanted: _Wanted) -> _Compiled:
     """What runs in a compilation, with the loss as it is traced for it and for the states as they are."""
     model = compilation.functions.model
     loss_fn, targets = wanted.loss_fn, wanted.targets
@@ -149,7 +184,7 @@ def _compiled(executor: Executor, compilation: Compilation, wanted: _Wanted) -> 
         outputs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in model.outputs]
         targets = (jax.tree.unflatten(model.output_tree, outputs),)
     check_callable(loss_fn)
-    targets, live = shapes_of(targets), executor.live
+    targets = shapes_of(targets)
     live.look_up()
     with model.environment.supplied():
         joined = join_loss(
@@ -165,7 +200,7 @@ def _compiled(executor: Executor, compilation: Compilation, wanted: _Wanted) -> 
 def _at_batch(executor: Executor, batch: int, wanted: _Wanted) -> _Compiled:
     """The step for another batch size, from shapes; the model stays as it is."""
     with executor.at_batch(batch) as there:
-        return _compiled(executor, there, wanted)
+        return _compiled(executor.live, there, wanted)
 
 
 def _squared_error(outputs: Any, target: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -92,6 +92,8 @@ class ModelAccess(Protocol):
     def restart(self) -> None: ...
 
     def resize(self, batch_size: int, along: list[bool]) -> None: ...
+
+    def unchanged(self) -> AbstractContextManager[None]: ...
 
     def unchanged_on_error(self) -> AbstractContextManager[None]: ...
 
@@ -233,18 +235,36 @@ class ModuleAccess:
         initialise(self.module, batch_size, keep=True)
 
     @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """States, what was found and initial values are afterwards as they were."""
+        put_back = self._as_now()
+        try:
+            yield
+        finally:
+            put_back()
+
+    @contextmanager
     def unchanged_on_error(self) -> Iterator[None]:
         """An exception leaves states, what was found and initial values as they were."""
-        before, found, initial = snapshot(self.module), self.found, self.initial
-        outside = {} if found is None else {s: s.value for s in found.states.values()}
+        put_back = self._as_now()
         try:
             yield
         except BaseException:
+            put_back()
+            raise
+
+    def _as_now(self) -> Callable[[], None]:
+        """What makes the module again what it is now."""
+        before, found, initial = snapshot(self.module), self.found, self.initial
+        outside = {} if found is None else {s: s.value for s in found.states.values()}
+
+        def put_back() -> None:
             restore(self.module, before)
             for state, value in outside.items():
                 state.value = value
             self.found, self.initial = found, initial
-            raise
+
+        return put_back
 
     @contextmanager
     def resized(self, batch_size: int, along: list[bool]) -> Iterator[None]:
@@ -378,6 +398,15 @@ class FunctionAccess:
         leaves, tree = jax.tree.flatten(self._restarted())
         resized = [_resized(v, batch_size) if b else v for v, b in zip(leaves, along, strict=True)]
         self.model.state = jax.tree.unflatten(tree, resized)
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """The state and its initial value are afterwards as they were."""
+        before, initial = self.model.state, self.initial
+        try:
+            yield
+        finally:
+            self.model.state, self.initial = before, initial
 
     @contextmanager
     def unchanged_on_error(self) -> Iterator[None]:
