@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from etcompile import brainstate_import as _  # noqa: F401  (the first import: see there)
 from etcompile import nn
 from etcompile.adapters.equinox import from_equinox
@@ -46,6 +49,9 @@ from etcompile.schedule import Schedule
 from etcompile.sites.operation import WeightOperation
 from etcompile.sites.table import weight_operation
 
+if TYPE_CHECKING:
+    from etcompile import viz
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -57,5 +63,11 @@ __all__ = [
     "PresynapticTrace", "ProgramError", "Report", "Schedule", "SequenceSchedule", "SingleStepData", "Step", "SyntheticGradient",
     "TraceProgram", "UnsupportedError", "WeightOperation", "algorithm", "algorithm_names", "compare", "compile",
     "extract_y_target", "feedback_matrix", "from_equinox", "from_function", "from_linen", "from_nnx", "nn", "parse_program",
-    "register_schedule", "weight_operation",
+    "register_schedule", "viz", "weight_operation",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "viz":  # with the libraries that draw, so at its first use
+        return import_module("etcompile.viz")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,8 +13,9 @@ from etcompile.frontend.step_model import Leaf
 from etcompile.ir.program import TraceProgram
 from etcompile.paths import user_line
 from etcompile.report import parameter_lines
+from etcompile.shown import html_of, svg_of
 
-__all__ = ["hidden_group_graph"]
+__all__ = ["HiddenGroupGraph", "hidden_group_graph"]
 
 _MOVES = {
     "broadcast_in_dim",
@@ -28,7 +29,17 @@ _MOVES = {
 _SUMS = {"add", "sub", "add_any"}
 
 
-def hidden_group_graph(analysis: Analysis, program: TraceProgram) -> nx.MultiDiGraph:
+class HiddenGroupGraph(nx.MultiDiGraph):
+    """A networkx graph that shows itself as a picture in notebooks."""
+
+    def _repr_svg_(self) -> str | None:
+        return svg_of(self)
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
+
+
+def hidden_group_graph(analysis: Analysis, program: TraceProgram) -> HiddenGroupGraph:
     """The step as a graph to query and to draw.
 
     ``graph.graph`` holds ``model``, ``algo``, ``exact`` and ``groups`` (name to ``states`` and ``shape``). Every node has
@@ -59,7 +70,7 @@ class _Builder:
     def __init__(self, analysis: Analysis, program: TraceProgram) -> None:
         self.analysis, self.program = analysis, program
         self.model, self.body = analysis.model, analysis.split.body
-        self.graph = nx.MultiDiGraph(
+        self.graph = HiddenGroupGraph(
             model=self.model.name,
             algo=program.name,
             exact=program.exact,
@@ -74,7 +85,7 @@ class _Builder:
         self.outputs: list[str] = []
         self.operations: dict[str, str] = {}  # site -> node
 
-    def build(self) -> nx.MultiDiGraph:
+    def build(self) -> HiddenGroupGraph:
         self._leaves("input", self.model.inputs, self.inputs)
         self._states()
         self._parameters()
@@ -96,14 +107,14 @@ class _Builder:
             self._data(seen.get(variable, {}) if not isinstance(variable, Constant) else {}, node)
         return self._in_order()
 
-    def _in_order(self) -> nx.MultiDiGraph:
+    def _in_order(self) -> HiddenGroupGraph:
         """The same graph with nodes in reading order: inputs, states, each operation after its weights, outputs."""
         weights = {node: [] for node in dict.fromkeys(self.operations[s.name] for s in self.analysis.sites)}
         for tail, head, kind in self.graph.edges(data="kind"):
             if kind == "weight":
                 weights[head].append(tail)
         used = [node for operation, tails in weights.items() for node in (*tails, operation)]
-        ordered = nx.MultiDiGraph(**self.graph.graph)
+        ordered = HiddenGroupGraph(**self.graph.graph)
         for node in dict.fromkeys([*self.inputs, *self.states, *used, *self.graph]):
             ordered.add_node(node, **self.graph.nodes[node])
         ordered.add_edges_from(self.graph.edges(data=True))

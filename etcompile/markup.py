@@ -15,8 +15,7 @@ _WITHOUT_END = frozenset(["br", "meta"])
 #: One style for notebooks, light and dark, and for files. Colours are those of the drawings.
 _STYLE = """
 .etcompile { font: 13px/1.45 "DejaVu Sans", Verdana, Helvetica, Arial, sans-serif; max-width: 1200px; }
-.etcompile h3 { margin: 0 0 2px; font-size: 15px; }
-.etcompile h4 { margin: 14px 0 4px; font-size: 13px; }
+.etcompile h3 { margin: 14px 0 2px; font-size: 15px; }
 .etcompile p { margin: 2px 0; }
 .etcompile .quiet { opacity: 0.7; }
 .etcompile .scroll { overflow-x: auto; }
@@ -37,6 +36,8 @@ _STYLE = """
 .etcompile abbr { text-decoration: underline dotted; cursor: help; }
 .etcompile svg { max-width: 100%; height: auto; background: white; }
 .etcompile summary { cursor: pointer; font-weight: 600; margin-top: 10px; }
+.etcompile .source summary { font-weight: 400; margin: 0; white-space: nowrap; }
+.etcompile mark { background: #E69F0055; color: inherit; }
 """
 
 

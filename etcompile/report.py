@@ -19,6 +19,7 @@ from etcompile.ir.kinds import KINDS
 from etcompile.ir.ops import OPS
 from etcompile.ir.program import TraceProgram
 from etcompile.paths import natural_key, short_list
+from etcompile.shown import html_of
 
 __all__ = ["GroupLine", "ParameterLine", "Report", "make_report"]
 
@@ -130,6 +131,9 @@ class Report:
         return report_text(self)
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
 
 
 def parameter_lines(

@@ -10,6 +10,7 @@ from typing import Any
 from etcompile.amounts import bytes_text, count_text
 from etcompile.cost.graph import Graph, flatten
 from etcompile.cost.totals import totals
+from etcompile.shown import html_of
 
 __all__ = ["Cost", "Measured", "measured", "priced"]
 
@@ -68,6 +69,9 @@ class Cost:
             f"  per step        {count_text(self.flops)}flop, {count_text(self.transcendentals).strip()} transcendentals",
             f"  moved per step  {bytes_text(self.bytes_moved)}",
         ))  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from functools import cached_property
 
 from etcompile.ir.header import Header
 from etcompile.ir.types import Type
+from etcompile.shown import html_of
 
 __all__ = ["Argument", "Equation", "Gradient", "Ref", "Symbol", "TraceProgram", "made_from"]
 
@@ -118,6 +119,9 @@ class TraceProgram:
         return format_program(self)
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
 
 
 def made_from(equations: Iterable[Equation], names: Iterable[str]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,12 +22,13 @@ from etcompile.runtime.gradients import called_with_gradients, sequence_gradient
 from etcompile.runtime.losses import LossFunction, as_asked, check_callable
 from etcompile.runtime.trace_state import TraceState
 from etcompile.schedule import check_chunk
+from etcompile.shown import html_of, page_of
 
 if TYPE_CHECKING:
-    import networkx
     from rich.progress import Progress
 
     from etcompile.cost.cost import Cost
+    from etcompile.graph import HiddenGroupGraph
     from etcompile.ir.program import TraceProgram
     from etcompile.pass_manager import PassRecord
     from etcompile.runtime.learn import Learner
@@ -49,8 +51,8 @@ class Step:
         Whether gradients summed over a sequence equal backpropagation through time.
     param_states : dict of str to ParamState
         The trained parameters by dotted path.
-    graph : networkx.MultiDiGraph
-        Hidden groups, states, weights, operations and cuts.
+    graph : HiddenGroupGraph
+        Hidden groups, states, weights, operations and cuts: a networkx graph that shows its picture in notebooks.
     passes : tuple of PassRecord
         What each pass did.
     executor : Executor
@@ -75,7 +77,7 @@ class Step:
         return self.executor.compiled.records
 
     @property
-    def graph(self) -> networkx.MultiDiGraph:
+    def graph(self) -> HiddenGroupGraph:
         from etcompile.graph import hidden_group_graph
 
         return hidden_group_graph(self.executor.compiled.analysis, self.program)
@@ -196,6 +198,43 @@ class Step:
             f"Step({header.model}, algo={self.program.name}, groups={len(header.groups)}, "
             f"cuts={len(header.cuts)}, exact={self.exact}{devices})"
         )
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write all about the step to one page: report, picture, cuts with their lines, cost, and the program with its letters.
+
+        The page needs no other file and runs no script, so it can be mailed or put beside a run's other results.
+
+        Parameters
+        ----------
+        path : str or Path
+            Where to; what is there is written over.
+
+        Returns
+        -------
+        Path
+
+        Raises
+        ------
+        OptionError
+            Where the path cannot be written.
+
+        Examples
+        --------
+        >>> step.save_html("report.html")  # doctest: +SKIP
+        """
+        path, text = Path(path), page_of(self)
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OptionError(
+                f"the page cannot be written to {path}.",
+                got=error.strerror or str(error),
+                expected="a file in a directory that is there",
+            ) from error
+        return path
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Step:
         """A step of a deep copy of the model, with states and traces as they stand; nothing is analysed again."""
