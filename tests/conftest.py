@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -106,6 +107,17 @@ def pytest_configure(config):
         os.environ["ETCOMPILE_BY_XLA"] = "1"
 
 
+def pytest_ignore_collect(collection_path, config):
+    """With `--quick`, files of which nothing runs are not imported either."""
+    if (
+        config.getoption("--quick")
+        and collection_path.match("test_*.py")
+        and not _is_quick_file(collection_path)
+    ):
+        return True
+    return None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """With `--dist loadgroup`, tests of one model run in one process: they share what is `shared` of it."""
@@ -124,14 +136,22 @@ def _model(item):
     return name if isinstance(name, str) else None
 
 
+def _is_quick_file(path):
+    return path.stem.removeprefix("test_") in QUICK
+
+
+@functools.cache
+def _other_models():
+    from zoo import CASES  # after the settings above
+
+    return {case.name for case in CASES} - QUICK_MODELS
+
+
 def _is_quick(item):
-    of_the_zoo = hasattr(item, "callspec") and (
-        "case" in item.callspec.params or "algo" in item.callspec.params
-    )
     return (
-        item.path.stem.removeprefix("test_") in QUICK
+        _is_quick_file(item.path)
         and item.get_closest_marker("slow") is None
-        and (not of_the_zoo or _model(item) in QUICK_MODELS | {None})
+        and _model(item) not in _other_models()
     )
 
 

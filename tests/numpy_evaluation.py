@@ -22,7 +22,16 @@ from scipy import special
 
 from etcompile.frontend.jaxpr import in_transformation, scan_signature
 
-__all__ = ["by_numpy", "interpreted", "op_by_op"]
+__all__ = [
+    "as_array",
+    "by_numpy",
+    "called",
+    "chosen_branch",
+    "evaluate",
+    "interpreted",
+    "op_by_op",
+    "run_equation",
+]
 
 Params = dict[str, Any]
 
@@ -88,14 +97,14 @@ def _kind(leaf: Any) -> Any:
 
 def _results(jaxpr: Any, shapes: Any, leaves: Sequence[Any]) -> Any:
     with np.errstate(all="ignore"):
-        found = evaluate(jaxpr.jaxpr, jaxpr.consts, [_array(leaf) for leaf in leaves])
+        found = evaluate(jaxpr.jaxpr, jaxpr.consts, [as_array(leaf) for leaf in leaves])
     wanted, tree = jax.tree.flatten(shapes)
     for v, w in zip(found, wanted, strict=True):
         assert np.shape(v) == w.shape and v.dtype == w.dtype, (np.shape(v), v.dtype, w)
     return jax.tree.unflatten(tree, [v if isinstance(v, jax.Array) else jax.device_put(v) for v in found])
 
 
-def _array(value: Any) -> Any:
+def as_array(value: Any) -> Any:
     """As numpy, where numpy has it: keys, and what lies on several devices, stay."""
     if isinstance(value, jax.Array):
         plain = not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended) and len(value.devices()) == 1
@@ -105,14 +114,14 @@ def _array(value: Any) -> Any:
 
 def evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
     """What an open jaxpr gives."""
-    known = dict(zip(jaxpr.constvars, map(_array, consts), strict=True))
+    known = dict(zip(jaxpr.constvars, map(as_array, consts), strict=True))
     known.update(zip(jaxpr.invars, arguments, strict=True))
 
     def read(atom: Any) -> Any:
         return _literal(atom) if isinstance(atom, Literal) else known[atom]
 
     for eqn in jaxpr.eqns:
-        found = _run(eqn, [read(v) for v in eqn.invars])
+        found = run_equation(eqn, [read(v) for v in eqn.invars])
         known.update(zip(eqn.outvars, found, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
@@ -121,11 +130,12 @@ def _literal(atom: Any) -> np.ndarray:
     return np.asarray(atom.val, atom.aval.dtype)
 
 
-def _run(eqn: Any, values: list[Any]) -> Sequence[Any]:
+def run_equation(eqn: Any, values: list[Any]) -> Sequence[Any]:
+    """What one equation gives."""
     name, params = eqn.primitive.name, eqn.params
     if name in _LOOPS:
         return _LOOPS[name](params, values)
-    if (inner := _called(eqn)) is not None:
+    if (inner := called(eqn)) is not None:
         return evaluate(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values)
     if name == "optimization_barrier":
         return values
@@ -144,7 +154,7 @@ def _by_jax(eqn: Any, values: list[Any]) -> list[Any]:
         found = _compiled_once(eqn.primitive, **eqn.params)(*values)
     else:
         found = eqn.primitive.bind(*values, **eqn.params)
-    return [_array(v) for v in (found if eqn.primitive.multiple_results else [found])]
+    return [as_array(v) for v in (found if eqn.primitive.multiple_results else [found])]
 
 
 #: Outside of a jit they compile their loops anew each time.
@@ -156,7 +166,7 @@ def _compiled_once(primitive: Any, **params: Any) -> Callable:
     return _JIT(lambda *values: primitive.bind(*values, **params))
 
 
-def _called(eqn: Any) -> Any:
+def called(eqn: Any) -> Any:
     """The jaxpr that an equation calls, once."""
     if eqn.primitive.name not in _CALLS:
         return None
@@ -204,7 +214,7 @@ def _scan(params: Params, values: list[Any]) -> list[Any]:
     steps, body = range(params["length"]), params["jaxpr"]
     carry, rows = values[fixed : fixed + count], {}
     for t in reversed(steps) if params["reverse"] else steps:
-        out = _closed(body, [*values[:fixed], *carry, *(_array(v[t]) for v in values[fixed + count :])])
+        out = _closed(body, [*values[:fixed], *carry, *(as_array(v[t]) for v in values[fixed + count :])])
         carry, rows[t] = out[:count], out[count:]
     kept = [_stack(v) for v in zip(*(rows[t] for t in steps), strict=True)] if steps else []
     if not steps:
@@ -232,9 +242,13 @@ def _where(which: np.ndarray, new: Any, old: Any) -> Any:
 
 
 def _cond(params: Params, values: list[Any]) -> list[Any]:
+    return _closed(chosen_branch(params, values), values[1:])
+
+
+def chosen_branch(params: Params, values: list[Any]) -> Any:
+    """The program that a condition runs."""
     branches = params["branches"]
-    chosen = int(np.clip(int(values[0]), 0, len(branches) - 1))
-    return _closed(branches[chosen], values[1:])
+    return branches[int(np.clip(int(values[0]), 0, len(branches) - 1))]
 
 
 _LOOPS: dict[str, Callable[[Params, list[Any]], Sequence[Any]]] = {

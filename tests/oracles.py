@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy_evaluation import interpreted, op_by_op
+from numpy_gradients import grad, vjp
 
 Tree = Any
 
@@ -128,7 +129,7 @@ def bptt(step, params, state, xs, targets, loss_fn) -> tuple[jax.Array, Tree]:
         _, losses = jax.lax.scan(body, state, (xs, tuple(targets)))
         return losses.sum(), losses
 
-    grads, losses = op_by_op(jax.grad(total, has_aux=True), params)
+    grads, losses = grad(total, params, has_aux=True)
     return losses, grads
 
 
@@ -138,7 +139,9 @@ def one_step_grad(step, params, state, x, target, loss_fn) -> tuple[jax.Array, T
     def loss(params):
         return loss_fn(step(params, state, x, cut=identity, put=keep)[1], *target)
 
-    return op_by_op(jax.value_and_grad(loss), params)
+    found, pull = vjp(loss, params)
+    (gradient,) = pull(jnp.ones_like(found))
+    return found, gradient
 
 
 # --- D-RTRL, dense -----------------------------------------------------------------------------------------------------

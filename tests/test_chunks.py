@@ -148,7 +148,9 @@ def in_turns():
         if asked and not case.name.startswith(
             "brainevent"
         ):  # their matrices are float64 from when they are loaded
-            yield (case.name, *RULES[k % len(RULES)])
+            # numpy rounds as XLA does, and XLA compiles every third of these
+            marks = [pytest.mark.by_xla] if k % 9 == 0 else []
+            yield pytest.param(case.name, *RULES[k % len(RULES)], marks=marks)
 
 
 @pytest.fixture
@@ -161,7 +163,7 @@ def single_precision():
 
 
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype:UserWarning")
-@pytest.mark.usefixtures("single_precision")
+@pytest.mark.usefixtures("single_precision", "by_numpy")
 @pytest.mark.parametrize(("name", "algo", "options"), list(in_turns()))
 def test_models_in_chunks_in_float32(name, algo, options):
     wanted = step_by_step(name, algo, ONE_CALL, **options)

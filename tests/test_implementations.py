@@ -14,6 +14,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 import etcompile
+from etcompile.frontend import jaxpr
 
 brainevent.config.set_backend("cpu", "jax_raw")
 
@@ -167,6 +168,26 @@ def test_a_surrogate_derivative_is_never_lost(batch):
     np.testing.assert_array_equal(product(w, xs[0]), x_fires := (xs[0] @ w > 0) * 1.0)
     step.reset()
     same(step(xs[0]), jnp.tanh(x_fires))
+
+
+def test_what_is_alike_is_looked_into_once_and_other_constants_are_not_alike(monkeypatch):
+    looked, look = [], jaxpr.traced_implementation
+    monkeypatch.setattr(
+        jaxpr, "traced_implementation", lambda p, *rest: looked.append(p.name) or look(p, *rest)
+    )
+    product, w = spiking_product(), jnp.asarray(draw.standard_normal((3, 4)))
+    xs, ys = data((2,))
+    same(gradient(compiled(product, w, (2,)), xs, ys), through_time(product, w, xs, ys))
+    assert "spiking_product_of_a_test" in looked
+    looked.clear()
+    same(gradient(compiled(product, w, (2,)), xs, ys), through_time(product, w, xs, ys))
+    assert "spiking_product_of_a_test" not in looked
+
+    values = jnp.asarray(draw.standard_normal(6))
+    for columns in (PATTERN[0], np.array([1, 3, 0, 2, 1, 2], np.int32)):
+        here = lambda w, x, c=columns: x @ u.sparse.CSR((w, c, PATTERN[1]), shape=(3, 4))  # noqa: E731
+        whole = lambda w, x, c=columns: x @ jnp.zeros((3, 4)).at[ROWS, c].set(w)  # noqa: E731
+        same(gradient(compiled(here, values, (2,)), xs, ys), through_time(whole, values, xs, ys))
 
 
 def test_a_transpose_of_its_own_is_kept():

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import saiunit as u
-from numpy_evaluation import op_by_op
+from numpy_gradients import grad
 from oracles import relative_error
 
 import etcompile
@@ -57,7 +57,7 @@ def plain(params, loss, xs=XS, ys=YS, carried=0.0):
 
 def backpropagated(*arguments):
     """Gradients of :func:`plain`, and its losses."""
-    return op_by_op(lambda params: jax.grad(plain, has_aux=True)(params, *arguments), PARAMS)
+    return grad(plain, PARAMS, *arguments, has_aux=True)
 
 
 def square(out, y):

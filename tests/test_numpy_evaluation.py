@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 from numpy_evaluation import op_by_op
+from numpy_gradients import grad, vjp
+from oracles import relative_error
 
 A = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)))
 WHOLE = jnp.asarray([[7, -3, 5, 2], [0, 9, -8, 1], [4, 4, -1, 6]])
@@ -67,3 +69,29 @@ def test_numpy_gives_what_xla_gives(fn, arguments):
     wanted = jax.jit(fn)(*arguments)
     agree(fn(*arguments), wanted)  # operation by operation, as tests draw and compare
     agree(op_by_op(fn, *arguments), wanted)
+
+
+def branching(p):
+    """Loops that weights reach or not, conditions, declared derivatives, complex numbers and results that are no numbers, in a row."""
+
+    def body(carry, x):
+        new = jnp.tanh(carry @ p["w"] + x)
+        new = new + lax.cond(x.sum() > 0, lambda v: v * jnp.sin(p["b"]), lambda v: v, carry)
+        return new, ((jax.nn.softmax(new) * carry).sum() + new.max(), jnp.sort(new), jnp.argmax(new))
+
+    last, (losses, rows, _) = lax.scan(body, jnp.ones(4), p["x"], reverse=True)
+    spectrum = jnp.abs(jnp.fft.fft(last + 1j * p["b"]))
+    halvings = lax.while_loop(lambda v: v > 1, lambda v: v / 2, lax.stop_gradient(last).max() + 5)
+    still = lax.stop_gradient(last) * p["b"] * halvings + p["unused"] * 0
+    return losses.sum() + (rows**2).sum() + jax.nn.relu(last).sum() + spectrum.sum() + still.sum(), losses
+
+
+def test_gradients_by_numpy_are_those_of_jax():
+    at = {"w": A.T @ A, "b": A[0], "x": A, "unused": A[1]}
+    wanted, losses = jax.grad(branching, has_aux=True)(at)
+    found, mine = grad(branching, at, has_aux=True)
+    assert relative_error(found, wanted) < 1e-13 and relative_error(mine, losses) < 1e-13
+    weights = jnp.arange(3.0)
+    (wanted,) = jax.vjp(lambda p: branching(p)[1], at)[1](weights)
+    (found,) = vjp(lambda p: branching(p)[1], at)[1](weights)
+    assert relative_error(found, wanted) < 1e-13

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from language_rules import FILTERED, PRODUCTS
-from numpy_evaluation import op_by_op
+from numpy_evaluation import interpreted
 from oracles import relative_error, time_slice
 from references import compiled, fresh, step_of
 from shared import shared
@@ -109,11 +109,11 @@ def places(e):
     return range(len(e.args)) if OPS[e.op].together else OPS[e.op].linear
 
 
-def value_at(context, e, args, changes):
-    """What an op makes of other arguments; what it kept of these is not asked."""
+def values_of(context, e, args):
+    """What an op makes of other arguments, traced once; what it kept of these is not asked."""
     context = copy.copy(context)
     context.reached = {}
-    return op_by_op(lambda changes: EVALUATE[e.op](context, e, replaced(args, changes)), changes)
+    return interpreted(lambda changes: EVALUATE[e.op](context, e, replaced(args, changes)))
 
 
 def replaced(args, changes):
@@ -138,8 +138,8 @@ def test_linear_ops_are_linear():
         for places_now in linear_in(OPS[e.op], [k for k, v in draws.items() if v is not None]):
             one = {k: draws[k] for k in places_now}
             two = {k: drawn(rng, v) for k, v in one.items()}
-            of_one, of_two = (value_at(context, e, args, v) for v in (one, two))
-            of_both = value_at(context, e, args, combined(one, two))
+            value_at = values_of(context, e, args)
+            of_one, of_two, of_both = value_at(one), value_at(two), value_at(combined(one, two))
             assert relative_error(of_both, combined(of_one, of_two)) < 1e-10, f"{e.op} in {places_now}"
             tried.add(e.op)
     assert tried >= {op.name for op in OPS.values() if op.linear or op.together} - {"outside", "copy"}
@@ -175,7 +175,7 @@ def test_ops_by_rows_read_nothing_but_their_own_row():
             }
             if e.op == "matmul" and isinstance(e.args[1], Ref) and not e.args[1].delay:
                 continue  # a product with values of this step reads all their rows
-            again = value_at(context, e, args, others)
+            again = values_of(context, e, args)(others)
             assert relative_error(again[k], value[k]) < 1e-12, e.op
             tried.add(e.op)
     assert tried >= {"outer", "matmul", "add", "mul"}

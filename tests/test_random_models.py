@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from numpy_evaluation import op_by_op
+from numpy_gradients import grad
 from oracles import dense_d_rtrl, relative_error
 from random_models import build, loss_fn, recipes
 from shared import shared
@@ -77,7 +77,7 @@ def reference(model):
         _, (losses, terms) = jax.lax.scan(one, start, (model.xs, model.targets))
         return terms.sum(), losses
 
-    grads, losses = op_by_op(jax.grad(total, has_aux=True), model.params)
+    grads, losses = grad(total, model.params, has_aux=True)
     return losses, grads
 
 
@@ -102,7 +102,7 @@ def reached_by_parameters(model, group) -> bool:
             state, _ = model.plain(params, state, x)
         return sum(jnp.sum(jnp.sin(state[name])) for name in group)
 
-    grads = op_by_op(jax.grad(total), model.params)
+    grads = grad(total, model.params)
     return any(np.any(g) for g in jax.tree.leaves(grads))
 
 
@@ -134,7 +134,7 @@ def check_gradients(model, step) -> None:
     def first_loss(params):
         return loss_fn(model.plain(params, model.state, model.xs[0])[1], model.targets[0])
 
-    autodiff = op_by_op(jax.grad(first_loss), model.params)
+    autodiff = grad(first_loss, model.params)
     assert relative_error(found[0][1], autodiff) < TOLERANCE
     losses, wanted = reference(model)
     assert relative_error(jnp.stack([loss for loss, _ in found]), losses) < TOLERANCE

@@ -16,10 +16,15 @@ from typing import Any
 import jax
 from jax._src.interpreters import mlir
 
-__all__ = ["traced_implementation"]
+__all__ = ["has_implementation", "traced_implementation"]
 
 #: What leaves jax: an implementation that holds one of these shows nothing.
 _FOREIGN = ("ffi_call", "pure_callback", "io_callback", "pallas_call", "custom_call", "tpu_custom_call")
+
+
+def has_implementation(primitive: Any, params: dict[str, Any]) -> bool:
+    """Whether a primitive brings a function of its own that `traced_implementation` would try."""
+    return next(_candidates(primitive, primitive.get_bind_params(params)), None) is not None
 
 
 def traced_implementation(primitive: Any, params: dict[str, Any], avals: Sequence[Any]) -> Any | None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.extend.core as jex_core
@@ -29,7 +30,7 @@ from jax.core import Tracer, eval_jaxpr
 from jax.interpreters import ad, batching, mlir
 
 from etcompile.frontend.folding import folded
-from etcompile.frontend.implementations import traced_implementation
+from etcompile.frontend.implementations import has_implementation, traced_implementation
 from etcompile.frontend.known_indices import with_known_indices
 from etcompile.frontend.loops import Loop, Use, stopped, within
 from etcompile.frontend.user_code import user_line
@@ -126,6 +127,7 @@ class Constant:
 
 
 Operand = int | Constant
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -396,7 +398,8 @@ class GraphBuilder:
         """Inline what another library's primitive computes; None where that cannot be known."""
         if id(eqn) not in self.seen:  # the body of an unrolled scan comes by many times
             operation = Operation(eqn.primitive, dict(eqn.params), tuple(inputs), (), where)
-            self.seen[id(eqn)] = eqn, _insight(operation, [self.aval(i) for i in inputs], self.inside)
+            avals = [self.aval(i) for i in inputs]
+            self.seen[id(eqn)] = eqn, _known_insight(operation, avals, self.inside)
         insight = self.seen[id(eqn)][1]
         return None if insight is None else self.inline_insight(insight, inputs, where)
 
@@ -885,8 +888,8 @@ def jvp_graph(operation: Operation, avals: Sequence[Aval], wrt: Sequence[int]) -
     return _traced_once("jvp", operation, avals, wrt, traced)
 
 
-#: Derivative maps that were traced before, oldest first; models are made of few kinds of operations.
-_TRACED: dict[Any, Graph] = {}
+#: What was traced before, oldest first; models are made of few kinds of operations.
+_TRACED: dict[Any, Any] = {}
 _MOST_TRACED = 2048
 
 
@@ -894,19 +897,19 @@ def _traced_once(
     kind: str,
     operation: Operation,
     avals: Sequence[Aval],
-    wrt: Sequence[int],
-    traced: Callable[[], Graph | None],
-) -> Graph | None:
-    """What ``traced()`` makes of an operation; of one equal to an earlier one the same graph.
+    also: Sequence[Any],
+    traced: Callable[[], _T | None],
+) -> _T | None:
+    """What ``traced()`` makes of an operation; of one equal to an earlier one the same.
 
-    Operations are equal by primitive, parameters and types. Those with a program inside are not compared: every trace of a
-    model makes such programs anew.
+    Operations are equal by primitive, parameters, types and ``also``. Those with a program inside are not compared: every
+    trace of a model makes such programs anew.
     """
     if operation.loop is not None or inner_programs(operation.params) or operation.params.get("callback"):
         return traced()
     key = (
         *(kind, operation.primitive, tuple(sorted(operation.params.items(), key=lambda item: item[0]))),
-        *(tuple(avals), tuple(wrt), jnp.result_type(float)),
+        *(tuple(avals), tuple(also), jnp.result_type(float)),
     )
     try:
         known = _TRACED.get(key)
@@ -1018,6 +1021,26 @@ class _Insight:
     own: tuple[int, ...] = ()
     moving: tuple[int, ...] = ()
     tangent: Graph | None = None
+
+
+def _known_insight(operation: Operation, avals: Sequence[Aval], inside: _Inside) -> _Insight | None:
+    """`_insight`, found once for operations that are alike and read the same constants: it takes long."""
+    if not has_implementation(operation.primitive, operation.params):
+        return None
+    find = functools.partial(_insight, operation, avals, inside)
+    try:
+        constants = tuple(map(_fingerprint, operation.inputs))
+    except TypeError:  # no array of numbers
+        return find()
+    return _traced_once(f"insight {inside}", operation, avals, constants, find)
+
+
+def _fingerprint(operand: Operand) -> tuple[Any, ...] | None:
+    """What a constant is told by; None of a variable."""
+    if not isinstance(operand, Constant):
+        return None
+    value = np.asarray(operand.value)
+    return value.shape, value.dtype, hashlib.blake2b(value.tobytes()).digest()
 
 
 def _insight(operation: Operation, avals: Sequence[Aval], inside: _Inside) -> _Insight | None:
