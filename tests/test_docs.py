@@ -12,6 +12,8 @@ from pathlib import Path
 import brainstate
 import jax
 import pytest
+from references import compiled, fresh
+from zoo import by_name
 
 import etcompile
 from etcompile.ir.ops import ops_table
@@ -67,6 +69,52 @@ def test_examples_in_docstrings_run(name):
 def test_the_table_of_ops_is_the_table_of_the_compiler():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert ops_table() in text, f"docs/architecture.md should hold\n\n{ops_table()}"
+
+
+#: What the grammar takes for known.
+WORDS = {
+    "name": r"[^\s,()\[\]]+", "kind": r"\w+", "op": r"\w+", "dtype": r"[a-z0-9]+", "text": r".*?",
+    "number": r"-?(?:\d[\d.e+-]*|inf)", "shape": r"\[[\d,]*\]", "spans": r"\[[\d:,]*\]", "bits": r"[01/]+",
+}  # fmt: skip
+#: Programs that have every part of the grammar.
+PROGRAMS = [
+    ("lstm", "d_rtrl", {}), ("gif", "pp_prop", {}), ("two_spiking_layers_and_a_leaky_readout", "e_prop", {}), ("lstm", "rtrl", {}),
+    ("lstm", "bptt", {}), ("gru_no_batch", "d_rtrl", {"within": "exact"}), ("two_layers_of_linear_attention", "d_rtrl", {}), ("one_weight_of_two_results", "d_rtrl", {}),
+    ("lstm_gru", "snap", {}), ("gru_gru", "dni", {"window": 2}), ("gru_gru", "bptt", {"window": 2}), ("second_layer_reads_the_old_first", "d_rtrl", {}),
+]  # fmt: skip
+
+
+def as_pattern(name, grammar):
+    """A rule of the grammar as a regular expression; quotes hold what is written, and spaces are free."""
+    if name in WORDS:
+        return WORDS[name]
+    found = []
+    for token in re.findall(r'"[^"]*"|\w+|[][()|*]', grammar[name]):
+        if token[0] == '"':
+            found.append(r"\s*" + r"\s*".join(map(re.escape, token[1:-1].split())))
+        elif token in "[(":
+            found.append("(?:")
+        elif token == "]":
+            found.append(")?")
+        else:
+            found.append(token if token in ")|*" else rf"\s*(?:{as_pattern(token, grammar)})")
+    return "".join(found)
+
+
+def test_the_grammar_is_that_of_programs():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"The grammar, one line each:\n\n((?: {4}.*\n)+)", text)
+    grammar = dict(re.findall(r"^    (\w+) +::= (.*(?:\n {6,}.*)*)", block, re.MULTILINE))
+    patterns = {name: re.compile(rf"\s*{as_pattern(name, grammar)}\s*") for name in grammar}
+    printed = ""
+    for name, algo, options in PROGRAMS:
+        program = str(compiled(fresh(by_name(name)), algo, **options).program)
+        for line in filter(str.strip, program.splitlines()):
+            word = line.split()[0]
+            assert patterns[word if word in grammar else "equation"].fullmatch(line), line
+        printed += program
+    unseen = [word for word in re.findall(r'"([a-z]+=?|[-+*/@])"', block) if word not in printed]
+    assert not unseen, f"no program has {unseen}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
 from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ROOT / "tools"
 
 TABLE = """
 def register_op(*row): ...
@@ -112,3 +114,23 @@ def test_outside_interfaces_have_their_places(layering, tree):
     }
     found = tree(layering["interfaces"].foreign_interfaces, files)
     assert [(name, line) for name, line, _ in found] == [("etcompile/a.py", 3)]
+
+
+#: What only users read, on what the package returns to them.
+FOR_USERS = {"PassRecord.seconds"}
+
+
+def test_every_field_of_every_table_is_read():
+    fields, read = set(), set()
+    for file in (path for folder in ("etcompile", "passes") for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Attribute(attr=name, ctx=ast.Load()):
+                    read.add(name)
+                case ast.Call(func=ast.Name("getattr"), args=[_, ast.Constant(name), *_]):
+                    read.add(name)
+                case ast.ClassDef(decorator_list=[*how]) if "dataclass" in "".join(map(ast.unparse, how)):
+                    fields |= {
+                        (node.name, line.target.id) for line in node.body if isinstance(line, ast.AnnAssign)
+                    }
+    assert {f"{table}.{name}" for table, name in fields if name not in read} == FOR_USERS
