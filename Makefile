@@ -24,8 +24,8 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 demo: $(VENV)/.installed-demo  ## learn handwritten digits online, and write pictures to out/
 	$(BIN)/python tools/demo.py
 
-rules: $(VENV)/.installed-rules  ## train every learning rule on three tasks, and write docs/rules.md
-	$(BIN)/python tools/rules
+rules: $(VENV)/.installed-rules  ## train every learning rule, and write docs/rules.md; RULES_ARGS="--quick" to try
+	$(BIN)/python tools/rules $(RULES_ARGS)
 
 bench: $(VENV)/.installed-bench  ## time and memory beside others, and write docs/benchmarks.md; BENCH_ARGS="--quick" to try
 	$(BIN)/python tools/bench $(BENCH_ARGS)

@@ -726,6 +726,99 @@ class KFRTRL(Rule):
         return {n: t.one_step(n) + (t.past @ A[n]) @ u[n] for n in t.traced}
 
 
+class Dodge(Rule):
+    """s = H s + F u with one u for the whole sequence; gradient one_step + (dloss_t/dh_{t-1} . s_{t-1}) u."""
+
+    def __init__(self, direction: Callable[[str], Array]) -> None:
+        self.direction = direction
+
+    def start(self, t):
+        self.s = np.zeros(len(t.recurrence))
+        self.u = {n: np.ravel(self.direction(n)) for n in t.traced}
+
+    def advance(self, t):
+        self.before = self.s
+        self.s = t.recurrence @ self.s + sum(t.influence[n] @ u for n, u in self.u.items())
+
+    def values(self, t):
+        return {n: t.one_step(n) + (t.past @ self.before) * u for n, u in self.u.items()}
+
+
+class SubsetRTRL(Influence):
+    """J = H P J + F; ``weights(step)`` gives the diagonal of P."""
+
+    def __init__(self, weights: Callable[[int], Array]) -> None:
+        super().__init__()
+        self.weights, self.steps = weights, 0
+
+    def advance(self, t):
+        self.before, P = self.J, self.weights(self.steps)
+        self.steps += 1
+        self.J = {n: t.recurrence @ (P[:, None] * J) + t.influence[n] for n, J in self.before.items()}
+
+
+class KroneckerSum(KFRTRL):
+    """Optimal Kronecker sum: J of a row of y is sum_k u_k (x) A_k; of r + 1 of them r are made.
+
+    By singular values d of the row's sum, with p = min(1, d / tau), sum p = r, z = sqrt(1 - p) and random signs s: the new sum is
+    a S (1 - z z^T) S b^T, S = diag(s sqrt(d / p)). ``signs(t, name, rows)`` gives s, r + 1 for each row.
+    """
+
+    def __init__(self, rank: int, signs: Callable[[int, str, int], Array]) -> None:
+        self.rank, self.signs = rank, signs
+
+    def start(self, t):
+        self.steps = 0
+        self.u = {n: [np.zeros_like(t.sites[n].x)] * self.rank for n in t.traced}
+        self.A = {n: [np.zeros_like(t.by_y[n])] * self.rank for n in t.traced}
+
+    def advance(self, t):
+        self.old = dict(self.u), dict(self.A)
+        for n in t.traced:
+            site = t.sites[n]
+            pushed = [t.recurrence @ A for A in self.A[n]]
+            if site.elementwise:
+                self.u[n], self.A[n] = [site.x], [pushed[0] + t.by_y[n]]
+                continue
+            u, A = np.array([*self.u[n], site.x]), np.array([*pushed, t.by_y[n]])
+            new_u, new_A = np.zeros_like(u[:-1]), np.zeros_like(A[:-1])
+            signs = self.signs(self.steps, n, site.row.max() + 1)
+            for row in range(site.row.max() + 1):
+                (ys,) = np.nonzero(site.row == row)
+                flat = A[:, :, ys].reshape(len(A), -1)
+                a, d, b = np.linalg.svd(u[:, ys[0]].T @ flat, full_matrices=False)
+                a, d, b = a[:, : len(A)], d[: len(A)], b[: len(A)]
+                turn = np.array([np.sign(v[np.argmax(np.abs(v))]) or 1.0 for v in a.T])
+                d, b = np.where(d > 1e-13 * d[0], d, 0.0), turn[:, None] * b
+                mixed = self.mixed(d, signs[row])
+                small = mixed[: len(d)] / np.where(d > 0, d, 1.0)[:, None] * (d > 0)[:, None]
+                for y in ys:
+                    new_u[:, y] = (u[:, y].T @ (flat @ b.T) @ small).T
+                new_A[:, :, ys] = (mixed[: len(d)].T @ b).reshape(self.rank, -1, ys.size)
+            self.u[n], self.A[n] = list(new_u), list(new_A)
+        self.steps += 1
+
+    def mixed(self, d: Array, signs: Array) -> Array:
+        """S Z with Z Z^T = 1 - z z^T, by an eigenbasis of it: [r + 1, r]."""
+        r = self.rank
+        d = np.concatenate([d, np.zeros(r + 1 - len(d))])
+        if np.count_nonzero(d) <= r:
+            return np.diag(signs * np.sqrt(d))[:, :r]
+        m = next(m for m in range(r) if (r - m) * d[m] <= d[m:].sum())
+        tau = d[m:].sum() / (r - m)
+        p = np.where(np.arange(r + 1) < m, 1.0, d / tau)
+        z = np.sqrt(np.maximum(1 - p, 0.0))
+        _, basis = np.linalg.eigh(np.outer(z, z))  # the last one is z
+        return np.diag(signs * np.sqrt(d / p)) @ basis[:, :r]
+
+    def values(self, t):
+        u, A = self.old
+        return {
+            n: t.one_step(n) + sum((t.past @ A_k) @ u_k for u_k, A_k in zip(u[n], A[n], strict=True))
+            for n in t.traced
+        }
+
+
 # --- Windows ----------------------------------------------------------------------------------------------------------------------
 
 

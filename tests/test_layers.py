@@ -109,8 +109,10 @@ def test_populations_that_feed_each_other_are_one_layer():
     assert step.exact
 
 
-@pytest.mark.parametrize("algo", ["uoro", "kf_rtrl"])
-def test_random_estimates_are_unbiased(algo):
+@pytest.mark.parametrize(
+    ("algo", "options"), [("uoro", {}), ("kf_rtrl", {}), ("kf_rtrl", {"rank": 2})], ids=str
+)
+def test_random_estimates_are_unbiased(algo, options):
     """The mean over many draws lies within its own error of RTRL, in every coordinate, and the error is small."""
     rng = np.random.default_rng(3)
     shapes = {"U": (4, 4), "W": (3, 4), "b": (4,), "V": (4, 2)}
@@ -124,10 +126,10 @@ def test_random_estimates_are_unbiased(algo):
     def loss(out, y):
         return jnp.sum((out - y) ** 2)
 
-    def gradients(name, draws):
+    def gradients(name, draws, **options):
         model = etcompile.from_function(rate, params, {"h": jnp.asarray(rng.normal(size=(2, 4)))})
         model.state = {"h": jnp.full((2, 4), 0.3)}
-        step = etcompile.compile(model, xs[0], algo=name)
+        step = etcompile.compile(model, xs[0], algo=name, **options)
         carry = step.init_carry()
 
         def total(params, clock):
@@ -142,7 +144,7 @@ def test_random_estimates_are_unbiased(algo):
         return jax.jit(jax.vmap(jax.grad(total), in_axes=(None, 0)))(params, clocks)
 
     wanted = jax.tree.map(lambda g: g[0], gradients("rtrl", 1))
-    found = gradients(algo, 4000)
+    found = gradients(algo, 4000, **options)
     for name, true in wanted.items():
         mean, spread = found[name].mean(0), found[name].std(0)
         error = spread / np.sqrt(4000)

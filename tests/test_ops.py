@@ -28,7 +28,7 @@ pytestmark = pytest.mark.xdist_group("ops")  # they look at the same equations
 RULES = [
     ("d_rtrl", {}), ("e_prop", {"kappa": 0.7, "normalize": True, "feedback": "random"}), ("pp_prop", {"rank": 3}), ("otpe", {}),
     ("osttp", {}), ("ostl", {}), ("snap", {}), ("uoro", {}), ("kf_rtrl", {}), ("compose", {"trace": "factored", "decay": 0.5}),
-    (PRODUCTS, {}), (FILTERED, {}),
+    (PRODUCTS, {}), (FILTERED, {}), ("dodge", {}), ("subset_rtrl", {"k": 2}), ("kf_rtrl", {"rank": 2}),
 ]  # fmt: skip
 #: Two rows in a group; three, and two layers.
 MODELS = ["lstm", "two_spiking_layers_and_a_leaky_readout"]

@@ -29,6 +29,8 @@ def module(name):
 tasks = module("tasks")
 models = module("models")
 order = module("order")
+earlier = module("earlier")
+chart = module("chart")
 replicas = module("replicas")
 COPY, MATCH = tasks.Copy(8), tasks.DelayedMatch(8)
 
@@ -168,6 +170,37 @@ def test_an_epoch_has_every_recording_once_and_each_is_answered_after_its_end():
     assert not batches.inputs[:, 29:].any()
     on = batches.inputs[..., -1].sum(axis=1)
     assert on.min() == 7 and on.max() <= 29
+
+
+@pytest.mark.parametrize("back", [0, 3])
+def test_sums_are_named_at_every_step(back):
+    task = tasks.Sums(8, back=back)
+    check_shapes(task)
+    batch = task.train(np.random.default_rng(0), 1)
+    first, second = (v.argmax(axis=-1) for v in np.split(batch.inputs[0], 2, axis=-1))
+    asked = batch.targets[0].any(axis=-1)
+    assert not asked[:back].any() and asked[back:].all()
+    wanted = (first[: task.steps - back] + second[back:]) % task.symbols
+    assert np.array_equal(batch.targets[0, back:].argmax(axis=-1), wanted)
+
+
+def test_rows_of_a_page_stay_until_they_are_measured_anew():
+    before = earlier.Earlier("x 4% of\n\n| rule | a |\n| --- | --- |\n| one | `p \\| q` |\n| two | 2 |\n")
+    assert before.filled(("rule", "a"), [("one", ""), ("two", "3"), ("three", "")]) == [
+        ("one", "`p | q`"),
+        ("two", "3"),
+        ("three", ""),
+    ]
+    assert before.filled(("rule", "b"), [("one", "")]) == [("one", "")]
+    assert before.kept(("rule", "a"), [("two", "3"), ("four", "4")], 1) == [
+        ("one", "`p | q`"),
+        ("two", "3"),
+        ("four", "4"),
+    ]
+    assert before.between("x ", " of") == "4%" and before.between("z", "") == ""
+    picture = chart.chart([("A", 0.5, {"r": [0.25, 1.0]}), ("B", 0.5, {"s & t": [0.0]})], ["r", "s & t"], "c")
+    first, second = chart.values_of(picture)
+    assert first["r"] == pytest.approx([0.25, 1.0], abs=5e-4) and second["s & t"] == [0.0]
 
 
 def test_the_order_is_checked_pair_by_pair():

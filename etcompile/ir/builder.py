@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from etcompile.errors import EtcompileWarning, OptionError, ProgramError
@@ -111,6 +111,30 @@ class ProgramBuilder(Vocabulary):
     def row_signs(self, effect: Effect | str, seed: int) -> Value:
         """A random sign for every row of an effect, new at every step."""
         return self.op("row_signs", effect, int(seed), self.clock())
+
+    def direction(self, site: Site | str, seed: int) -> Value:
+        """A random sign for every entry of a site's weight, new at every step."""
+        return self.op("direction", site, int(seed), self.clock())
+
+    def subset(self, layer: Layer | str, size: int, seed: int, redraw: bool = False) -> Value:
+        """1 for ``size`` units of each group at random, the same in all examples, else 0.
+
+        With ``redraw`` others at every step, and n / size in place of 1 for a group of n units, so that the mean is 1.
+        """
+        return self.op("subset", layer, size, int(seed), *((self.clock(),) if redraw else ()))
+
+    def fewer_terms(
+        self, left: Sequence[Value], right: Sequence[Value], seed: int
+    ) -> list[tuple[Value, Value]]:
+        """A sum of Kronecker products, row factors (x) responses of one effect, with one term less: right on average.
+
+        Of all such estimates it is the one of least variance.
+        """
+        args = (int(seed), self.clock(), *left, *right)
+        return [
+            (self.op("kronecker_left", k, *args), self.op("kronecker_right", k, *args))
+            for k in range(len(left) - 1)
+        ]
 
     # -- equations ----------------------------------------------------------------------------------------------
 

@@ -190,6 +190,34 @@ def _map(header: Header, args: tuple[Arg, ...]) -> Type:
     return values[0]
 
 
+def _kronecker(gives: str) -> Rule:
+    def rule(header: Header, args: tuple[Arg, ...]) -> Type:
+        terms = [a for a in args[3:] if isinstance(a, Type)]
+        half = len(terms) // 2
+        alike = [
+            t
+            for part in (terms[:half], terms[half:])
+            for t in part
+            if (t.kind, t.of) != (part[0].kind, terms[0].of)
+        ]
+        kinds = [t.kind for t in terms[:: half or 1]]
+        if (
+            len(terms) != len(args) - 3
+            or len(terms) != 2 * half
+            or alike
+            or kinds != ["row_factor", "response"]
+        ):
+            raise ProgramError(
+                "a sum of Kronecker products has as many row factors as responses of one effect.",
+                got=shown(args),
+            )
+        if args[0] not in range(half - 1):
+            raise ProgramError(f"of {half} terms {half - 1} are left.", got=shown(args))
+        return terms[0] if gives == kinds[0] else terms[-1]
+
+    return rule
+
+
 #: Of ops that need the loss of the step.
 _LOSS: dict[str, Any] = dict(needs_loss=True)
 
@@ -300,7 +328,9 @@ register_op(
     linear=(0, 1), power=1, by_row=True, vectors=True, infix="*", zeros=zero.of_product,
 )  # fmt: skip
 register_op(
-    "scale", "state or drive r.group, trace or immediate r -> trace or immediate r",
+    "scale",
+    "state or drive r.group, trace or immediate r -> trace or immediate r;"
+    "hidden j.layer, influence or response j -> influence or response j",
     "scale(a, e)", "each entry times the number of its unit: of its state, or of the unit whatever the state",
     linear=(0, 1), by_unit=True, by_row=True, zeros=zero.of_product,
 )  # fmt: skip
@@ -505,6 +535,32 @@ register_op(
 register_op(
     "rademacher", "layer l, int, count -> hidden l",
     "rademacher(l, 0, n)", "random signs for a layer's states: seed, count of steps",
+)  # fmt: skip
+register_op(
+    "direction", "site s, int, count -> gradient s",
+    "direction(s, 0, n)", "random signs for the weight of a site: seed, count of steps",
+    prefix="u",
+)  # fmt: skip
+register_op(
+    "along", "effect j, gradient j.site -> hidden j.layer",
+    "along(j, u)", "F u: a layer's new states along a direction of a weight",
+    linear=(1,),
+)  # fmt: skip
+register_op(
+    "subset", "layer l, int, int -> hidden l; layer l, int, int, count -> hidden l",
+    "subset(l, 4, 0, n)",
+    "1 for so many units of each group, drawn by a seed, else 0; with a count anew at each step, of mean 1",
+)  # fmt: skip
+register_op(
+    "kronecker_left", "int, int, count, row_factor j, any... -> row_factor j",
+    "kronecker_left(0, 0, n, u, x, A, R)",
+    "of a sum u (x) A + ... + x (x) R, estimated with one term less: the first factor of a term; term, seed, count of steps",
+    rule=_kronecker("row_factor"),
+)  # fmt: skip
+register_op(
+    "kronecker_right", "int, int, count, row_factor j, any... -> response j",
+    "kronecker_right(0, 0, n, u, x, A, R)", "the same: the second factor",
+    rule=_kronecker("response"),
 )  # fmt: skip
 register_op(
     "tick", "count -> count",

@@ -92,7 +92,7 @@ class Vocabulary:
         """A trace or Jacobian of a relation, each entry times the number of its unit.
 
         ``units`` is a value of the group: ``[states, positions]``, as :meth:`derivative`, or ``[positions]`` for all states
-        of a unit alike, as :meth:`shown`.
+        of a unit alike, as :meth:`shown`; for an influence it is one of the layer.
         """
         return self.op("scale", units, value)
 
@@ -219,6 +219,10 @@ class Vocabulary:
     def reach(self, effect: Effect | str, cotangent: Value) -> Value:
         """The credit of y for a cotangent of the layer's new states: one vector-Jacobian product for all effects."""
         return self.op("reach", effect, cotangent)
+
+    def along(self, effect: Effect | str, direction: Value) -> Value:
+        """F u: the layer's new states along a direction u of the effect's weight, ``[states]``."""
+        return self.op("along", effect, direction)
 
     def row_factor(self, effect: Effect | str) -> Value:
         """x_t with one row for each example, place, and whatever else x depends on."""

@@ -18,8 +18,10 @@ import numpy as np
 
 from etcompile.errors import ProgramError
 from etcompile.frontend.jaxpr import full_dtype
+from etcompile.ir.kinds import KINDS
 from etcompile.ir.program import Argument, Equation, Ref, Symbol, TraceProgram
 from etcompile.lowering.derivatives import LoweredModel, StepDerivatives
+from etcompile.lowering.estimates import ESTIMATES
 from etcompile.lowering.feedback import FEEDBACK
 from etcompile.lowering.layers import LAYERS, Operator, args_by_rows, contract_layer, operate, pull_rows
 from etcompile.lowering.snap import advance, contract_snap, snap_immediate
@@ -192,6 +194,10 @@ def _scale(context: Context, equation: Equation, args: Sequence[Value]) -> Value
     units, value = args
     if value is None or units is None:
         return None
+    if KINDS[equation.type.kind].by_state:
+        return tuple(
+            u.reshape(*u.shape, *(1,) * (v.ndim - u.ndim)) * v for u, v in zip(units, value, strict=True)
+        )
     geometry = context.model.traces[equation.type.of]
     is_trace = equation.type.kind == "trace"
 
@@ -375,5 +381,6 @@ EVALUATE: dict[str, Rule] = {
     "learn": lambda context, equation, args: args[0],
     **FEEDBACK,
     **LAYERS,
+    **ESTIMATES,
     "snap_immediate": snap_immediate,
 }

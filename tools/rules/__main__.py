@@ -1,7 +1,8 @@
 """``python tools/rules``: train every learning rule on three tasks, and write docs/rules.md.
 
-Results are kept in the output folder, one file for each rule and task; ``--tasks`` and ``--rules`` measure some anew, and the
-page is written from all. ``--quick`` shows that everything runs.
+Results are kept in the output folder, one file for each rule and task; ``--tasks`` and ``--rules`` measure some anew. The page
+is written from all, and keeps its rows of what the folder does not have. ``--quick`` shows in minutes that everything runs, and
+writes to out/rules-quick.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pathlib import Path
 import environment
 import page
 from measure import Result, load, measure, save
-from settings import EXPERIMENTS, FULL, QUICK, Search
-from table import RULES, Entry
+from settings import EVERY, EXPERIMENTS, FULL, QUICK, Search
+from table import CLAIM, ENTRIES, RULES, Entry
 
 COMMAND = "make rules"
 
@@ -27,34 +28,48 @@ def main(arguments: list[str] | None = None) -> int:
     search = QUICK if options.quick else FULL
     started = time.perf_counter()
     if not options.page_only:
-        cells = [(task, entry) for entry in RULES if entry.label in options.rules for task in options.tasks]
+        cells = [
+            (task, entry)
+            for entry in ENTRIES
+            for task in options.tasks
+            if entry.label in options.rules and ((task in EXPERIMENTS and entry in RULES) or entry in CLAIM)
+        ]
         first = [c for c in cells if not c[1].rate_of]
         for part in (first, [c for c in cells if c[1].rate_of]):
             run(part, search, options.jobs, options.out)
     results = load(options.out)
-    text, picture = page.render(results, search, COMMAND)
-    options.page.write_text(text, encoding="utf-8")
-    options.page.with_suffix(".svg").write_text(picture, encoding="utf-8")
-    print(f"{options.page}, {options.page.with_suffix('.svg')}: {time.perf_counter() - started:.0f} seconds")
+    written = [f.read_text(encoding="utf-8") if f.exists() else "" for f in _files(options.page)]
+    text, picture = page.render(results, search, COMMAND, *written)
+    for file, content in zip(_files(options.page), (text, picture), strict=True):
+        file.write_text(content, encoding="utf-8")
+    print(f"{', '.join(map(str, _files(options.page)))}: {time.perf_counter() - started:.0f} seconds")
     return 0
+
+
+def _files(page: Path) -> tuple[Path, Path]:
+    """The page and its picture."""
+    return page, page.with_suffix(".svg")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     description, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(prog="python tools/rules", description=description)
-    labels = [e.label for e in RULES]
-    parser.add_argument("--tasks", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
+    labels = [e.label for e in ENTRIES]
+    parser.add_argument("--tasks", nargs="+", choices=list(EVERY), default=list(EVERY))
     parser.add_argument("--rules", nargs="+", choices=labels, default=labels, metavar="RULE")
-    parser.add_argument("--quick", action="store_true", help="a few updates of everything")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few updates of everything, in out/rules-quick"
+    )
     parser.add_argument(
         "--page-only", action="store_true", help="write the page from what was measured before"
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("out/rules"), help="folder of results (%(default)s)")
-    parser.add_argument(
-        "--page", type=Path, default=environment.ROOT / "docs" / "rules.md", help="(%(default)s)"
-    )
-    return parser.parse_args(arguments)
+    parser.add_argument("--out", type=Path, help="folder of results (out/rules)")
+    parser.add_argument("--page", type=Path, help="(docs/rules.md)")
+    options = parser.parse_args(arguments)
+    options.out = options.out or Path("out/rules-quick" if options.quick else "out/rules")
+    options.page = options.page or (options.out if options.quick else environment.ROOT / "docs") / "rules.md"
+    return options
 
 
 def run(cells: Iterable[tuple[str, Entry]], search: Search, jobs: int, out: Path) -> None:

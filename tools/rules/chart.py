@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from html import escape
+from html import escape, unescape
 
 import numpy as np
 
-__all__ = ["chart"]
+__all__ = ["chart", "values_of"]
+
+_LABEL = re.compile(r'y="(\d+)" text-anchor="end">(.*?)</text>')
+_DOT = re.compile(r'<circle cx="([\d.]+)" cy="(\d+)"')
 
 _LEFT, _TOP, _WIDTH, _GAP, _LINE = 130, 46, 190, 26, 18
 
 
 def chart(
-    panels: Sequence[tuple[str, float, Mapping[str, Sequence[float]]]], labels: Sequence[str], caption: str
+    panels: Sequence[tuple[str, float, Mapping[str, Sequence[float]]]],
+    labels: Sequence[str],
+    caption: str,
 ) -> str:
     """An SVG of panels ``(title, chance, {rule: accuracies})``, accuracies between 0 and 1."""
     height = _TOP + _LINE * len(labels) + 34
@@ -47,6 +53,17 @@ def chart(
                 mean = left + _WIDTH * float(np.mean(values))
                 parts.append(f'<path d="M{mean:.1f} {_y(row) - 7}v14" stroke="#12395f" stroke-width="2.5"/>')
     return "\n".join([*parts, "</svg>", ""])
+
+
+def values_of(picture: str) -> list[dict[str, list[float]]]:
+    """The accuracies that a picture shows, to half a thousandth: ``{rule: values}`` for each panel."""
+    labels = {int(y) - 4: unescape(label) for y, label in _LABEL.findall(picture)}
+    found: list[dict[str, list[float]]] = []
+    for x, y in _DOT.findall(picture):
+        panel, along = divmod(float(x) - _LEFT, _WIDTH + _GAP)
+        found += [{} for _ in range(int(panel) + 1 - len(found))]
+        found[int(panel)].setdefault(labels[int(y)], []).append(along / _WIDTH)
+    return found
 
 
 def _y(row: int) -> int:

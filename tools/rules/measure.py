@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from settings import EXPERIMENTS, Search
-from table import EXPECTED, RULES, Entry
+from settings import EVERY, STREAMS, Search
+from table import ENTRIES, EXPECTED, Entry
 from tasks import Batch
 from training import Outcome, Trainer
 
@@ -40,11 +41,13 @@ class Result:
     #: Seconds of one step with its gradient, over those of backpropagation through time measured beside it.
     relative_time: float = 0.0
     milliseconds: float = 0.0
+    #: When, and with which version of JAX.
+    measured: str = ""
 
 
 def measure(task: str, label: str, search: Search, rate: float | None) -> Result:
     """Measure one rule on one task; with ``rate`` given, it is not searched for."""
-    entry = next(e for e in RULES if e.label == label)
+    entry = next(e for e in ENTRIES if e.label == label)
     if entry.algo not in etcompile.algorithm_names():
         return Result(task, label, f"there is no rule {entry.algo} in this version")
     try:
@@ -55,9 +58,9 @@ def measure(task: str, label: str, search: Search, rate: float | None) -> Result
 
 
 def _measure(task: str, entry: Entry, search: Search, rate: float | None) -> Result:
-    experiment = EXPERIMENTS[task]
+    experiment = EVERY[task]
     updates = search.updates(experiment)
-    trainer = Trainer(experiment.task, experiment.make, entry.algo, entry.options)
+    trainer = Trainer(experiment.task, experiment.make, entry.algo, entry.options, entry.optimiser)
     cosines = [_cosine(trainer, point) for point in _points(task, search)]
     ours, theirs = _times((trainer, _reference(task)), search)
     best, outcomes = _trained(trainer, entry, search, rate, updates)
@@ -74,6 +77,7 @@ def _measure(task: str, entry: Entry, search: Search, rate: float | None) -> Res
         trace_bytes=report["trace_bytes"],
         relative_time=ours / theirs,
         milliseconds=1e3 * ours,
+        measured=f"{datetime.date.today()}, JAX {jax.__version__}",
     )
 
 
@@ -81,11 +85,11 @@ def _trained(
     trainer: Trainer, entry: Entry, search: Search, rate: float | None, updates: int
 ) -> tuple[float, list[Outcome]]:
     """The best learning rate, from a search unless it is given; and the outcome of each seed with it."""
-    in_order = any(entry.label in rung for rung in EXPECTED)
+    in_order = trainer.task.name not in STREAMS and any(entry.label in rung for rung in EXPECTED)
     seeds = (search.seeds if in_order else search.seeds[: search.few])[: entry.seeds]
     if not seeds:
         return 0.0, []
-    rates = search.rates if rate is None else (rate,)
+    rates = [entry.faster * r for r in search.rates] if rate is None else [rate]
     cases = [(seed, r) for r in rates for seed in seeds]
     found = trainer.run(cases, updates)
     runs = {r: [o for (_, of), o in zip(cases, found, strict=True) if of == r] for r in rates}
@@ -121,7 +125,7 @@ def _cosine(trainer: Trainer, point: Point) -> float:
 
 @lru_cache
 def _points(task: str, search: Search) -> list[Point]:
-    experiment = EXPERIMENTS[task]
+    experiment = EVERY[task]
     trainer, seeds = _reference(task), search.seeds[: search.points]
     updates = max(1, int(search.reference_share * search.updates(experiment)))
     points = []
@@ -134,7 +138,7 @@ def _points(task: str, search: Search) -> list[Point]:
 
 @lru_cache
 def _reference(task: str) -> Trainer:
-    experiment = EXPERIMENTS[task]
+    experiment = EVERY[task]
     return Trainer(experiment.task, experiment.make, "bptt", {})
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import brainstate
 from models import GRUNet, SpikingNet
-from tasks import Copy, DelayedMatch, JapaneseVowels, Task
+from tasks import Copy, DelayedMatch, JapaneseVowels, Sums, Task
 
-__all__ = ["EXPERIMENTS", "FULL", "QUICK", "Experiment", "Search"]
+__all__ = ["EVERY", "EXPERIMENTS", "FULL", "QUICK", "STREAMS", "Experiment", "Search"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +72,12 @@ EXPERIMENTS = {
         ),
     )
 }
+
+_AT_ONCE, _BACK = Sums(16), Sums(16, back=3)
+
+#: Beside those above, for what the immediate derivative is enough for: without delayed credit, and with an error at every step.
+STREAMS = {
+    task.name: Experiment(task, lambda: GRUNet(_BACK.inputs, 32, _BACK.outputs), "GRU, 32 units", 600)
+    for task in (_AT_ONCE, _BACK)
+}
+EVERY = {**STREAMS, **EXPERIMENTS}

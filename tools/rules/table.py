@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["EXPECTED", "LEFT_OUT", "RULES", "Entry"]
+__all__ = ["CLAIM", "ENTRIES", "EXPECTED", "LEFT_OUT", "RULES", "Entry"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class Entry:
     rate_of: str = ""
     #: ... and those whose gradient is another rule's are trained from fewer seeds, or from none.
     seeds: int | None = None
+    #: What makes a change of the weights of a gradient, and by how much its learning rates are larger than Adam's.
+    optimiser: str = "adam"
+    faster: float = 1.0
 
 
 RULES = (
@@ -86,8 +89,31 @@ RULES = (
     Entry("sltt", "sltt", {}, "0", "B I O", "T = 1"),
     Entry("uoro", "uoro", {}, "B N + P", "a few steps", "on average over seeds"),
     Entry("kf_rtrl", "kf_rtrl", {}, "B N O + B I", "B N² O", "on average over seeds", rate_of="bptt"),
+    Entry(
+        "kf_rtrl, rank 4",
+        "kf_rtrl",
+        {"rank": 4},
+        "r B (N O + I)",
+        "r B N² O",
+        "on average over seeds",
+        "J ≈ Σ A (x) u, r pairs of the least variance; grad as kf_rtrl",
+        rate_of="bptt",
+    ),
+    Entry("dodge", "dodge", {}, "B N + P", "two steps for each weight", "on average over seeds"),
+    Entry("subset_rtrl", "subset_rtrl", {}, "B N P", "B N² P", "k = N", rate_of="bptt"),
     Entry("one step", "compose", {"trace": "none"}, "0", "B I O", "T = 1", "grad = L (f (x) x)"),
 )
+
+#: The immediate derivative beside rules that follow the past, each with optimisers that normalise and with one that does not.
+CLAIM = (
+    *(e for e in RULES if e.label in ("bptt", "d_rtrl", "sltt")),
+    Entry("sltt, RMSprop", "sltt", optimiser="rmsprop"),
+    Entry("sltt, SGD", "sltt", optimiser="sgd", faster=30.0),
+    Entry("d_rtrl, SGD", "d_rtrl", optimiser="sgd", faster=30.0),
+    Entry("bptt, SGD", "bptt", optimiser="sgd", faster=30.0),
+)
+#: All that is measured.
+ENTRIES = (*RULES, *(e for e in CLAIM if e not in RULES))
 
 #: Rules that are not compared, and why.
 LEFT_OUT = {

@@ -1,4 +1,4 @@
-"""Three tasks that need memory: copy after a delay, delayed match to sample, and who said the vowel.
+"""Three tasks that need memory, copy after a delay, delayed match to sample, and who said the vowel; and streams of sums.
 
 Every task gives batches of inputs ``(time, batch, inputs)`` and targets ``(time, batch, outputs)``. A target is one-hot where an
 answer is asked for and zero elsewhere, so one loss serves all.
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Batch", "Copy", "DelayedMatch", "JapaneseVowels", "Task", "accuracy"]
+__all__ = ["Batch", "Copy", "DelayedMatch", "JapaneseVowels", "Sums", "Task", "accuracy"]
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,57 @@ class DelayedMatch(Task):
 
     def test(self, rng: np.random.Generator, level: int | None = None) -> Batch:
         return self.sample(rng, 512)
+
+
+@dataclass(frozen=True)
+class Sums(Task):
+    """Two streams of digits; at every step their sum is to be named, modulo the number of symbols.
+
+    The digit of the first stream is that of ``back`` steps ago. With 0 nothing has to be remembered, and the credit of an answer
+    belongs to the step that it is given in; with more the digits must be kept, and an error comes at every step.
+    """
+
+    symbols: int = 4
+    back: int = 0
+    length: int = 30
+
+    @property
+    def steps(self) -> int:
+        return self.length
+
+    @property
+    def name(self) -> str:
+        return f"sums-{self.back}"
+
+    @property
+    def title(self) -> str:
+        return f"sums, {self.back} back" if self.back else "sums at once"
+
+    @property
+    def inputs(self) -> int:
+        return 2 * self.symbols
+
+    @property
+    def outputs(self) -> int:
+        return self.symbols
+
+    @property
+    def chance(self) -> float:
+        return 1.0 / self.symbols
+
+    def sample(self, rng: np.random.Generator, size: int) -> Batch:
+        first, second = rng.integers(self.symbols, size=(2, self.steps, size))
+        digits = np.eye(self.symbols, dtype=np.float32)
+        inputs = np.concatenate([digits[first], digits[second]], axis=-1)
+        targets = digits[(np.roll(first, self.back, axis=0) + second) % self.symbols]
+        targets[: self.back] = 0.0
+        return Batch(inputs, targets)
+
+    def train(self, rng: np.random.Generator, count: int, level: int | None = None) -> Batch:
+        return self._stacked(count, lambda: self.sample(rng, self.batch_size))
+
+    def test(self, rng: np.random.Generator, level: int | None = None) -> Batch:
+        return self.sample(rng, 128)
 
 
 @dataclass(frozen=True)

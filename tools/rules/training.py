@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import brainstate
@@ -17,12 +18,19 @@ from tasks import Batch, Task, accuracy
 
 import etcompile
 
-__all__ = ["CLIP", "MASTERED", "Outcome", "Trainer", "loss"]
+__all__ = ["CLIP", "MASTERED", "OPTIMISERS", "Outcome", "Trainer", "loss"]
 
 #: Gradients longer than this are shortened to it, for every rule.
 CLIP = 1.0
 #: A curriculum goes on when this share of answers is right.
 MASTERED = 0.9
+
+#: What follows the shortening. RMSprop is Adam without its mean of gradients: it divides each by a mean of its squares.
+OPTIMISERS: Mapping[str, Callable[[], optax.GradientTransformation]] = {
+    "adam": optax.scale_by_adam,
+    "rmsprop": partial(optax.scale_by_adam, b1=0.0),
+    "sgd": optax.identity,
+}
 
 
 def loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -54,6 +62,7 @@ class Trainer:
         make: Callable[[], brainstate.nn.Module],
         algo: str,
         options: Mapping[str, Any],
+        optimiser: str = "adam",
         block: int = 20,
     ):
         self.task, self.make, self.block = task, make, block
@@ -62,7 +71,7 @@ class Trainer:
         self.gradient = self.step.scan_value_and_grad(loss)
         self.params = self.step.param_states
         self.rate = brainstate.ShortTermState(jnp.zeros(()))
-        self.optimiser = optax.chain(optax.clip_by_global_norm(CLIP), optax.scale_by_adam())
+        self.optimiser = optax.chain(optax.clip_by_global_norm(CLIP), OPTIMISERS[optimiser]())
         self.moments = brainstate.ShortTermState(self.optimiser.init(self.values()))
         self._learn: Any = None
         self._answers: Any = None
