@@ -252,6 +252,37 @@ class EPropWithRate(EProp):
         return found
 
 
+class RewardEProp(EProp):
+    """F = gamma F + L eb, of each example; gradient reward . F. Credit past the traces is filtered alike."""
+
+    reward: Any = 1.0
+
+    def __init__(self, gamma: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.gamma = gamma
+
+    def start(self, t):
+        super().start(t)
+        self.F = dict.fromkeys(t.traced, 0.0)
+        self.G = dict.fromkeys(t.sites, 0.0)
+
+    def values(self, t):
+        found = {}
+        for n, site in t.sites.items():
+            credit = site.credit
+            of = np.broadcast_to(self.reward, t.batch).repeat(len(credit) // t.batch)  # the reward of each y
+            if n in self.F:
+                group = t.groups[site.group]
+                symmetric = self.kind == "symmetric"
+                L = group.signal if symmetric else through(group, t.error @ self.B[site.group])
+                self.F[n] = self.gamma * self.F[n] + L[:, site.at, None] * self.filtered[n]
+                credit = credit - back(group.signal, site) if symmetric else np.zeros_like(credit)
+                found[n] = np.einsum("y,kyw->w", of, self.F[n])
+            self.G[n] = self.gamma * self.G[n] + credit[:, None] * site.x
+            found[n] = found.get(n, 0.0) + of @ self.G[n]
+        return found
+
+
 class Cascade(Rule):
     """Stages of a state space model dz/ds = A z + b u, u held for a step: z = expm(A) z + (integral of expm(A s) b) u."""
 

@@ -29,7 +29,10 @@ RULES = [
     ("d_rtrl", {}), ("e_prop", {"kappa": 0.7, "normalize": True, "feedback": "random"}), ("pp_prop", {"rank": 3}), ("otpe", {}),
     ("osttp", {}), ("ostl", {}), ("snap", {}), ("uoro", {}), ("kf_rtrl", {}), ("compose", {"trace": "factored", "decay": 0.5}),
     (PRODUCTS, {}), (FILTERED, {}), ("dodge", {}), ("subset_rtrl", {"k": 2}), ("kf_rtrl", {"rank": 2}),
+    ("reward_e_prop", {}),
 ]  # fmt: skip
+#: What calls of some rules take beside inputs and targets.
+CALLS = {"reward_e_prop": {"modulator": 0.5}}
 #: Two rows in a group; three, and two layers.
 MODELS = ["lstm", "two_spiking_layers_and_a_leaky_readout"]
 PAIRS = [
@@ -67,7 +70,7 @@ def equations(name, algo, options):
         patch.setattr(causal, "updated_in_order", lambda context, values, old: {})
         for t in range(2):
             found.clear()
-            run(time_slice(built.xs, t), *time_slice(tuple(built.targets), t))
+            run(time_slice(built.xs, t), *time_slice(tuple(built.targets), t), **CALLS.get(algo, {}))
     return list(found)
 
 

@@ -224,6 +224,14 @@ class ProgramBuilder(Vocabulary):
             total = total + self._contract(past, trace.prev, None if x is None else x.prev)
         return total
 
+    def weighted(self, signal: Value, trace: Value) -> Value:
+        """A trace, each entry times the learning signal of its unit and state: what :meth:`contract` sums, not summed.
+
+        The credit of the bypass is added as there.
+        """
+        total, past = self.scale(signal, trace), self._past(signal)
+        return total if past is None else total + self.scale(past, trace.prev)
+
     def _contract(self, signal: Value, trace: Value, x: Value | None) -> Value:
         if x is None:
             return self.op("contract", signal, trace)
@@ -243,12 +251,12 @@ class ProgramBuilder(Vocabulary):
         self.functions[name] = fn
         return self.op("map", name, *values)
 
-    def gradient(self, relation: Relation | Effect, value: Value, within: str = "auto") -> None:
+    def gradient(self, relation: Relation | Effect | Site, value: Value, within: str = "auto") -> None:
         """Declare the gradient of a relation's weight: the part that its trace carries.
 
         Parameters
         ----------
-        relation : Relation or Effect
+        relation : Relation, Effect or Site
         value : Value
             A weight gradient, from :meth:`contract` or :meth:`pullback`.
         within : {"auto", "one_step", "rest", "outside", "none"}
@@ -258,9 +266,10 @@ class ProgramBuilder(Vocabulary):
             ``outside``: only that of elements that no trace covers (for a rule with a learning signal of its own).
             ``auto`` is ``rest`` for values made of the true signal, else ``outside``.
         """
-        if not KINDS[value.type.kind].gradient or value.type.of != relation.site:
+        site = relation.name if isinstance(relation, Site) else relation.site
+        if not KINDS[value.type.kind].gradient or value.type.of != site:
             raise ProgramError(
-                f"the gradient of relation {relation.name} must be a gradient of its site {relation.site}.",
+                f"the gradient of relation {relation.name} must be a gradient of its site {site}.",
                 got=str(value.type),
             )
         if within not in ("auto", "one_step", "rest", "outside", "none"):
@@ -270,12 +279,12 @@ class ProgramBuilder(Vocabulary):
             signals = [e for e in self._equations if e.name in made and OPS[e.op].signal == "new"]
             true = any(KINDS[e.type.kind].owner == "group" for e in signals)
             within = "rest" if true else "outside"
-        earlier = self._within.setdefault(relation.site, within)
+        earlier = self._within.setdefault(site, within)
         if earlier != within:
             raise ProgramError(
-                f"two relations of site {relation.site} ask for different credit within the step: {earlier} and {within}."
+                f"two relations of site {site} ask for different credit within the step: {earlier} and {within}."
             )
-        self._gradients.append(Gradient(relation.site, value.ref))
+        self._gradients.append(Gradient(site, value.ref))
 
     def finish(self, exact: bool) -> TraceProgram:
         """The program, with the credit within the step added at every site.

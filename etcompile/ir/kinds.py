@@ -192,6 +192,11 @@ def _gradient(header: Header, site: Site) -> DtypeAndShape:
     return site.dtype, site.weight
 
 
+@register_kind("each", "site", "examples x weight", large=True)
+def _each(header: Header, site: Site) -> DtypeAndShape:
+    return site.dtype, site.weight
+
+
 # --- of a layer -------------------------------------------------------------------------------------------------------
 
 

@@ -191,29 +191,19 @@ def _map(header: Header, args: tuple[Arg, ...]) -> Type:
 
 
 def _kronecker(gives: str) -> Rule:
+    """Of as many first factors, then as many second ones; ``gives`` says which of a pair the result is like."""
+    pair = rule_of("a term", f"row_factor j, response j -> {gives}")
+
     def rule(header: Header, args: tuple[Arg, ...]) -> Type:
-        terms = [a for a in args[3:] if isinstance(a, Type)]
+        terms = args[3:]
         half = len(terms) // 2
-        alike = [
-            t
-            for part in (terms[:half], terms[half:])
-            for t in part
-            if (t.kind, t.of) != (part[0].kind, terms[0].of)
-        ]
-        kinds = [t.kind for t in terms[:: half or 1]]
-        if (
-            len(terms) != len(args) - 3
-            or len(terms) != 2 * half
-            or alike
-            or kinds != ["row_factor", "response"]
-        ):
+        types = {pair(header, both) for both in zip(terms[:half], terms[half:], strict=False)}
+        if len(types) != 1 or len(terms) != 2 * half or args[0] not in range(half - 1):
             raise ProgramError(
-                "a sum of Kronecker products has as many row factors as responses of one effect.",
+                "a sum of Kronecker products has row factors and as many responses, of one effect; one term less is left of it.",
                 got=shown(args),
             )
-        if args[0] not in range(half - 1):
-            raise ProgramError(f"of {half} terms {half - 1} are left.", got=shown(args))
-        return terms[0] if gives == kinds[0] else terms[-1]
+        return types.pop()
 
     return rule
 
@@ -405,6 +395,17 @@ register_op(
     linear=(0, 1), pulls_back=True, prefix="P",
 )  # fmt: skip
 
+register_op(
+    "by_example", "presynaptic or factor s, credit s -> each s",
+    "by_example(x, q)", "the weight gradient of a credit, of each example by itself",
+    linear=(1,),
+)  # fmt: skip
+register_op(
+    "weigh", "vector, each s -> gradient s",
+    "weigh(v, G)", "gradients of examples, each times the one number of its example, summed",
+    linear=(0, 1),
+)  # fmt: skip
+
 # --- learning signals of other kinds ----------------------------------------------------------------------------------
 
 register_op(
@@ -421,6 +422,16 @@ register_op(
     "modulator", "group g -> drive g",
     "modulator(g)", "what was given for a group with this call",
     signal="given", keyword="modulator",
+)  # fmt: skip
+register_op(
+    "reward", "-> vector",
+    "reward()", "the modulator given with this call, as one number for each example",
+    signal="given", keyword="modulator",
+)  # fmt: skip
+register_op(
+    "of_example", "group g, vector -> drive g",
+    "of_example(g, v)", "the one number of each example, for each of its units",
+    linear=(1,),
 )  # fmt: skip
 register_op(
     "mask", "group g -> drive g",
@@ -555,12 +566,12 @@ register_op(
     "kronecker_left", "int, int, count, row_factor j, any... -> row_factor j",
     "kronecker_left(0, 0, n, u, x, A, R)",
     "of a sum u (x) A + ... + x (x) R, estimated with one term less: the first factor of a term; term, seed, count of steps",
-    rule=_kronecker("row_factor"),
+    rule=_kronecker("row_factor j"),
 )  # fmt: skip
 register_op(
     "kronecker_right", "int, int, count, row_factor j, any... -> response j",
     "kronecker_right(0, 0, n, u, x, A, R)", "the same: the second factor",
-    rule=_kronecker("response"),
+    rule=_kronecker("response j"),
 )  # fmt: skip
 register_op(
     "tick", "count -> count",

@@ -141,6 +141,22 @@ class Vocabulary:
         """The modulator given with the call, for each unit of the group."""
         return self.op("modulator", group)
 
+    def reward(self) -> Value:
+        """The modulator given with the call where it is one number, or one for each example, ``[examples, 1]``."""
+        return self.op("reward")
+
+    def of_example(self, group: Group | str, vector: Value) -> Value:
+        """The one number of each example, as :meth:`reward`, for each of the group's units."""
+        return self.op("of_example", group, vector)
+
+    def by_example(self, site: Relation | Site | str, credit: Value) -> Value:
+        """The weight gradient of a credit of y, of each example by itself, ``[examples, weight]``."""
+        return self.op("by_example", self.presynaptic(site), credit)
+
+    def weigh(self, vector: Value, gradients: Value) -> Value:
+        """Gradients of examples, each times the one number of its example, as :meth:`reward`, summed."""
+        return self.op("weigh", vector, gradients)
+
     def mask(self, group: Group | str) -> Value:
         """The mask that came with the call, for each unit of the group: that of the step, or of each example; else 1."""
         return self.op("mask", group)

@@ -84,6 +84,11 @@ def _of_gradient(model: LoweredModel, kind: Type) -> Entry:
     return weight.shape, weight.dtype
 
 
+def _of_each(model: LoweredModel, kind: Type) -> Entry:
+    shape, dtype = _of_gradient(model, kind)
+    return (model.examples or 1, *shape), dtype
+
+
 def _by_state(model: LoweredModel, kind: Type) -> Entry:
     return list_shapes(model, kind.kind, kind.of)
 
@@ -104,6 +109,7 @@ LAYOUTS: dict[str, Callable[[LoweredModel, Type], Entry]] = {
     "vector": _of_vector,
     "presynaptic": _of_presynaptic,
     "gradient": _of_gradient,
+    "each": _of_each,
     "hidden": _by_state,
     "influence": _by_state,
     "response": _by_state,

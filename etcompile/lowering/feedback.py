@@ -18,6 +18,7 @@ import numpy as np
 from etcompile.errors import AlgorithmError, InputError, UnsupportedError
 from etcompile.frontend.jaxpr import full_dtype
 from etcompile.ir.program import Equation
+from etcompile.lowering.mapped import mapped
 
 if TYPE_CHECKING:
     from etcompile.analysis.groups import HiddenGroup
@@ -149,6 +150,58 @@ def _modulator(context: Context, equation: Equation, args: Sequence[Value]) -> V
             got=f"shape {value.shape}",
             expected=f"a number, or a shape that broadcasts to {group.shape}",
         ) from None
+
+
+def _reward(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    """One number for each example; zero where the step, or the example, is masked."""
+    given, rows = context.call.get("modulator"), context.model.examples or 1
+    expected = f"modulator=r: a number, or one for each example, of shape ({rows},)"
+    if given is None:
+        raise InputError(f"{context.program.name} needs a reward with every call.", expected=expected)
+    found = None if isinstance(given, Mapping) else jnp.asarray(given)
+    fits = (
+        found is not None and found.size in (1, rows) and found.shape in ((), (found.size,), (found.size, 1))
+    )
+    if found is None or not fits:
+        raise InputError(
+            f"{context.program.name} takes one reward for each example.",
+            got="a dict" if found is None else f"shape {found.shape}",
+            expected=expected,
+        )
+    numbers = jnp.broadcast_to(found.reshape(-1, 1), (rows, 1))
+    return _where_counted(context, numbers.astype(full_dtype(equation.type.dtype)))
+
+
+def _of_example(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    group, (_, vector) = context.model.analysis.group(equation.type.of), args
+    numbers = vector[:, 0] if context.model.examples else vector[0, 0]
+    return jnp.broadcast_to(_of_examples(numbers, group.shape), group.shape).astype(
+        full_dtype(equation.type.dtype)
+    )
+
+
+def _by_example(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    """One pullback for each example, of its part of the credit."""
+    x, credit = args
+    if credit is None:
+        return None
+    name, rows = equation.type.of, context.model.examples or 1
+    site = context.model.sites[name]
+    if rows == 1:
+        return site.pullback(x, credit)[None]
+    if context.model.analysis.site(name).y not in context.model.batch.along:
+        raise UnsupportedError(
+            f"{context.program.name} keeps a gradient for each example, and a weight acts on all examples at once.",
+            got=f"{', '.join(site.params)}: y of shape {site.y.shape} has no axis of examples",
+            expected="a weight that meets data of each example",
+        )
+    one = jnp.eye(rows, dtype=credit.dtype).reshape(rows, rows, *(1,) * (credit.ndim - 1))
+    return mapped(lambda example: site.pullback(x, credit * example), one)
+
+
+def _weigh(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    vector, gradients = args
+    return None if gradients is None else jnp.tensordot(vector[:, 0].astype(gradients.dtype), gradients, 1)
 
 
 def _mask(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
@@ -335,6 +388,10 @@ FEEDBACK: dict[str, Callable[[Any, Equation, Sequence[Value]], Value]] = {
     "error": _error,
     "target": _target,
     "modulator": _modulator,
+    "reward": _reward,
+    "of_example": _of_example,
+    "by_example": _by_example,
+    "weigh": _weigh,
     "mask": _mask,
     "constant": _constant,
     "shown": _shown,

@@ -13,7 +13,7 @@ from earlier import Earlier
 from measure import Result
 from order import SURE, check
 from settings import EVERY, EXPERIMENTS, Search
-from table import CLAIM, EXPECTED, LEFT_OUT, RULES, Entry
+from table import CLAIM, EXPECTED, LEFT_OUT, REWARDED, RULES, Entry
 from tasks import Copy
 from training import CLIP, MASTERED
 
@@ -81,7 +81,7 @@ def _ordered(entry: Entry) -> bool:
 
 def _rules() -> str:
     rows = []
-    for e in RULES:
+    for e in (*RULES, *REWARDED):
         options = ", ".join(f"{k}={v!r}" for k, v in e.options.items())
         how = f"`{e.algo}`" + (f" with `{options}`" if options else "")
         rows.append((e.label, how, _equation(e), e.memory, e.work, e.exact))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["CLAIM", "ENTRIES", "EXPECTED", "LEFT_OUT", "RULES", "Entry"]
+__all__ = ["CLAIM", "ENTRIES", "EXPECTED", "LEFT_OUT", "REWARDED", "RULES", "Entry"]
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,17 @@ CLAIM = (
 #: All that is measured.
 ENTRIES = (*RULES, *(e for e in CLAIM if e not in RULES))
 
+#: In the table of rules alone: tasks with labels have no reward for them.
+REWARDED = (
+    Entry("three_factor", "three_factor", {}, "B I O", "B I O"),
+    Entry("reward_e_prop", "reward_e_prop", {}, "3 B I O + B P", "B I O; B times the readout's gradient"),
+)
+
 #: Rules that are not compared, and why.
 LEFT_OUT = {
     "three_factor": "its third factor is a reward given from outside; with labels there is none, and a modulator made of "
     "the error by a random matrix is `rflo`",
+    "reward_e_prop": "as `three_factor`",
     "dni": "it is backpropagation in windows whose ends a second network predicts (`etcompile.SyntheticGradient`); sequences "
     "given whole leave it nothing to predict",
 }
