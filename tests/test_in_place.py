@@ -61,10 +61,20 @@ def compiled(fn, states, **options):
     )
 
 
+def computations(text):
+    """The loops and kernels of a compiled program, by name."""
+    return dict(re.findall(r"^(?:ENTRY )?(%[\w.\-]+) .*?\{\n(.*?)^\}", text, re.M | re.S))
+
+
 def loops(text):
     """The bodies of the loops of a compiled program."""
-    computations = dict(re.findall(r"^(?:ENTRY )?(%[\w.\-]+) .*?\{\n(.*?)^\}", text, re.M | re.S))
-    return [computations[name] for name in re.findall(r"\bbody=(%[\w.\-]+)", text)]
+    return [computations(text)[name] for name in re.findall(r"\bbody=(%[\w.\-]+)", text)]
+
+
+def smaller_work(kernel, dims):
+    """Lines of a kernel that compute something with fewer numbers than its result has."""
+    work = re.findall(r"^.*\[([\d,]*)\]\S* (?:multiply|add|subtract|divide|exponential|tanh)\(", kernel, re.M)
+    return [found for found in work if found != dims]
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts what XLA does on a CPU")
@@ -88,3 +98,13 @@ def test_no_trace_is_copied_that_need_not_be(name, options):
         if re.search(re.escape(f"= {s}") + r"\S* copy\(", line)
     ]
     assert len(copies) == unavoidable, "\n".join(copies)
+    traces = {shape[4:-1] for shape in shapes}
+    updates = [
+        (dims, kernel)
+        for kernel in computations(text).values()
+        for dims in re.findall(r"^  ROOT .*? = f64\[([\d,]*)\]\S* (?:add|divide)\(", kernel, re.M)
+        if dims in traces
+    ]
+    assert updates
+    for dims, kernel in updates:  # D and f, once for each unit and not for each weight
+        assert not smaller_work(kernel, dims), kernel

@@ -2,9 +2,9 @@
 
 A trace row has, logically, the axes of y's span followed by the contracted axes of the weight; between them one over the
 positions that an element of y reaches, where these are many. That one, and axes of y that are no axes of
-the weight (batch, time folded in, space) are *summed* when a trace becomes a gradient. In memory the contracted axes
-come first, then the summed ones, then the axes that y shares with the weight: for a matrix ``[input, batch, output]``.
-The update of a trace and its contraction then run as one pass over contiguous rows, and the sum over the batch adds whole rows.
+the weight (batch, time folded in, space) are *summed* when a trace becomes a gradient. In memory the summed axes come first,
+then the contracted ones, then the axes that y shares with the weight: for a matrix ``[batch, input, output]``. D and f of one
+example are then in the nearest cache while its part of the trace goes by, and the sum over the batch adds whole arrays.
 Where more numbers are summed than kept, as over the places of a convolution, the summed axes come last: long rows again.
 """
 
@@ -245,7 +245,8 @@ class TraceGeometry:
         first = axes[0] if axes else len(self.contracted)
         sizes = tuple(self.logical_shape[a] for a in self.summed)
         folded = [tuple(_folded(v, first, first + len(axes), sizes) for v in pair) for pair in pairs]
-        return self.to_weight(sum_products(folded, first, dtype), left)
+        found = sum_products(folded, first, dtype)
+        return self.to_weight(computed_once(found, found), left)
 
     @property
     def of_weight(self) -> list[int]:
@@ -266,6 +267,13 @@ class TraceGeometry:
         order = [axes.index(logical[k]) for k in np.argsort(self.site.weight_axes)]
         return jnp.transpose(value, order).astype(self.site.weight.dtype)
 
+    def of_span(self, gradient: Array) -> Array:
+        """The part of a gradient of the weight that the span reaches."""
+        slices = [slice(None)] * gradient.ndim
+        for of_y, of_weight in self.site.shared:
+            slices[of_weight] = slice(*self.relation.span[of_y])
+        return gradient[tuple(slices)]
+
 
 def _folded(value: Array, first: int, last: int, sizes: tuple[int, ...]) -> Array:
     """The axes from ``first`` to ``last``, of these sizes or 1, as one."""
@@ -280,7 +288,7 @@ def trace_geometry(analysis: Analysis, relation: Relation, divided: bool) -> Tra
     summed = tuple(a for a in range(n_y) if a not in kept)
     sizes = relation.shape
     many, few = (math.prod(sizes[a] for a in axes) for axes in (summed, kept))
-    rows = (*kept, *summed) if many > few and in_rows(many) else (*summed, *kept)
-    order = (*range(n_y, n_y + n_c), *rows)
+    contracted = tuple(range(n_y, n_y + n_c))
+    order = (*contracted, *kept, *summed) if many > few and in_rows(many) else (*summed, *contracted, *kept)
     group = analysis.group(relation.group)
     return TraceGeometry(relation, site, summed, order, group.shape, divided)

@@ -35,8 +35,6 @@ def updated_in_order(
     ``values`` are those of this step known so far: all that is not made of this step's traces. ``old`` are those carried to
     it. Traces of rules that read them otherwise than by contractions are left out.
     """
-    step = context.step
-    assert step is not None
     found: dict[str, Value] = {}
     for relation in context.program.header.relations:
         traces = [
@@ -54,11 +52,10 @@ def updated_in_order(
             or not all(OPS[e.op].contracts for e in readers)
         ):
             continue
-        weight = step.tape.read(context.model.analysis.site(relation.site).weight)
-        first = [e.name for e in readers if values.get(e.name) is not None]
-        done = {name: computed_once(values[name], weight) for name in first}
+        done = {e.name: values[e.name] for e in readers if values.get(e.name) is not None}
         found.update(done)
-        found.update(_rows_in_order(context, traces, values, old, list(done.values())))
+        spans = map(context.model.traces[relation.name].of_span, done.values())
+        found.update(_rows_in_order(context, traces, values, old, list(spans)))
     return found
 
 
@@ -119,10 +116,15 @@ def _readers_first(count: int, decays: Sequence[Matrix]) -> list[int]:
 
 def _only(f: Sequence[Value], k: int, done: Sequence[Value]) -> tuple[Value, ...]:
     """Row ``k`` of f alone, known after ``done``."""
-    return tuple(known_after(v, done) if j == k and v is not None else None for j, v in enumerate(f))
+    return tuple(_once(known_after(v, done)) if j == k and v is not None else None for j, v in enumerate(f))
 
 
 def _only_line(decay: Matrix, k: int, done: Sequence[Value]) -> tuple[tuple[Value, ...], ...]:
     """Row ``k`` of D alone, known after ``done``."""
-    line = tuple(None if v is None else known_after(v, done) for v in decay[k])
+    line = tuple(None if v is None else _once(known_after(v, done)) for v in decay[k])
     return tuple(line if i == k else (None,) * len(line) for i in range(len(decay)))
+
+
+def _once(value: Value) -> Value:
+    """``value``, or XLA would compute it again for each contracted number of a trace that it is spread over."""
+    return computed_once(value, value)

@@ -30,7 +30,7 @@ __all__ = ["Checkpoints", "Restored"]
 Array = Any
 
 #: Of the layout of a checkpoint; another number is another layout.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Restored(NamedTuple):
