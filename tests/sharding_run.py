@@ -140,7 +140,7 @@ def a_batch_that_does_not_divide():
     refused(etcompile.OptionError, "multiple of 4", lambda: step.reset(batch_size=6))
     assert difference(states(step), before) == 0.0
     step.reset(batch_size=12)
-    assert step.init_carry().traces["e0"][0].sharding.spec[1] == "data"
+    assert step.init_carry().traces["e0"][0].sharding.spec[0] == "data"
     return 0.0
 
 

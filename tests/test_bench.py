@@ -316,3 +316,11 @@ def test_kernels_of_a_case(bench):
         bench["campaign"].chosen(["update-gru128-b8-d_rtrl"])[0].to_dict(), settings
     )
     assert found["ms"] > 0 and any("fusion" in name for name, _, _ in found["kernels"])
+
+
+def test_traces_written_once_in_some_steps_learn_the_same(bench):
+    sizes, tried = (6, 2, 4), bench["deferred"]
+    some = tried.given(*sizes, steps=8)
+    weight = tried.at_every_step(*sizes)(some)
+    assert abs(weight).max() > 1e-3
+    assert abs(tried.deferred(*sizes, every=3)(some) - weight).max() < 1e-6

@@ -38,7 +38,9 @@ def known_after(value: Array, results: Sequence[Array]) -> Array:
     for result in results if _orders(value) else ():
         if result.ndim and result.size and _orders(result):
             row = result.reshape(-1, result.shape[-1])[:1]
-            value = value + _hidden_zero(jnp.dot(row, jnp.ones(row.shape[1], row.dtype))[0]).astype(value.dtype)
+            value = value + _hidden_zero(jnp.dot(row, jnp.ones(row.shape[1], row.dtype))[0]).astype(
+                value.dtype
+            )
     return value
 
 
