@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo rules bench brain worm test quick lint format types layers check hooks clean
+.PHONY: help demo rules rl bench brain worm test quick lint format types layers check hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ demo: $(VENV)/.installed-demo  ## learn handwritten digits online, and write pic
 
 rules: $(VENV)/.installed-rules  ## train every learning rule, and write docs/rules.md; RULES_ARGS="--quick" to try
 	$(BIN)/python tools/rules $(RULES_ARGS)
+
+rl: $(VENV)/.installed-train  ## agents that learn tasks of memory, for docs/reinforcement.md; RL_ARGS="--quick" to try
+	$(BIN)/python tools/rl $(RL_ARGS)
 
 bench: $(VENV)/.installed-bench  ## time and memory beside others, and write docs/benchmarks.md; BENCH_ARGS="--quick" to try
 	$(BIN)/python tools/bench $(BENCH_ARGS)

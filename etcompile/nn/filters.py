@@ -72,9 +72,13 @@ class GradExpon(brainstate.nn.Module):
 
     def update(self, grads: Any) -> Any:
         """Add one gradient; returns the accumulated gradients, in the structure, dtypes and units of the state."""
-        decay = decay_of_step("decay", self.decay) if is_quantity(self.decay) else self.decay
-        self.gradients.value = self._like.leak("GradExpon", self.gradients.value, grads, decay)
+        self.gradients.value = self.advanced(self.gradients.value, grads)
         return self.gradients.value
+
+    def advanced(self, total: Any, grads: Any) -> Any:
+        """``decay * total + grads``: the pure function of :meth:`update`, for a total that is kept elsewhere."""
+        decay = decay_of_step("decay", self.decay) if is_quantity(self.decay) else self.decay
+        return self._like.leak("GradExpon", total, grads, decay)
 
     def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
         """Zeros of the first shapes; with ``batch_size``, axis 0 of every leaf has that length.

@@ -24,6 +24,7 @@ from etcompile.runtime.progress import refuse_traced
 if TYPE_CHECKING:
     from etcompile.runtime.learn import Learner
     from etcompile.runtime.step import Step
+    from etcompile.runtime.td_learner import TDLearner
 
 __all__ = ["Checkpoints", "Restored"]
 
@@ -116,12 +117,14 @@ class Checkpoints:
     def __repr__(self) -> str:
         return f"Checkpoints({str(self.directory)!r}, every={self.every}, keep={self.keep}, at={self.at})"
 
-    def save(self, run: Step | Learner, at: int, extra: Any = None, *, force: bool = False) -> bool:
+    def save(
+        self, run: Step | Learner | TDLearner, at: int, extra: Any = None, *, force: bool = False
+    ) -> bool:
         """Save a run at a position, if a checkpoint is due there.
 
         Parameters
         ----------
-        run : Step or Learner
+        run : Step, Learner or TDLearner
         at : int
             Counts what the caller likes: steps, sequences, epochs. Must grow from save to save.
         extra : pytree of arrays and numbers
@@ -167,12 +170,12 @@ class Checkpoints:
         self._at = at
         return True
 
-    def restore(self, run: Step | Learner, extra: Any = None) -> Restored:
+    def restore(self, run: Step | Learner | TDLearner, extra: Any = None) -> Restored:
         """Bring a run to where the last checkpoint left it.
 
         Parameters
         ----------
-        run : Step or Learner
+        run : Step, Learner or TDLearner
             Made as the one that was saved.
         extra : pytree
             As it was given to :meth:`save`: its structure, shapes and dtypes count.
@@ -236,28 +239,38 @@ class Checkpoints:
 
 def _step_of(run: Any) -> Step:
     """The step of a run, and everything that a checkpoint holds, as it stands."""
-    from etcompile.runtime.learn import Learner
     from etcompile.runtime.step import Step
 
-    if not isinstance(run, (Step, Learner)):
+    if not isinstance(run, (Step, *_learners())):
         raise OptionError(
             "only a step or a learner can be saved.",
             got=type(run).__name__,
-            expected="what etcompile.compile(...) or step.learn(...) returned",
+            expected="what etcompile.compile(...), step.learn(...) or step.learn_td(...) returned",
         )
-    return run.step if isinstance(run, Learner) else run
+    return run if isinstance(run, Step) else run.step
 
 
-def _parts(run: Step | Learner, step: Step, extra: Any) -> dict[str, Any]:
+def _learners() -> tuple[type, type]:
+    """Classes of what keeps something beside its step."""
     from etcompile.runtime.learn import Learner
+    from etcompile.runtime.td_learner import TDLearner
 
+    return Learner, TDLearner
+
+
+def _saved_states(run: Any) -> dict[str, Any]:
+    """What a learner keeps beside its step."""
+    return run.saved_states() if isinstance(run, _learners()) else {}
+
+
+def _parts(run: Step | Learner | TDLearner, step: Step, extra: Any) -> dict[str, Any]:
     carry, live = step.executor.carry(), step.executor.live
     parts = {
         "params": live.params(),
         "states": carry.states,
         "traces": carry.traces,
         "initial": live.initial,
-        "learner": {k: s.value for k, s in run.saved_states().items()} if isinstance(run, Learner) else {},
+        "learner": {k: s.value for k, s in _saved_states(run).items()},
         "extra": extra,
     }
     for name, leaf in zip(leaf_names(parts), jax.tree.leaves(parts), strict=True):
@@ -269,12 +282,10 @@ def _parts(run: Step | Learner, step: Step, extra: Any) -> dict[str, Any]:
     return parts
 
 
-def _set(run: Step | Learner, parts: dict[str, Any]) -> None:
-    from etcompile.runtime.learn import Learner
-
+def _set(run: Step | Learner | TDLearner, parts: dict[str, Any]) -> None:
     executor = _step_of(run).executor
     live = executor.live
-    learner = run.saved_states() if isinstance(run, Learner) else {}
+    learner = _saved_states(run)
     before, initial = {name: state.value for name, state in learner.items()}, live.initial
     try:
         with executor.unchanged_on_error():
@@ -422,12 +433,12 @@ def _constants_hash(compiled: Compiled) -> str:
     return digest.hexdigest()
 
 
-def _settings(run: Step | Learner) -> dict[str, Any]:
+def _settings(run: Step | Learner | TDLearner) -> dict[str, Any]:
     from etcompile.runtime.learn import Learner
 
     if isinstance(run, Learner):
         return {"of": "a learner", "update_every": run.update_every}
-    return {"of": "a step", "update_every": None}
+    return {"of": "agents" if isinstance(run, _learners()) else "a step", "update_every": None}
 
 
 def _compare(where: str, there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -25,7 +25,14 @@ from etcompile.runtime.executor import Executor
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["gradients_in_pieces", "in_pieces", "piece_lengths", "refuse_traced", "segment_lengths"]
+__all__ = [
+    "gradients_in_pieces",
+    "in_pieces",
+    "piece_lengths",
+    "progress_bar",
+    "refuse_traced",
+    "segment_lengths",
+]
 
 Array = Any
 
@@ -189,6 +196,7 @@ def progress_bar(
     steps : int
     title : str
     """
+    _check_progress(progress)
     if progress is False:
         yield lambda steps, loss: None
         return

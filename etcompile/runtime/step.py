@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from etcompile.ir.program import TraceProgram
     from etcompile.pass_manager import PassRecord
     from etcompile.runtime.learn import Learner
+    from etcompile.runtime.td_learner import TDLearner
 
 __all__ = ["Step"]
 
@@ -432,6 +433,81 @@ class Step:
         loss = self._loss(loss_fn, has_aux, "learn", outputs=outputs)
         self.executor.require_arrays()
         return Learner(self, loss, optimizer, update_every)
+
+    @named_arguments("step.learn_td")
+    def learn_td(
+        self,
+        optimizer: Any,
+        env: Any = None,
+        *,
+        method: Any = "actor_critic",
+        gamma: float = 0.99,
+        lam: float = 0.9,
+        entropy: float | None = None,
+        critic: float | None = None,
+        epsilon: float | Callable | None = None,
+        normalise_observations: bool = False,
+        scale_rewards: bool = False,
+        env_params: Any = None,
+        seed: Any = 0,
+    ) -> TDLearner:
+        """A driver of agents that learn from rewards while they act; see :class:`etcompile.runtime.td_learner.TDLearner`.
+
+        The batch axis of the step numbers the agents. At every step, with the error ``delta = r + gamma V(o') - V(o)``,
+        ``z = gamma lam z + gradient`` and ``theta = theta + optimiser(mean of delta z)``; z is kept for each agent, as large as
+        all parameters. The gradient is the online gradient of the step's rule (docs/reinforcement.md).
+
+        Parameters
+        ----------
+        optimizer : optax.GradientTransformation
+            It minimises, so its gradients are ``-delta z``. ``etcompile.nn.obgd`` bounds each step.
+        env : object or pair of functions, optional
+            Pure functions ``reset(key) -> (observation, state)`` and ``step(key, state, action) -> (observation, state, reward,
+            done, info)``, or with ``terminated, truncated`` in the place of ``done``, as gymnax has them. Without it the
+            environment is outside: ``play`` for gymnasium's, or ``begin`` and ``observe``.
+        method : str or object
+            ``"actor_critic"`` for outputs ``(logits, value)``, ``"gaussian_actor_critic"`` for ``((mean, spread), value)`` with
+            the standard deviation ``softplus(spread)``, ``"q"`` for values of actions; or an object with ``choose``, ``worth``
+            and ``objective``.
+        gamma, lam : float
+            Discount, and decay of the trace beside it, in [0, 1]; their product is below 1.
+        entropy : float, optional
+            Of an actor: weight of the policy's entropy, times the sign of delta as in arXiv:2410.14606. Default 0.
+        critic : float, optional
+            Of an actor-critic: weight of the value's gradient beside that of the policy. Default 1.
+        epsilon : float or callable, optional
+            Of ``"q"``: share of random actions, or a function of the number of steps. Default 0.1.
+        normalise_observations : bool
+            Mean 0 and variance 1 by what all agents have seen.
+        scale_rewards : bool
+            By the standard deviation of their discounted sums.
+        env_params : pytree, optional
+            A last argument of ``reset`` and ``step``; by default the environment's ``default_params``, if it has some.
+        seed : int or random key
+
+        Raises
+        ------
+        OptionError, InputError, UnsupportedError
+            For options out of range, outputs that are not what the method expects, rules that read a modulator or a target or
+            run in windows, and models that read the time of ``brainstate.environ``.
+        """
+        from etcompile.runtime.td_learner import TDLearner
+
+        options = {"entropy": entropy, "critic": critic, "epsilon": epsilon}
+        with self.executor.turns:
+            return TDLearner(
+                self,
+                optimizer,
+                env,
+                method=method,
+                gamma=gamma,
+                lam=lam,
+                normalise_observations=normalise_observations,
+                scale_rewards=scale_rewards,
+                env_params=env_params,
+                seed=seed,
+                **{name: value for name, value in options.items() if value is not None},
+            )
 
     def _loss(
         self, loss_fn: Any, has_aux: bool, steps_of: str | None = None, outputs: bool = False

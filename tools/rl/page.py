@@ -1,0 +1,124 @@
+"""The part of docs/reinforcement.md that is measured: a table, what was run, and the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+
+import numpy as np
+from measure import Result
+from models import MODELS
+from settings import RULES, TASKS, Protocol
+
+__all__ = ["render"]
+
+Results = Mapping[tuple[str, str, str], Result]
+
+BEGIN, END = "<!-- written by make rl -->", "<!-- end of what make rl writes -->"
+
+
+def render(page: str, results: Results, protocol: Protocol) -> tuple[str, str]:
+    """The page with its measured part anew, and the picture."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    written = "\n\n".join([BEGIN, _table(results), _about(results, protocol), END])
+    return before + written + after, _picture(results)
+
+
+def _table(results: Results) -> str:
+    head = ["task", "chance", *(f"{model}, {rule}" for model in MODELS for rule in RULES)]
+    lines = [head, ["---"] * len(head)]
+    for task in TASKS.values():
+        cells = [_cell(results.get((task.name, model, rule))) for model in MODELS for rule in RULES]
+        if any(cells):
+            lines.append([task.title, f"{task.chance:g}", *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(result: Result | None) -> str:
+    if result is None:
+        return ""
+    scores = result.scores[result.best]
+    error = scores.std(ddof=1) / len(scores) ** 0.5
+    digits = 2 if TASKS[result.task].most == 1 else 0
+    return f"{scores.mean():.{digits}f} ± {error:.{digits}f}"
+
+
+def _about(results: Results, protocol: Protocol) -> str:
+    missing = [
+        f"{task.title} by {model} with {rule}"
+        for task in TASKS.values()
+        for model in MODELS
+        for rule in RULES
+        if (task.name, model, rule) not in results
+    ]
+    seconds = sum(r.seconds for r in results.values())
+    rates = ", ".join(f"{rate:g}" for rate in protocol.rates)
+    steps = ", ".join(
+        f"{next(r.steps for r in results.values() if r.task == t.name):,} on {t.title}"
+        for t in TASKS.values()
+        if any(r.task == t.name for r in results.values())
+    )
+    lines = [
+        f"Mean ± standard error over {len(protocol.seeds)} seeds, in the last {protocol.last} of {protocol.pieces} parts of a "
+        f"run, at the better of the learning rates {rates} (Adam; all seeds at all rates, chosen for every cell alike by this "
+        f"very mean, so a little flattered). {protocol.agents} agents, gamma {protocol.gamma:g}, lambda {protocol.lam:g}, "
+        f"entropy {protocol.entropy:g}. Steps of each agent: {steps}. {len(results)} cells took {seconds / 60:.0f} minutes in "
+        "one process.",
+    ]
+    if missing:
+        lines.append(f"Not measured: {'; '.join(missing)}.")
+    return "\n\n".join(lines)
+
+
+_WIDTH, _HEIGHT, _GAP, _TOP, _LEFT = 150, 90, 34, 40, 90
+_COLOURS = ("#2a6fbb", "#d1662b")
+
+
+def _picture(results: Results) -> str:
+    """Learning curves: a row for each task, a column for each network; mean over seeds with its standard error."""
+    tasks = [t for t in TASKS.values() if any(r.task == t.name for r in results.values())]
+    width = _LEFT + len(MODELS) * (_WIDTH + _GAP)
+    height = _TOP + len(tasks) * (_HEIGHT + _GAP) + 20
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">',
+        "<title>learning curves of agents with d_rtrl and with one-step gradients</title>",
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for k, (rule, colour) in enumerate(zip(RULES, _COLOURS, strict=True)):
+        x = _LEFT + 120 * k
+        parts.append(f'<path d="M{x} 14h18" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<text x="{x + 24}" y="18">{escape(rule)}</text>')
+    for row, task in enumerate(tasks):
+        top = _TOP + row * (_HEIGHT + _GAP)
+        parts.append(f'<text x="4" y="{top + 12}">{escape(task.title.split(",")[0])}</text>')
+        parts.append(f'<text x="4" y="{top + 26}">{escape(task.title.partition(",")[2].strip())}</text>')
+        for column, model in enumerate(MODELS):
+            left = _LEFT + column * (_WIDTH + _GAP)
+            parts.append(f'<text x="{left}" y="{top - 4}" fill="#555">{model}</text>')
+            parts.append(
+                f'<rect x="{left}" y="{top}" width="{_WIDTH}" height="{_HEIGHT}" fill="none" stroke="#ccc"/>'
+            )
+            chance = top + _HEIGHT * (1 - task.chance / task.most)
+            parts.append(f'<path d="M{left} {chance:.1f}h{_WIDTH}" stroke="#888" stroke-dasharray="3 3"/>')
+            for rule, colour in zip(RULES, _COLOURS, strict=True):
+                result = results.get((task.name, model, rule))
+                if result is not None:
+                    parts += _curve(result, task.most, left, top, colour)
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _curve(result: Result, most: float, left: float, top: float, colour: str) -> list[str]:
+    curves = np.asarray(result.curves[result.best]) / most
+    mean, error = curves.mean(axis=0), curves.std(axis=0, ddof=1) / len(curves) ** 0.5
+    xs = left + _WIDTH * (np.arange(len(mean)) + 0.5) / len(mean)
+
+    def line(values: np.ndarray) -> list[str]:
+        ys = top + _HEIGHT * (1 - np.clip(values, 0, 1))
+        return [f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True)]
+
+    band = " ".join(line(mean + error) + line(mean - error)[::-1])
+    return [
+        f'<polygon points="{band}" fill="{colour}" fill-opacity="0.2"/>',
+        f'<polyline points="{" ".join(line(mean))}" fill="none" stroke="{colour}" stroke-width="1.6"/>',
+    ]

@@ -1,0 +1,66 @@
+"""What is learnt by what: tasks with their steps, rules, learning rates and seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from worlds import MaskedCartPole, MemoryChain, TMaze
+
+__all__ = ["FULL", "QUICK", "RULES", "TASKS", "Protocol", "Task"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """An environment, for how many steps of each agent, and what chance comes to."""
+
+    name: str
+    title: str
+    world: Any
+    steps: int
+    chance: float
+    most: float = 1.0
+
+
+TASKS = {
+    t.name: t
+    for t in (
+        *(Task(f"maze-{n}", f"T-maze, corridor {n}", TMaze(n), 8_000, 0.5) for n in (10, 20, 40)),
+        *(
+            Task(f"chain-{n}", f"memory chain, {n} steps", MemoryChain(n), 4_000, 0.5)
+            for n in (2, 4, 8, 16, 32)
+        ),
+        Task("cartpole", "masked CartPole", MaskedCartPole(), 8_000, 22.0, 500.0),
+    )
+}
+
+#: The rule, and the same network with a rule that keeps no memory: backpropagation truncated to one step.
+RULES = {"d_rtrl": "d_rtrl", "one step": "sltt"}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The same for every cell: all seeds for all rates."""
+
+    rates: tuple[float, ...] = (3e-3, 1e-2)
+    seeds: tuple[int, ...] = tuple(range(10))
+    agents: int = 8
+    gamma: float = 0.98
+    lam: float = 0.9
+    entropy: float = 0.01
+    #: Pieces of a run: bars of the curve, and of the progress.
+    pieces: int = 20
+    #: Pieces at the end that count.
+    last: int = 4
+    #: Divides the steps.
+    shorter: int = 1
+
+    def steps(self, task: Task) -> int:
+        """Steps of one piece."""
+        return max(1, task.steps // self.shorter // self.pieces)
+
+
+FULL = Protocol()
+#: Little is learnt, but everything runs.
+QUICK = dataclasses.replace(FULL, rates=(3e-3,), seeds=(0, 1), agents=4, pieces=5, last=1, shorter=20)
