@@ -99,6 +99,9 @@ def test_a_cell_and_its_page(tools):
     text = (ROOT / "docs" / "reinforcement.md").read_text()
     cell = result.task, result.model, result.rule
     written, picture = page.render(text, {cell: result}, few)
-    assert "| memory chain, 2 steps | 0.5 |" in written and "Not measured: T-maze, corridor 10" in written
+    assert (
+        "| memory chain, 2 steps | 0.5 |" in written
+        and "empty were not measured, nor were T-maze, corridor 10" in written
+    )
     assert written.partition(page.BEGIN)[0] == text.partition(page.BEGIN)[0]
     assert picture.count("<polyline") == 1

@@ -45,13 +45,6 @@ def _cell(result: Result | None) -> str:
 
 
 def _about(results: Results, protocol: Protocol) -> str:
-    missing = [
-        f"{task.title} by {model} with {rule}"
-        for task in TASKS.values()
-        for model in MODELS
-        for rule in RULES
-        if (task.name, model, rule) not in results
-    ]
     seconds = sum(r.seconds for r in results.values())
     rates = ", ".join(f"{rate:g}" for rate in protocol.rates)
     steps = ", ".join(
@@ -66,8 +59,13 @@ def _about(results: Results, protocol: Protocol) -> str:
         f"entropy {protocol.entropy:g}. Steps of each agent: {steps}. {len(results)} cells took {seconds / 60:.0f} minutes in "
         "one process.",
     ]
-    if missing:
-        lines.append(f"Not measured: {'; '.join(missing)}.")
+    cells = [(task, model, rule) for task in TASKS for model in MODELS for rule in RULES]
+    unmeasured = [
+        task.title for task in TASKS.values() if not any(r.task == task.name for r in results.values())
+    ]
+    if any(cell not in results for cell in cells):
+        rest = f", nor were {'; '.join(unmeasured)}" if unmeasured else ""
+        lines.append(f"Cells that are empty were not measured{rest}.")
     return "\n\n".join(lines)
 
 
