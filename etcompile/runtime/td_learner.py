@@ -318,6 +318,7 @@ class TDLearner:
         envs: Any,
         steps: int,
         *,
+        seed: int | None = None,
         progress: bool | Progress = False,
         callback: Callable[[int, Record], None] | None = None,
     ) -> Record:
@@ -326,9 +327,11 @@ class TDLearner:
         Parameters
         ----------
         envs : gymnasium.Env or sequence of these
-            ``reset() -> (observation, info)`` and ``step(action) -> (observation, reward, terminated, truncated, info)``: one,
-            or one for each agent.
+            ``reset(seed=None) -> (observation, info)`` and ``step(action) -> (observation, reward, terminated, truncated,
+            info)``: one, or one for each agent.
         steps : int
+        seed : int, optional
+            Of the first environment's first episode; the next ones get the numbers that follow.
         progress : bool or rich.progress.Progress
         callback : callable, optional
             ``callback(steps, record)`` after every step.
@@ -350,7 +353,9 @@ class TDLearner:
             )
         alone = self.equations.brains.agents is None
         records: list[Record] = []
-        action = self.begin(_together([env.reset()[0] for env in envs], alone))
+        seeds = [None if seed is None else _seed(seed) + k for k in range(len(envs))]
+        firsts = [env.reset(seed=number)[0] for env, number in zip(envs, seeds, strict=True)]
+        action = self.begin(_together(firsts, alone))
         with progress_bar(progress, steps, "learning") as advance:
             for number in range(1, steps + 1):
                 actions = [action] if alone else action

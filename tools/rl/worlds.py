@@ -44,7 +44,7 @@ class TMaze:
 
     def step(self, key: Any, state: Any, action: Any) -> tuple[Any, ...]:
         at, sign, time = state
-        junction, forward = at == self.corridor, action == 0
+        junction, forward = at == self.corridor, jnp.asarray(action) == 0
         right = junction & (action == 1 + sign)
         ends = junction & ~forward
         bumps = junction == forward
