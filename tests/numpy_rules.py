@@ -850,6 +850,62 @@ class KroneckerSum(KFRTRL):
         }
 
 
+class KeRNL(Rule):
+    """dh_i(t + n)/dh_j(t) = beta_ij k_j^n, both learned from what noise does; ``signs(step)`` gives the noise [S].
+
+    beta and k are of one example: ``unit`` [S] numbers the units of an example, the same in all.
+    """
+
+    def __init__(self, kernel: float, rate: float, signs: Callable[[int], Array]) -> None:
+        self.kernel, self.rate, self.signs, self.steps = kernel, rate, signs, 0
+
+    def start(self, t):
+        S = len(t.recurrence)
+        self.example = np.concatenate(
+            [np.repeat(np.arange(t.batch), v.size // t.batch) for v in t.states.values()]
+        )
+        starts = np.cumsum([0, *(v.size // t.batch for v in t.states.values())])
+        self.unit = np.concatenate(
+            [
+                a + np.tile(np.arange(v.size // t.batch), t.batch)
+                for a, v in zip(starts, t.states.values(), strict=False)
+            ]
+        )
+        n = S // t.batch
+        self.beta, self.k = np.eye(n), np.full(n, self.kernel)
+        self.s, self.omega, self.gamma = np.zeros(S), np.zeros(S), np.zeros(S)
+        self.e = {m: np.zeros_like(outer(t.sites[m])) for m in t.traced}
+
+    def rows(self, v):
+        found = np.zeros((self.example.max() + 1, len(self.beta)))
+        found[self.example, self.unit] = v
+        return found
+
+    def advance(self, t):
+        self.before, self.used = dict(self.e), self.beta
+        noise, k = self.signs(self.steps), self.k[self.unit]
+        self.steps += 1
+        self.s = t.recurrence @ self.s + noise
+        self.gamma = k * self.gamma + self.omega
+        self.omega = k * self.omega + noise
+        omega = self.rows(self.omega)
+        error = omega @ self.beta.T - self.rows(self.s)
+        for m in t.traced:
+            site = t.sites[m]
+            units = k[t.groups[site.group].index][:, site.at]
+            self.e[m] = units[:, :, None] * self.e[m] + outer(site)
+        slope = np.mean(error @ self.beta * self.rows(self.gamma), axis=0)
+        self.k = np.clip(self.k - self.rate * slope, 0, 0.999)
+        self.beta = self.beta - self.rate * error.T @ omega / len(omega)
+
+    def values(self, t):
+        credit = (self.rows(t.past) @ self.used)[self.example, self.unit]
+        return {
+            m: t.one_step(m) + contract(credit[t.groups[t.sites[m].group].index], t.sites[m], e)
+            for m, e in self.before.items()
+        }
+
+
 # --- Windows ----------------------------------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ RULES = [
     ("d_rtrl", {}), ("e_prop", {"kappa": 0.7, "normalize": True, "feedback": "random"}), ("pp_prop", {"rank": 3}), ("otpe", {}),
     ("osttp", {}), ("ostl", {}), ("snap", {}), ("uoro", {}), ("kf_rtrl", {}), ("compose", {"trace": "factored", "decay": 0.5}),
     (PRODUCTS, {}), (FILTERED, {}), ("dodge", {}), ("subset_rtrl", {"k": 2}), ("kf_rtrl", {"rank": 2}),
-    ("reward_e_prop", {}),
+    ("reward_e_prop", {}), ("kernl", {}),
 ]  # fmt: skip
 #: What calls of some rules take beside inputs and targets.
 CALLS = {"reward_e_prop": {"modulator": 0.5}}

@@ -210,6 +210,11 @@ def _jacobian(header: Header, layer: Layer) -> DtypeAndShape:
     return layer.dtype, (layer.size, layer.size)
 
 
+@register_kind("sensitivity", "layer", "units x units of one example", every_example=True, carried="S")
+def _sensitivity(header: Header, layer: Layer) -> DtypeAndShape:
+    return layer.dtype, (layer.size, layer.size)
+
+
 # --- of an effect -----------------------------------------------------------------------------------------------------
 
 

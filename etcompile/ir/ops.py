@@ -548,6 +548,36 @@ register_op(
     "rademacher(l, 0, n)", "random signs for a layer's states: seed, count of steps",
 )  # fmt: skip
 register_op(
+    "identity", "layer l -> sensitivity l",
+    "identity(l)", "1 for each unit with itself",
+    fixed=True,
+)  # fmt: skip
+register_op(
+    "relate", "sensitivity l, hidden l -> hidden l",
+    "relate(S, v)", "S v, of each example",
+    linear=(0, 1),
+)  # fmt: skip
+register_op(
+    "relate_back", "hidden l, sensitivity l -> hidden l",
+    "relate_back(v, S)", "v S, of each example",
+    linear=(0, 1),
+)  # fmt: skip
+register_op(
+    "correlate", "hidden l, hidden l -> sensitivity l",
+    "correlate(a, b)", "a (x) b, mean over examples",
+    linear=(0, 1),
+)  # fmt: skip
+register_op(
+    "over_examples", "hidden l -> hidden l",
+    "over_examples(v)", "the mean over examples, for each",
+    linear=(0,),
+)  # fmt: skip
+register_op(
+    "of_layer", "group g, hidden l -> state g",
+    "of_layer(g, v)", "of a value of a layer that of a group",
+    linear=(1,), prefix="L",
+)  # fmt: skip
+register_op(
     "direction", "site s, int, count -> gradient s",
     "direction(s, 0, n)", "random signs for the weight of a site: seed, count of steps",
     prefix="u",

@@ -236,6 +236,30 @@ class Vocabulary:
         """The credit of y for a cotangent of the layer's new states: one vector-Jacobian product for all effects."""
         return self.op("reach", effect, cotangent)
 
+    def identity(self, layer: Layer | str) -> Value:
+        """1 for each unit of a layer with itself, ``[units, units]``, the same for all examples."""
+        return self.op("identity", layer)
+
+    def relate(self, matrix: Value, units: Value) -> Value:
+        """What a layer's units make of values of them by such a matrix: S v of each example."""
+        return self.op("relate", matrix, units)
+
+    def relate_back(self, units: Value, matrix: Value) -> Value:
+        """The transposed: v S of each example, of a signal say."""
+        return self.op("relate_back", units, matrix)
+
+    def correlate(self, a: Value, b: Value) -> Value:
+        """A (x) b of values of a layer's units, mean over examples, ``[units, units]``."""
+        return self.op("correlate", a, b)
+
+    def over_examples(self, units: Value) -> Value:
+        """The mean over examples of a value of a layer's units, for each example."""
+        return self.op("over_examples", units)
+
+    def of_layer(self, group: Group | str, value: Value) -> Value:
+        """The part of a layer's value that belongs to a group, ``[states, positions]``."""
+        return self.op("of_layer", group, value)
+
     def along(self, effect: Effect | str, direction: Value) -> Value:
         """F u: the layer's new states along a direction u of the effect's weight, ``[states]``."""
         return self.op("along", effect, direction)

@@ -93,6 +93,11 @@ def _by_state(model: LoweredModel, kind: Type) -> Entry:
     return list_shapes(model, kind.kind, kind.of)
 
 
+def _of_sensitivity(model: LoweredModel, kind: Type) -> Entry:
+    units = model.analysis.layer(kind.of).record.size // (model.examples or 1)
+    return (units, units), full_dtype(kind.dtype)
+
+
 def _by_row(model: LoweredModel, kind: Type) -> Entry:
     return rows_shape(model, kind.of, kind.kind), full_dtype(kind.dtype)
 
@@ -111,6 +116,7 @@ LAYOUTS: dict[str, Callable[[LoweredModel, Type], Entry]] = {
     "gradient": _of_gradient,
     "each": _of_each,
     "hidden": _by_state,
+    "sensitivity": _of_sensitivity,
     "influence": _by_state,
     "response": _by_state,
     "rows": _by_row,

@@ -24,6 +24,7 @@ from etcompile.lowering.derivatives import LoweredModel, StepDerivatives
 from etcompile.lowering.estimates import ESTIMATES
 from etcompile.lowering.feedback import FEEDBACK
 from etcompile.lowering.layers import LAYERS, Operator, args_by_rows, contract_layer, operate, pull_rows
+from etcompile.lowering.sensitivities import SENSITIVITIES
 from etcompile.lowering.snap import advance, contract_snap, snap_immediate
 
 __all__ = ["EVALUATE", "Context", "Loss", "evaluate", "register_evaluator", "resolve_function"]
@@ -382,5 +383,6 @@ EVALUATE: dict[str, Rule] = {
     **FEEDBACK,
     **LAYERS,
     **ESTIMATES,
+    **SENSITIVITIES,
     "snap_immediate": snap_immediate,
 }

@@ -1,8 +1,8 @@
 """``python tools/rules``: train every learning rule on three tasks, and write docs/rules.md.
 
 Results are kept in the output folder, one file for each rule and task; ``--tasks`` and ``--rules`` measure some anew. The page
-is written from all, and keeps its rows of what the folder does not have. ``--quick`` shows in minutes that everything runs, and
-writes to out/rules-quick.
+is written from all, and keeps its rows of what the folder does not have. ``--quick`` shows in minutes that every rule runs, on
+the shortest tasks, and writes to out/rules-quick.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import environment
 import page
 from measure import Result, load, measure, save
-from settings import EVERY, EXPERIMENTS, FULL, QUICK, Search
+from settings import EVERY, EXPERIMENTS, FULL, QUICK, STREAMS, Search
 from table import CLAIM, ENTRIES, RULES, Entry
 
 COMMAND = "make rules"
@@ -55,10 +55,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     description, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(prog="python tools/rules", description=description)
     labels = [e.label for e in ENTRIES]
-    parser.add_argument("--tasks", nargs="+", choices=list(EVERY), default=list(EVERY))
+    parser.add_argument("--tasks", nargs="+", choices=list(EVERY), help="(all; match and sums if quick)")
     parser.add_argument("--rules", nargs="+", choices=labels, default=labels, metavar="RULE")
     parser.add_argument(
-        "--quick", action="store_true", help="a few updates of everything, in out/rules-quick"
+        "--quick",
+        action="store_true",
+        help="a few updates of everything on the shortest tasks, in out/rules-quick",
     )
     parser.add_argument(
         "--page-only", action="store_true", help="write the page from what was measured before"
@@ -67,6 +69,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of results (out/rules)")
     parser.add_argument("--page", type=Path, help="(docs/rules.md)")
     options = parser.parse_args(arguments)
+    options.tasks = options.tasks or [
+        *(STREAMS if options.quick else EXPERIMENTS),
+        *(["match"] if options.quick else STREAMS),
+    ]
     options.out = options.out or Path("out/rules-quick" if options.quick else "out/rules")
     options.page = options.page or (options.out if options.quick else environment.ROOT / "docs") / "rules.md"
     return options

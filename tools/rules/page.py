@@ -136,7 +136,7 @@ def _cost(results: Results, before: Earlier) -> str:
     for e in RULES:
         found = [results.get((t, e.label)) for t in EXPERIMENTS]
         sizes = [_bytes(r.trace_bytes) if r and r.cosines else "" for r in found]
-        times = [f"{r.relative_time:.1f}" if r and r.cosines else "" for r in found]
+        times = [f"{r.relative_time:.1f}" if r and r.relative_time else "" for r in found]
         rows.append((e.label, *sizes, *times))
     return _filled(
         ("rule", *(f"bytes: {t}" for t in _TITLES), *(f"time: {t}" for t in _TITLES)), rows, before

@@ -99,6 +99,7 @@ RULES = (
         "J ≈ Σ A (x) u, r pairs of the least variance; grad as kf_rtrl",
         rate_of="bptt",
     ),
+    Entry("kernl", "kernl", {}, "B I O + N² + 4 B N", "B I O + B N²"),
     Entry("dodge", "dodge", {}, "B N + P", "two steps for each weight", "on average over seeds"),
     Entry("subset_rtrl", "subset_rtrl", {}, "B N P", "B N² P", "k = N", rate_of="bptt"),
     Entry("one step", "compose", {"trace": "none"}, "0", "B I O", "T = 1", "grad = L (f (x) x)"),
