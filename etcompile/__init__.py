@@ -9,6 +9,7 @@ from etcompile import brainstate_import as _  # noqa: F401  (the first import: s
 from etcompile import nn
 from etcompile.adapters.equinox import from_equinox
 from etcompile.adapters.linen import from_linen
+from etcompile.adapters.nir import from_nir
 from etcompile.adapters.nnx import from_nnx
 from etcompile.comparing import compare
 from etcompile.comparison import Comparison
@@ -62,8 +63,8 @@ __all__ = [
     "LeakyRateReadout", "ModelError", "MultiStepData", "OptionError", "Pass", "PassError", "PassManager",
     "PresynapticTrace", "ProgramError", "Report", "Schedule", "SequenceSchedule", "SingleStepData", "Step", "SyntheticGradient",
     "TraceProgram", "UnsupportedError", "WeightOperation", "algorithm", "algorithm_names", "compare", "compile",
-    "extract_y_target", "feedback_matrix", "from_equinox", "from_function", "from_linen", "from_nnx", "nn", "parse_program",
-    "register_schedule", "viz", "weight_operation",
+    "extract_y_target", "feedback_matrix", "from_equinox", "from_function", "from_linen", "from_nir", "from_nnx", "nn",
+    "parse_program", "register_schedule", "viz", "weight_operation",
 ]  # fmt: skip
 
 

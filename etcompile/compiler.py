@@ -55,7 +55,8 @@ def compile(
     model : brainstate.nn.Module or FunctionModel
         An ordinary model; nothing needs to be marked. Its states must be initialised, or ``batch_size`` given. Stock recurrent
         cells of Equinox and Flax NNX are taken as they are; :func:`etcompile.from_equinox`,
-        :func:`etcompile.from_nnx` and :func:`etcompile.from_linen` make models of other modules.
+        :func:`etcompile.from_nnx` and :func:`etcompile.from_linen` make models of other modules, and
+        :func:`etcompile.from_nir` of networks in the format NIR.
     *example_inputs : pytrees of arrays
         One example of every input of ``update``, for one time step. Only shapes and dtypes count.
     algo : str, rule, or list of passes

@@ -1,7 +1,8 @@
-"""Modules of Equinox, Flax NNX and Flax linen as models, each with one step as its framework computes it."""
+"""Models of other frameworks, each with one step as its framework computes it; of NIR graphs, as ``test_nir`` checks it."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import nir_models
 import numpy as np
 import pytest
 
@@ -244,10 +246,31 @@ LINEN = {
 }
 
 
+# -- NIR ----------------------------------------------------------------------------------------------------------------
+
+
+def nir_model(make: Callable) -> Foreign:
+    import nir
+
+    case = make(nir)
+    model = etcompile.from_nir(case.graph, nir_models.DT, batch_size=2, **case.options)
+    leaves, tree = jax.tree.flatten(model.state)
+    model.state = jax.tree.unflatten(tree, [0.3 * draw(k, *v.shape) for k, v in enumerate(leaves)])
+    return Foreign(model, model.fn, model.params, model.state, (2, *case.shape), case.names)
+
+
+NIR = {name: functools.partial(nir_model, make) for name, make in nir_models.CASES.items()}
+
+
 def _parameters(package: str, makers: dict[str, Callable]) -> list[Any]:
     missing = importlib.util.find_spec(package) is None
     skip = pytest.mark.skipif(missing, reason=f"{package} is not installed")
     return [pytest.param(make, id=name, marks=skip) for name, make in makers.items()]
 
 
-FOREIGN = [*_parameters("equinox", EQUINOX), *_parameters("flax", NNX), *_parameters("flax", LINEN)]
+FOREIGN = [
+    *_parameters("equinox", EQUINOX),
+    *_parameters("flax", NNX),
+    *_parameters("flax", LINEN),
+    *_parameters("nir", NIR),
+]

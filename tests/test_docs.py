@@ -26,6 +26,8 @@ ABOUT = {
     "etcompile.adapters.equinox": "equinox",
     "etcompile.adapters.linen": "flax",
     "etcompile.adapters.nnx": "flax",
+    "etcompile.adapters.nir": "nir",
+    "nir.md": "nir",
 }
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -23,7 +23,7 @@ def test_importing_leaves_the_settings_of_jax(first):
         + first
         + "before = dict(jax.config.values); "
         "import etcompile; assert dict(jax.config.values) == before; assert jax.numpy.ones(1).dtype == 'float64'; "
-        "import sys; assert not {'flax', 'equinox'} & set(sys.modules)"
+        "import sys; assert not {'flax', 'equinox', 'nir'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", told], check=True, cwd=ROOT, timeout=120)
 

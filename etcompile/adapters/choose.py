@@ -6,12 +6,13 @@ from typing import Any
 
 from etcompile.adapters.equinox import equinox_model
 from etcompile.adapters.linen import linen_model
+from etcompile.adapters.nir import nir_model
 from etcompile.adapters.nnx import nnx_model
 
 __all__ = ["as_model"]
 
 #: Each makes a model of a module of its framework and of the shapes of its inputs; None for what is none of its modules.
-_FRAMEWORKS = (equinox_model, nnx_model, linen_model)
+_FRAMEWORKS = (equinox_model, nnx_model, linen_model, nir_model)
 
 
 def as_model(model: Any, inputs: tuple[Any, ...]) -> Any:

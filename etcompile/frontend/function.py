@@ -31,6 +31,8 @@ class FunctionModel:
         Hold the current parameters and the current state, so that brainstate's transformations see them.
     lasting : frozenset of str
         Entries of the state, a dict, that a reset leaves alone.
+    source : object
+        What the model was made of, where trained weights can be put back into it; else None.
     """
 
     def __init__(
@@ -40,10 +42,12 @@ class FunctionModel:
         state: Any,
         name: str,
         lasting: frozenset[str] = frozenset(),
+        source: Any = None,
     ) -> None:
         self.fn = fn
         self.name = name
         self.lasting = lasting
+        self.source = source
         self.param_state = brainstate.ParamState(params)
         self.state_state = brainstate.ShortTermState(state)
 
@@ -111,11 +115,15 @@ def from_function(fn: Callable[..., tuple[Any, Any]], params: Any, state: Any) -
 
 
 def function_model(
-    fn: Callable[..., tuple[Any, Any]], params: Any, state: Any, lasting: frozenset[str] = frozenset()
+    fn: Callable[..., tuple[Any, Any]],
+    params: Any,
+    state: Any,
+    lasting: frozenset[str] = frozenset(),
+    source: Any = None,
 ) -> FunctionModel:
     """The model of a function, with copies of parameters and state; ``lasting`` entries of the state outlast a reset."""
     name = getattr(fn, "__name__", "fn")
-    return FunctionModel(fn, jax.tree.map(_array, params), jax.tree.map(_array, state), name, lasting)
+    return FunctionModel(fn, jax.tree.map(_array, params), jax.tree.map(_array, state), name, lasting, source)
 
 
 def _array(value: Any) -> Any:

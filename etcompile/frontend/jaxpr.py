@@ -303,7 +303,9 @@ class GraphBuilder:
         self.parameter_only: set[int] = set()
         #: Where the call being inlined stands: jax may know of an operation inside no more than what lies inside.
         self.around: _Frames = ()
-        self._lines: dict[tuple[Any, _Frames], tuple[str, _Frames]] = {}
+        #: The name that its ``jax.named_scope`` has; it stands for the line where no line is the user's.
+        self.scope = ""
+        self._lines: dict[tuple[Any, _Frames], tuple[str | None, _Frames]] = {}
 
     def variable(self, aval: Aval) -> int:
         self.avals.append(aval)
@@ -348,20 +350,23 @@ class GraphBuilder:
             if source is not None:
                 results = self.equation(eqn, operands, source, source)
             else:
-                outside = self.around
-                where, self.around = self.place(eqn.source_info)
+                outside = self.around, self.scope
+                where = self.place(eqn.source_info)
                 results = self.equation(eqn, operands, where, None)
-                self.around = outside
+                self.around, self.scope = outside
             env.update(zip(eqn.outvars, results, strict=True))
         return [get(a) for a in jaxpr.outvars]
 
-    def place(self, source_info: Any) -> tuple[str, _Frames]:
-        """The line of an operation, and its frames out to those of the calls that it stands in."""
+    def place(self, source_info: Any) -> str:
+        """The line of an operation; ``around`` and ``scope`` become what they are for operations inside of it."""
         key = getattr(source_info, "traceback", None), self.around
         if key not in self._lines:
             frames = (*_frames(source_info), *self.around)
-            self._lines[key] = user_line(frames) or "?", frames
-        return self._lines[key]
+            self._lines[key] = user_line(frames), frames
+        line, self.around = self._lines[key]
+        if line is None:
+            self.scope = str(getattr(source_info, "name_stack", "")) or self.scope
+        return line or self.scope or "?"
 
     def equation(self, eqn: Any, inputs: list[Operand], where: str, source: str | None) -> list[Operand]:
         name = eqn.primitive.name
@@ -545,7 +550,7 @@ class GraphBuilder:
         fixed = list(range(num_consts))
         while True:
             inner = GraphBuilder(self.inside, last_rounds_apart=False)
-            inner.around = self.around
+            inner.around, inner.scope = self.around, self.scope
             entered = [
                 inputs[k]
                 if k in fixed and isinstance(inputs[k], Constant)

@@ -47,6 +47,11 @@ class ModelAccess(Protocol):
     found: Any
 
     @property
+    def source(self) -> Any:
+        """What the model was made of, where trained weights can be put back into it; else None."""
+        ...
+
+    @property
     def holders(self) -> Any:
         """What stays the same object as long as the ``State`` objects are the same, as they were last looked up."""
         ...
@@ -138,6 +143,10 @@ class ModuleAccess:
     @initial.setter
     def initial(self, values: dict[str, Any]) -> None:
         self.initial_state.value = values
+
+    @property
+    def source(self) -> None:
+        return None
 
     def initialise(self, batch_size: int) -> None:
         """Make the states for a batch size, before anything is traced."""
@@ -309,6 +318,10 @@ class FunctionAccess:
     def initial(self, values: Any) -> None:
         self.initial_state.value = values
 
+    @property
+    def source(self) -> Any:
+        return self.model.source
+
     def initialise(self, batch_size: int) -> None:
         """Nothing: the state is given with the function."""
 
@@ -436,7 +449,7 @@ class FunctionAccess:
     def copied(self, memo: dict[int, Any]) -> FunctionAccess:
         """The same with parameters and state of its own."""
         model = self.model
-        new = FunctionAccess(function_model(model.fn, model.params, model.state, model.lasting))
+        new = FunctionAccess(function_model(model.fn, model.params, model.state, model.lasting, model.source))
         new.initial = self.initial
         return new
 

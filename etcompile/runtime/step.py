@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from etcompile.errors import CarryError, InputError, OptionError, UnsupportedError
+from etcompile.adapters.nir import NirSource
+from etcompile.errors import CarryError, InputError, ModelError, OptionError, UnsupportedError
 from etcompile.integers import positive_integer
 from etcompile.keywords import named_arguments, refuse_others
 from etcompile.lowering.functions import Carry
@@ -113,6 +114,20 @@ class Step:
     def params(self, values: Any) -> None:
         self.executor.model.flatten_params(values)
         self.executor.live.set_params(values)
+
+    def to_nir(self) -> Any:
+        """The ``nir.NIRGraph`` that :func:`etcompile.from_nir` made the model of, with the weights as they are now.
+
+        Nodes, edges and metadata are those of that graph, and so are the arrays that are not trained. ``nir.write`` saves it.
+        """
+        source = self.executor.live.source
+        if not isinstance(source, NirSource):
+            raise ModelError(
+                "to_nir writes weights back into the NIR graph that a model was made of.",
+                got=f"the model {self.program.header.model}, which was made of none",
+                expected="a step of etcompile.from_nir(graph, dt=...)",
+            )
+        return source.with_params(self.params)
 
     def report(self) -> Report:
         """What is trained how, what is cut, and how much memory the traces take."""

@@ -68,7 +68,12 @@ RULES = (
     Rule(
         what="networkx",
         names=("networkx",),
-        allowed=("etcompile/analysis/components.py", "etcompile/graph.py", "etcompile/viz/graph.py"),
+        allowed=(
+            "etcompile/analysis/components.py",
+            "etcompile/adapters/nir_wiring.py",
+            "etcompile/graph.py",
+            "etcompile/viz/graph.py",
+        ),
     ),
     Rule(what="graphviz", names=("graphviz", "pygraphviz"), allowed=("etcompile/viz",)),
     Rule(
