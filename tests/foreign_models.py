@@ -246,6 +246,45 @@ LINEN = {
 }
 
 
+# -- Spyx ---------------------------------------------------------------------------------------------------------------
+
+
+def spyx_model(*kinds: str) -> Foreign:
+    """Layers of Spyx, NNX modules whose call is (x, state) -> (out, state), each behind a product, and a leaky readout."""
+    import spyx.nn as snn
+    from flax import nnx
+
+    rngs, layers = nnx.Rngs(0), []
+    for size, kind in zip((3, 4), kinds, strict=False):
+        layers += [
+            nnx.Linear(size, 4, param_dtype=jnp.float64, rngs=rngs),
+            getattr(snn, kind)((4,), threshold=0.5, rngs=rngs),
+        ]
+    layers += [nnx.Linear(4, 2, param_dtype=jnp.float64, rngs=rngs), snn.LI((2,), rngs=rngs)]
+    module = snn.Sequential(*layers)
+    wide = jax.tree.map(lambda v: v.astype(jnp.float64), nnx.state(module, nnx.Param))
+    nnx.update(module, wide)
+    leaves, tree = jax.tree.flatten(module.initial_state(2))
+    carry = jax.tree.unflatten(tree, [0.5 + 0.5 * draw(k, *v.shape) for k, v in enumerate(leaves)])
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+
+    def call(module: Any, carry: Any, x: Any) -> Any:
+        out, new = module(x, carry)
+        return new, out
+
+    def step(params: Any, carry: Any, x: Any) -> Any:
+        return call(nnx.merge(graph, params, rest), carry, x)
+
+    names = {"layers.0.kernel", f"layers.{len(layers) - 1}.beta"}
+    return Foreign(etcompile.from_nnx(module, carry, call), step, params, carry, (2, 3), names)
+
+
+SPYX = {
+    f"spyx-{'-'.join(kinds).lower()}": functools.partial(spyx_model, *kinds)
+    for kinds in (("ALIF",), ("CuBaLIF",), ("RLIF",), ("RCuBaLIF",), ("LIF", "PSU_LIF"), ("RIF", "IF"))
+}
+
+
 # -- NIR ----------------------------------------------------------------------------------------------------------------
 
 
@@ -272,5 +311,6 @@ FOREIGN = [
     *_parameters("equinox", EQUINOX),
     *_parameters("flax", NNX),
     *_parameters("flax", LINEN),
+    *_parameters("spyx", SPYX),
     *_parameters("nir", NIR),
 ]

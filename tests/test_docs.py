@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Packages that pages and modules are about, and that need not be installed.
 ABOUT = {
-    "flax_equinox.md": "equinox flax",
+    "flax_equinox.md": "equinox flax spyx",
     "etcompile.adapters.equinox": "equinox",
     "etcompile.adapters.linen": "flax",
     "etcompile.adapters.nnx": "flax",
