@@ -153,6 +153,8 @@ class Step:
     ) -> Cost:
         """What runs of this step take: memory, operations and memory traffic, found without running or allocating.
 
+        Of agents (:meth:`learn_td`) ask their learner, ``learn.cost()``, which adds z and the environment.
+
         Parameters
         ----------
         batch : int, optional

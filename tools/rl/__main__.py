@@ -16,7 +16,7 @@ import page
 from measure import load, measure, save
 from models import MODELS
 from rich.progress import Progress
-from settings import FULL, QUICK, RULES, TASKS, Protocol
+from settings import FULL, QUICK, QUICK_TASKS, RULES, TASKS, Protocol
 
 COMMAND = "make rl"
 
@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     description, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(prog="python tools/rl", description=description)
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument(
+        "--tasks", nargs="+", choices=list(TASKS), help="all, or with --quick one of each kind"
+    )
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--quick", action="store_true", help="few steps and seeds, and no page")
     parser.add_argument("--again", action="store_true", help="measure what was measured before")
@@ -57,6 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of results (out/rl, out/rl-quick)")
     parser.add_argument("--page", type=Path, default=environment.ROOT / "docs" / "reinforcement.md")
     options = parser.parse_args(arguments)
+    options.tasks = options.tasks or (QUICK_TASKS if options.quick else TASKS)
     options.out = options.out or Path("out/rl-quick" if options.quick else "out/rl")
     return options
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from worlds import MaskedCartPole, MemoryChain, TMaze
 
-__all__ = ["FULL", "QUICK", "RULES", "TASKS", "Protocol", "Task"]
+__all__ = ["FULL", "QUICK", "QUICK_TASKS", "RULES", "TASKS", "Protocol", "Task"]
 
 
 @dataclass(frozen=True)
@@ -62,5 +62,8 @@ class Protocol:
 
 
 FULL = Protocol()
+#: One task of each kind: with ``--quick`` most of the time goes to compiling.
+QUICK_TASKS = ("maze-10", "chain-8", "cartpole")
+
 #: Little is learnt, but everything runs.
 QUICK = dataclasses.replace(FULL, rates=(3e-3,), seeds=(0, 1), agents=4, pieces=5, last=1, shorter=20)

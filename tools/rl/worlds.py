@@ -1,7 +1,7 @@
 """Tasks that need memory, as pure functions ``reset(key)`` and ``step(key, state, action)``.
 
 ``MemoryChain`` and ``MaskedCartPole`` are written here and not taken from gymnax, which asks for a JAX below 0.12. The tests
-compare both with gymnax's own where that is installed.
+compare them with gymnax's chain and gymnasium's pole where these are installed.
 """
 
 from __future__ import annotations
