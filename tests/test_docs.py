@@ -30,6 +30,8 @@ ABOUT = {
     "nir.md": "nir",
 }
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+#: With those marked as braintrace's too.
+BOTH_FENCES = re.compile(r"^```python(?: braintrace)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def modules():
@@ -51,11 +53,22 @@ def _rules_of_this_test_only(monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
 def test_snippets_run(page):
     _require(page.name)
+    _run(page, FENCE)
+
+
+@pytest.mark.filterwarnings("ignore:ETP primitive:UserWarning")  # braintrace, about readouts
+@pytest.mark.filterwarnings("ignore:core.Jaxpr is missing:DeprecationWarning")  # braintrace with JAX 0.12
+def test_snippets_with_braintrace_run():
+    pytest.importorskip("braintrace")
+    _run(ROOT / "docs" / "from_braintrace.md", BOTH_FENCES)
+
+
+def _run(page, fence):
     text = page.read_text(encoding="utf-8")
     namespace: dict = {"__name__": "__main__"}
     # As for a reader who has set nothing.
     with jax.enable_x64(False), brainstate.environ.context(precision=32):
-        for match in FENCE.finditer(text):
+        for match in fence.finditer(text):
             # Blank lines in front: a traceback then shows the line of the page.
             lines = "\n" * text[: match.start(1)].count("\n")
             exec(compile(lines + match[1], str(page), "exec"), namespace)
