@@ -69,7 +69,7 @@ def _about(results: Results, protocol: Protocol) -> str:
     return "\n\n".join(lines)
 
 
-_WIDTH, _HEIGHT, _GAP, _TOP, _LEFT = 150, 90, 34, 40, 90
+_WIDTH, _HEIGHT, _GAP, _TOP, _LEFT = 150, 90, 34, 40, 106
 _COLOURS = ("#2a6fbb", "#d1662b")
 
 
