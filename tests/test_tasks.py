@@ -192,6 +192,8 @@ def test_rows_of_a_page_stay_until_they_are_measured_anew():
         ("three", ""),
     ]
     assert before.filled(("rule", "b"), [("one", "")]) == [("one", "")]
+    wide = earlier.Earlier("| rule | a | b |\n| --- | --- | --- |\n| one | 1 | 2 |\n")
+    assert wide.filled(("rule", "a", "b"), [("one", "", "3")]) == [("one", "1", "3")]
     assert before.kept(("rule", "a"), [("two", "3"), ("four", "4")], 1) == [
         ("one", "`p | q`"),
         ("two", "3"),

@@ -29,9 +29,11 @@ class Earlier:
         return self._tables.get(tuple(head), [])
 
     def filled(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Row]:
-        """``rows``, those with nothing behind their names as the page had them."""
+        """``rows``, with what the page had where a cell of theirs is empty."""
         known = {row[0]: row for row in self.rows(head)}
-        return [tuple(row) if any(row[1:]) else known.get(row[0], tuple(row)) for row in rows]
+        return [
+            tuple(new or old for new, old in zip(row, known.get(row[0], row), strict=True)) for row in rows
+        ]
 
     def kept(self, head: Sequence[str], rows: Sequence[Sequence[str]], names: int) -> list[Row]:
         """``rows`` in place of those with the same first ``names`` cells, or behind them."""

@@ -187,12 +187,17 @@ def _about(task: object) -> str:
 
 
 def _chosen(results: Results, before: Earlier) -> str:
+    head = ("rule", *_TITLES, "measured")
     rows = []
     for e in RULES:
         found = [results.get((t, e.label)) for t in EXPERIMENTS]
-        dates = sorted({r.measured for r in found if r})
-        rows.append((e.label, *(f"{r.rate:g}" if r and r.rate else "" for r in found), "; ".join(dates)))
-    return _filled(("rule", *_TITLES, "measured"), rows, before)
+        dates = {r.measured for r in found if r}
+        # What is not measured anew keeps its date.
+        dates |= {row[-1] for row in before.rows(head) if row[0] == e.label and not all(found)} - {""}
+        rows.append(
+            (e.label, *(f"{r.rate:g}" if r and r.rate else "" for r in found), "; ".join(sorted(dates)))
+        )
+    return _filled(head, rows, before)
 
 
 def _missing(results: Results, before: Earlier) -> str:
