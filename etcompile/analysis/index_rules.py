@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from etcompile.errors import ProgramError
+from etcompile.frontend.indexed import INDEXED, READS, indexed, known_indices
 from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operation, bind
 
 __all__ = [
@@ -104,6 +105,8 @@ def operand_influence(
         if joined.shape == shape:
             return joined
         return collapse(joined, tuple(range(joined.ndim))).reshape(shape) if shape == () else None
+    if name in INDEXED and not known_indices(operation):
+        return _at_places(graph, operation, operand, results)
     rule = _RULES.get(name)
     if rule is None:
         return inner(operation, avals, operand, results)
@@ -330,6 +333,26 @@ def _gather(op: Operation, avals: Sequence[Aval], operand: int, results: list[Ar
     with jax.ensure_compile_time_eval():
         source = bind(moved, [jnp.asarray(_indices(avals[0]), jnp.int32), op.inputs[1].value])[0]
     return scatter_join(np.asarray(source), influence, avals[0].size).reshape(avals[0].shape)
+
+
+def _at_places(
+    graph: Graph, operation: Operation, operand: int, results: list[Array | None]
+) -> Array | None:
+    """Reading or writing at places of which some are known when the step runs: along an axis any may be meant."""
+    (influence,) = results
+    aval = graph.aval(operation.inputs[operand])
+    if influence is None or not aval.differentiable:
+        return None
+    if operand == 0 and operation.name not in READS:
+        return influence  # what is not written over stays where it is
+    found = indexed(graph, operation)
+    if found is None:
+        return np.broadcast_to(np.int64(MANY), aval.shape)
+    if operand == 0:
+        here = scatter_join(found.places, influence, int(np.prod(found.reduced, dtype=np.int64)))
+        return np.broadcast_to(here.reshape(found.reduced), aval.shape)
+    anywhere = collapse(influence, found.axes).ravel()
+    return np.where(found.places >= 0, anywhere[np.maximum(found.places, 0)], NONE)
 
 
 def _opaque(op: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]) -> Array | None:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from etcompile.analysis.dependence import NO_DERIVATIVE, NO_REVERSE
-from etcompile.analysis.index_rules import ELEMENTWISE, MANY, MOVES, NONE, collapse
+from etcompile.analysis.index_rules import ELEMENTWISE, MANY, MOVES, NONE, collapse, scatter_join
 from etcompile.analysis.influence import through_operation
+from etcompile.frontend.indexed import INDEXED, READS, indexed, known_indices, small_operand
 from etcompile.frontend.jaxpr import Constant, Graph, Operation, without_derivative
 from etcompile.frontend.loops import Use
 from etcompile.frontend.walks import ForwardWalk
@@ -32,7 +33,7 @@ MOST_READS = 8
 
 
 #: Operations by which an element may come to several places.
-REPEATING = frozenset({"broadcast_in_dim", "gather", "tile", "dot_general"})
+REPEATING = frozenset({"broadcast_in_dim", "tile", "dot_general"}) | INDEXED
 _OVER_AXES = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_prod"})
 
 
@@ -243,7 +244,31 @@ def _dot_general(
     return [result], np.transpose(lost, np.argsort(order)) & (reads != NONE)
 
 
+def _at_places(
+    graph: Graph, operation: Operation, operand: int, reads: Array
+) -> tuple[list[Array | None], Array | None]:
+    """Where places are known when the step runs, what is written may be at any of them; what was there may be there still."""
+    if operation.name not in READS:
+        if known_indices(operation):
+            return _by_influence(graph, operation, operand, reads)
+        if operand == 0:
+            return [reads], None
+    found = indexed(graph, operation)
+    if operand not in (0, small_operand(operation)) or found is None:
+        return [None], reads != NONE
+    if operand == 0:
+        of_places = collapse(reads, found.axes).ravel()
+        lost = np.broadcast_to((of_places == MANY).reshape(found.reduced), reads.shape) & (reads != NONE)
+        taken = np.where(found.places >= 0, of_places[np.maximum(found.places, 0)], NONE)
+        return [np.where(taken == MANY, NONE, taken)], lost
+    at = scatter_join(found.places, reads, int(np.prod(found.reduced, dtype=np.int64)))
+    lost = (at[np.maximum(found.places, 0)] == MANY) & (reads != NONE)
+    placed = np.where(at == MANY, NONE, at).reshape(found.reduced)
+    return [np.broadcast_to(placed, graph.avals[operation.outputs[0]].shape)], lost
+
+
 _RULES = {
+    **dict.fromkeys(INDEXED, _at_places),
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": _concatenate,
     "split": _split,

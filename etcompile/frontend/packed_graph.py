@@ -36,7 +36,12 @@ def with_parts(graph: Graph, n_params: int, n_outputs: int, forms: tuple[StateFo
             builder.call(lambda *p, form=form: [form.join(p)], found, "?") if form.parts > 1 else found
         )
     new = _NewParts.of(graph, n_params, n_outputs, forms)
+    held = dict(zip(states, zip(parts, forms, strict=True), strict=True))
     for operation in graph.operations:
+        part = _part_read(operation, held)
+        if part is not None:
+            env[operation.outputs[0]] = new.passed(builder, operation.outputs[0], part)
+            continue
         results = builder.emit(
             operation.primitive,
             operation.params,
@@ -56,6 +61,17 @@ def with_parts(graph: Graph, n_params: int, n_outputs: int, forms: tuple[StateFo
         tuple(builder.operations),
         (*outputs[:n_outputs], *itertools.chain(*made)),
     )
+
+
+def _part_read(operation: Operation, held: Mapping[int, tuple[list[int], StateForm]]) -> int | None:
+    """The one part of a packed state that an operation takes out of it."""
+    base = operation.inputs[0] if operation.name == "slice" else None
+    if not isinstance(base, int) or base not in held or not held[base][1].bounds:
+        return None
+    parts, form = held[base]
+    start, stop = (operation.params[key][form.axis] for key in ("start_indices", "limit_indices"))
+    bounds = list(itertools.pairwise(form.bounds))
+    return parts[bounds.index((start, stop))] if (start, stop) in bounds else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

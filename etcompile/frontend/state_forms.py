@@ -19,7 +19,7 @@ from jax import lax
 
 from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operand, Operation, bind
 
-__all__ = ["StateForm", "join_states", "put_together", "split_states", "state_form"]
+__all__ = ["MOST_PARTS", "StateForm", "join_states", "put_together", "split_states", "state_form"]
 
 Array = Any
 

@@ -16,6 +16,7 @@ from etcompile.frontend.environment import NOTHING, Environment, WithEnvironment
 from etcompile.frontend.given import as_array, refuse_lists, shape_difference
 from etcompile.frontend.jaxpr import Aval, Graph, flatten_jaxpr, with_copies
 from etcompile.frontend.packed_graph import with_parts
+from etcompile.frontend.ring_buffers import with_slots
 from etcompile.frontend.state_forms import StateForm, join_states, split_states, state_form
 
 __all__ = ["Leaf", "StepModel", "TracedStep", "leaf_names", "step_model"]
@@ -235,6 +236,7 @@ def step_model(traced: TracedStep) -> StepModel:
                 expected=f"{old}, as it came in",
                 hint="initialise the state with the shape (batch axis included) and dtype that update() gives it.",
             )
+    graph = with_slots(graph, len(outputs), graph.inputs[len(params) : len(params) + len(states)])
     new = graph.outputs[len(outputs) :]
     forms = tuple(
         state_form(graph, old, new[k])
