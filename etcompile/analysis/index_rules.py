@@ -335,9 +335,7 @@ def _gather(op: Operation, avals: Sequence[Aval], operand: int, results: list[Ar
     return scatter_join(np.asarray(source), influence, avals[0].size).reshape(avals[0].shape)
 
 
-def _at_places(
-    graph: Graph, operation: Operation, operand: int, results: list[Array | None]
-) -> Array | None:
+def _at_places(graph: Graph, operation: Operation, operand: int, results: list[Array | None]) -> Array | None:
     """Reading or writing at places of which some are known when the step runs: along an axis any may be meant."""
     (influence,) = results
     aval = graph.aval(operation.inputs[operand])

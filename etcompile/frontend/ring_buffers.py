@@ -213,7 +213,9 @@ def _write(operation: Operation, places: Indexed, count: int) -> Callable[..., l
         new, which = _taken(update, where), _taken(jnp.broadcast_to(which, update.shape), where)
         which = which if (where >= 0).all() else jnp.where(where >= 0, which, -1)
         if operation.name == "scatter-add":
-            return [slot + jnp.where(which == k, new, -jnp.zeros((), slot.dtype)) for k, slot in enumerate(slots)]
+            return [
+                slot + jnp.where(which == k, new, -jnp.zeros((), slot.dtype)) for k, slot in enumerate(slots)
+            ]
         return [jnp.where(which == k, new, slot) for k, slot in enumerate(slots)]
 
     return fn
