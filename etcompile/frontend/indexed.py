@@ -93,11 +93,10 @@ def indexed(graph: Graph, operation: Operation) -> Indexed | None:
         for axis, start in zip(axes, starts, strict=True)
     ]
     if operation.name in ("dynamic_slice", "dynamic_update_slice"):
-        at = (
-            slice(int(start := min(max(int(k), 0), n - size)), start + size)
-            for k, n, size in zip(known, reduced, sizes, strict=True)
-        )
-        return Indexed(moving, reduced, places[tuple(at)], small)
+        for axis, (k, n, size) in enumerate(zip(known, reduced, sizes, strict=True)):
+            start = min(max(int(k), 0), n - size)
+            places = places.take(range(start, start + size), axis)
+        return Indexed(moving, reduced, places, small)
     return Indexed(moving, reduced, _gathered(graph, operation, places, known, sizes), small)
 
 

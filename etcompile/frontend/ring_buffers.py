@@ -11,6 +11,8 @@ Buffers that nothing of the same unit reads stay as they are: the analysis follo
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -134,7 +136,7 @@ def _feeds_back(graph: Graph, ring: _Ring, n_outputs: int) -> bool:
 def _written_out(graph: Graph, rings: Sequence[_Ring]) -> Graph:
     builder = GraphBuilder()
     env: dict[int, Operand] = {v: builder.variable(graph.avals[v]) for v in graph.inputs}
-    inputs = tuple(env.values())
+    inputs: tuple[Any, ...] = tuple(env.values())
     of_variable = {v: ring for ring in rings for v in ring.variables}
     slots: dict[int, list[Operand]] = {}
 
@@ -186,10 +188,11 @@ def _read(
     def fn(*args: Array) -> list[Array]:
         slots, indices = args[:count], args[count:]
         which, inside = _which(operation, places, indices, shape, count)
-        total = None
-        for k, slot in enumerate(slots):
-            part = jnp.where(which == k, _taken(slot, places.places), -jnp.zeros((), slot.dtype))
-            total = part if total is None else total + part
+        parts = [
+            jnp.where(which == k, _taken(slot, places.places), -jnp.zeros((), slot.dtype))
+            for k, slot in enumerate(slots)
+        ]
+        total = functools.reduce(operator.add, parts)
         if inside is not None:
             fill = operation.params.get("fill_value")
             fill = jnp.nan if fill is None else fill
