@@ -282,3 +282,18 @@ def test_more_slots_than_parts_stay_in_one_array():
     assert len(group.states) == 2
     fed_back = lambda p, s, x: fn(p, s, x, 0.2)  # noqa: E731
     assert not etcompile.compile(etcompile.from_function(fed_back, params, state), draw(9, I)).exact
+
+
+def test_a_buffer_in_16_bits_in_chunks():
+    def fn(params, state, x):
+        buffer = lax.dynamic_update_index_in_dim(state["buffer"], x @ params["w"], state["i"] % 3, 0)
+        return {"buffer": buffer, "i": state["i"] + 1}, buffer.mean(0)
+
+    wanted = None
+    for dtype in (jnp.float64, jnp.bfloat16):
+        state = {"buffer": jnp.zeros((3, 1, N), dtype), "i": jnp.zeros((), jnp.int32)}
+        xs, ys = draw(5, T, 1, I).astype(dtype), draw(6, T, 1, N).astype(dtype)
+        model = etcompile.from_function(fn, {"w": draw(0, I, N).astype(dtype)}, state)
+        grads = etcompile.compile(model, xs[0]).scan_value_and_grad(square, chunk=3)(xs, ys)[1]
+        wanted = grads if wanted is None else wanted
+        assert relative_error(jax.tree.map(lambda g: g.astype(jnp.float64), grads), wanted) < 0.05

@@ -212,10 +212,13 @@ class TraceGeometry:
         wide = [a for a in axes if spread.shape[a] > 1 or a > n_y]
         narrow = tuple(a for a in axes if a not in wide)
         dtype = accumulator(credits.dtype)
+        spread = jnp.squeeze(spread, narrow)
+        if self.relation.fan:  # products with as many axes have no 16-bit form on every device
+            credits, spread = credits.astype(dtype), spread.astype(dtype)
         return jnp.einsum(
             credits,
             [0, *axes[:n_y]],
-            jnp.squeeze(spread, narrow),
+            spread,
             [0, *wide],
             out,
             preferred_element_type=dtype,
