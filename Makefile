@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo rules rl bench brain worm test quick lint format types layers check hooks clean
+.PHONY: help demo docs rules rl bench brain worm test quick lint format types layers check hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,12 @@ test: $(VENV)/.installed-dev  ## all tests; PYTEST_ARGS="-k lstm" for some
 quick: $(VENV)/.installed-dev  ## some tests of every folder, in two minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --quick $(PYTEST_ARGS)
 
+# Four devices that are threads of one processor: a tutorial splits a network over them.
+docs: $(VENV)/.installed-docs  ## the documentation site, with its tutorials run, in out/site
+	XLA_FLAGS="--xla_force_host_platform_device_count=4 $(XLA_FLAGS)" MPLBACKEND=agg \
+		$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs out/site
+	@echo "the site: out/site/index.html"
+
 lint: $(VENV)/.installed-dev  ## style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,7 +62,7 @@ layers: $(VENV)/.installed-dev  ## who may import whom
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_layering.py
 
-check: lint types layers test  ## all that CI runs
+check: lint types layers test docs  ## all that CI runs
 
 format: $(VENV)/.installed-dev  ## put the style right where ruff can
 	$(BIN)/ruff check --fix .
@@ -66,5 +72,5 @@ hooks: $(VENV)/.installed-dev  ## install the git pre-commit hooks
 	$(BIN)/pre-commit install
 
 clean:  ## remove the environment, caches and outputs
-	rm -rf $(VENV) build dist out .hypothesis .pytest_cache .ruff_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) build dist out docs/api docs/api.rst docs/learn docs/site docs/rules_reference.rst .hypothesis .pytest_cache .ruff_cache .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

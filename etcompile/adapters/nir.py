@@ -87,7 +87,7 @@ def from_nir(
         How a leaky value moves in a step towards its target: by dt/τ of the way, or by 1 - exp(-dt/τ).
     surrogate : callable
         Spikes of ``v - threshold``: 1 above zero and 0 elsewhere, with a derivative of its own. By default the one of SuperSpike,
-        1 / (1 + 25 |v - threshold|)². Those of braintools, Spyx and others fit.
+        ``1 / (1 + 25 |v - threshold|)²``. Those of braintools, Spyx and others fit.
     reset : {"to_value", "subtract"}
         A spike puts the potential to ``v_reset``, as NIR says, or takes ``v_threshold - v_reset`` off it.
     current : {"old", "new"}

@@ -4,7 +4,7 @@
     y_t    = s_t Bᵀ                            (s: what the group shows, B: fixed and random)
     grad_t = L_t e_t,   L_t = (y_t - y*_t) B of what the group shows
 
-L is the derivative of the local loss |y - y*|² / 2, through the same matrix that reads: no layer waits for another. Weights
+L is the derivative of the local loss ``|y - y*|² / 2``, through the same matrix that reads: no layer waits for another. Weights
 without a trace (the model's readout) get the gradient of the loss given.
 
 Memory O(B I O) per weight of I x O at batch B, time O(B I O) per step.
