@@ -94,7 +94,7 @@ MODELS = {
     rolled: (W_ONLY, H),
     looped: ({"w": W, "v": V}, {"b": ZERO, "v": ZERO, "h": ZERO}),
 }
-EXACT = {leaky, skipped, packed, register}
+EXACT = {ring, leaky, skipped, packed, register}
 
 
 def square(out, target):
