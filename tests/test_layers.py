@@ -191,3 +191,32 @@ def test_a_reset_leaves_the_count_of_random_draws_alone():
     assert all(
         not jnp.any(v) for name, v in step.traces.items() if name != "clock" for v in jax.tree.leaves(v)
     )
+
+
+@pytest.mark.parametrize("algo", ["rtrl", "snap", "ostl"])
+def test_operations_with_a_derivative_of_their_own_are_linearised_where_they_are_read(algo):
+    """JAX maps a custom derivative along with the columns that pass it, also where it does not depend on them."""
+
+    def fn(params, h, x):
+        h = params["a"] * h + jnp.tanh(jnp.sinc(x @ params["w"] + h @ params["r"]))
+        return h, jnp.sinc(h)
+
+    rng = np.random.default_rng(4)
+    params = {k: jnp.asarray(rng.normal(size=s)) for k, s in {"w": (3, 5), "r": (5, 5), "a": (5,)}.items()}
+    xs, ys = jnp.asarray(rng.normal(size=(4, 2, 3))), jnp.asarray(rng.normal(size=(4, 2, 5)))
+
+    def loss(out, y):
+        return jnp.sum((out - y) ** 2)
+
+    def unrolled(params):
+        h, total = jnp.zeros((2, 5)), 0.0
+        for x, y in zip(xs, ys, strict=True):
+            h, out = fn(params, h, x)
+            total += loss(out, y)
+        return total
+
+    step = etcompile.compile(etcompile.from_function(fn, params, jnp.zeros((2, 5))), xs[0], algo=algo)
+    _, grads = step.scan_value_and_grad(loss, chunk=1)(xs, ys)
+    if algo == "rtrl":
+        for path, wanted in jax.grad(unrolled)(params).items():
+            assert relative_error(grads[path], wanted) < 1e-10

@@ -195,7 +195,10 @@ def test_delays(how, slots):
         return {"buffer": buffer, "h": h}, h
 
     step = check(fn, PARAMS, {"buffer": draw(7, slots, B, O), "h": START[0]})
-    assert len(step.program.header.groups[0].states) == slots + 1
+    read = len(step.program.header.groups[0].states) - 1
+    assert read == slots or (
+        how == "concatenate" and read == slots - 1
+    )  # nothing reads its last slot's old value
 
 
 def test_a_state_that_is_read_whole_stays_in_one():

@@ -44,14 +44,11 @@ class Indexed:
         Its shape with one place along each of these axes.
     places : array
         For each element of the small array its flat place in that shape; -1 where it has none.
-    small : int or None
-        Which operand has the small array; None where it is the result.
     """
 
     axes: tuple[int, ...]
     reduced: tuple[int, ...]
     places: Array
-    small: int | None
 
 
 def small_operand(operation: Operation) -> int | None:
@@ -96,8 +93,8 @@ def indexed(graph: Graph, operation: Operation) -> Indexed | None:
         for axis, (k, n, size) in enumerate(zip(known, reduced, sizes, strict=True)):
             start = min(max(int(k), 0), n - size)
             places = places.take(range(start, start + size), axis)
-        return Indexed(moving, reduced, places, small)
-    return Indexed(moving, reduced, _gathered(graph, operation, places, known, sizes), small)
+        return Indexed(moving, reduced, places)
+    return Indexed(moving, reduced, _gathered(graph, operation, places, known, sizes))
 
 
 def _starts(operation: Operation, shape: Sequence[int], sizes: Sequence[int]) -> list[Any]:

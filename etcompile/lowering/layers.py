@@ -108,8 +108,12 @@ def at_once(step: StepDerivatives, fn: Callable[[Any], Any], columns: Any, count
         with step.tape.inner():
             return fn(some)
 
+    def together(some: Any) -> Any:
+        with step.tape.shared():
+            return fn(some)
+
     if count <= _AT_ONCE:
-        return mapped(fn, columns, in_turn=apart)
+        return mapped(together, columns, in_turn=apart)
     whole = count // _AT_ONCE * _AT_ONCE
     parts = jax.tree.map(lambda v: v[:whole].reshape(-1, _AT_ONCE, *v.shape[1:]), columns)
     found = lax.map(lambda part: mapped(apart, part), parts)

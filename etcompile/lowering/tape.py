@@ -6,7 +6,7 @@ with some uses cut (local Jacobians), or with some variables taken as independen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -225,6 +225,21 @@ class Tape:
         finally:
             self._pulls, self._made = kept
 
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """For use below ``vmap``, where what is linearised does not depend on what is mapped and may be kept for use outside.
+
+        Not that of an operation with a function of its own, such as a custom derivative: JAX maps this one whatever it reads.
+        """
+        before = set(self._pulls), set(self._made)
+        try:
+            yield
+        finally:
+            self._made = {key: made for key, made in self._made.items() if key in before[1]}
+            for key in set(self._pulls) - before[0]:
+                if _has_functions(self.graph.operations[key[0]]):
+                    del self._pulls[key]
+
     def _reaching(self, targets: frozenset[int]) -> set[int]:
         """Variables that depend on a target, the targets themselves included."""
         if targets not in self._reach:
@@ -310,6 +325,18 @@ def _passing(tangent: Array, cut: np.ndarray | None) -> Array:
 def _passes_none(operation: Operation) -> bool:
     """Whether no credit passes an operation, backwards or forwards."""
     return operation.name in NO_DERIVATIVE | NO_REVERSE or without_derivative(operation)
+
+
+def _has_functions(operation: Operation) -> bool:
+    """Whether an operation runs others: loops, branches, custom derivatives."""
+    return any(
+        callable(p) or hasattr(p, "jaxpr") or hasattr(p, "eqns") for p in _flat(operation.params.values())
+    )
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        yield from value if isinstance(value, (tuple, list)) else (value,)
 
 
 def _backward_only(operation: Operation) -> bool:
