@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -56,8 +57,9 @@ class PassManager:
 
     Parameters
     ----------
-    print_after : {None, "changes", "all"}
-        Print the program after every pass, or only after those that changed it.
+    print_after : {None, "changes", "all", "diff"}
+        Print the program after every pass, or only after those that changed it; ``"diff"``: of each of these the lines that it
+        took away, put in or changed, as a unified diff.
     check : bool
         Also run the program before and after each pass that declares ``preserves = "gradients"`` and compare; and
         compare a program that claims to be exact, after the rule and after it was put into windows, with backpropagation
@@ -74,8 +76,10 @@ class PassManager:
     emit: Callable[[str], Any] = print
 
     def __post_init__(self) -> None:
-        if self.print_after not in (None, "changes", "all"):
-            raise OptionError("print_after must be None, 'changes' or 'all'.", got=repr(self.print_after))
+        if self.print_after not in (None, "changes", "all", "diff"):
+            raise OptionError(
+                "print_after must be None, 'changes', 'all' or 'diff'.", got=repr(self.print_after)
+            )
 
     def run(
         self,
@@ -126,9 +130,11 @@ class PassManager:
             records.append(
                 PassRecord(item.name, seconds, len(program.equations), len(new.equations), changed)
             )
+            if self.print_after == "diff" and changed:
+                self.emit(f"# after {item.name}\n{_difference(program, new)}")
+            elif self.print_after == "all" or (self.print_after == "changes" and changed):
+                self.emit(f"# after {item.name}\n{new}")
             program = new
-            if self.print_after == "all" or (self.print_after == "changes" and changed):
-                self.emit(f"# after {item.name}\n{program}")
         return program, tuple(records)
 
     def _verified(self, program: TraceProgram, item: Pass, records: Sequence[PassRecord]) -> None:
@@ -174,6 +180,14 @@ def _check_pass(item: Any) -> None:
             f"pass {item.name} declares preserves={item.preserves!r}.",
             expected=" or ".join(map(repr, EFFECTS)),
         )
+
+
+def _difference(old: TraceProgram, new: TraceProgram) -> str:
+    """Two programs as a unified diff."""
+    lines = difflib.unified_diff(
+        str(old).splitlines(), str(new).splitlines(), old.name, new.name, lineterm=""
+    )
+    return "\n".join(lines)
 
 
 def _failure(item: Pass, records: Sequence[PassRecord], message: str) -> PassError:

@@ -316,6 +316,24 @@ def test_print_after(when, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_diff_after_every_pass_that_changed_something_leads_from_program_to_program():
+    printed, whole = [], []
+    step, _ = compiled("gru", manager=PassManager(print_after="diff", emit=printed.append))
+    compiled("gru", manager=PassManager(print_after="changes", emit=whole.append))
+    assert [text.split("\n")[0] for text in printed] == [text.split("\n")[0] for text in whole]
+    before = None
+    for diff, after in zip(printed, whole, strict=True):
+        lines, after = diff.splitlines()[1:], after.splitlines()[1:]
+        assert lines[0].startswith("--- ") and lines[1].startswith("+++ ")
+        assert {line[1:] for line in lines[2:] if line[0] == "+"} <= set(after)
+        if before is not None:
+            taken = [line[1:] for line in lines[2:] if line[0] == "-"]
+            put = [line[1:] for line in lines[2:] if line[0] == "+"]
+            assert sorted([*before, *put]) == sorted([*after, *taken])
+        before = after
+    assert before == str(step.program).splitlines()
+
+
 def test_print_after_goes_to_standard_output_by_default(capsys):
     compiled("indrnn", manager=PassManager(print_after="all"))
     assert "# after d_rtrl\nprogram d_rtrl" in capsys.readouterr().out

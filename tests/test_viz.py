@@ -8,14 +8,16 @@ import sys
 import xml.etree.ElementTree as ET
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import networkx as nx
 import pytest
 
+import etcompile
 from etcompile.errors import EtcompileError
 from etcompile.viz import Drawing, VizError, draw, render
 from etcompile.viz.graph import collect_cuts, direction, title
 from etcompile.viz.labels import array_type, wrap
-from etcompile.viz.style import EDGES, NODES
+from etcompile.viz.style import EDGES, NODES, node_style
 
 CREDIT = "recurrent weights: credit through them ends after one step"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -261,6 +263,21 @@ def test_weights_show_how_they_learn():
             f'style="{NODES[style].attributes["style"]}"' in line
             or f"style={NODES[style].attributes['style']}" in line
         )
+
+
+@pytest.mark.parametrize(
+    ("algo", "style"), [("rtrl", "influence"), ("snap", "influence"), ("bptt", "window")]
+)
+def test_weights_of_rules_without_traces_are_not_drawn_as_within_the_step(algo, style):
+    model = etcompile.from_function(
+        lambda p, h, x: ((h := jnp.tanh(x @ p["w"] + h @ p["r"])), h @ p["readout"]),
+        {"w": jnp.ones((3, 4)), "r": jnp.ones((4, 4)), "readout": jnp.ones((4, 2))},
+        jnp.zeros((2, 4)),
+    )
+    graph = etcompile.compile(model, jnp.ones((2, 3)), algo=algo).graph
+    found = {path: node_style(path, graph.nodes[path]) for path in ("w", "r", "readout")}
+    assert found == {"w": style, "r": style, "readout": "window" if algo == "bptt" else "one step"}
+    assert NODES[style].name.split("\n")[0] in draw(graph).source
 
 
 def test_legend_shows_what_occurs_and_nothing_else():

@@ -58,9 +58,20 @@ NODES: Mapping[str, Style] = {
         "weight with a trace, in part",
         dict(shape="cylinder", style="filled,dashed", color="#9A6A00", fillcolor="#FBE3B0", penwidth="2"),
     ),
+    "influence": Style(
+        "weight with an influence\non the whole network",
+        dict(shape="cylinder", style="filled,bold", color="#8A4A70", fillcolor="#F3DCEA", penwidth="3"),
+    ),
+    "window": Style(
+        "weight, by backpropagation\ninside of windows",
+        dict(shape="cylinder", style="filled,diagonals", color=INK, fillcolor="#FFFFFF"),
+    ),
     "one step": Style(
         "weight, within the step only",
         dict(shape="cylinder", style="filled,dotted", color=INK, fillcolor="#FFFFFF", penwidth="2"),
+    ),
+    "no gradient": Style(
+        "array without a gradient", dict(shape="cylinder", style="dashed", color=QUIET, penwidth="1")
     ),
     "operation": Style(
         "operation",
@@ -96,6 +107,16 @@ EDGES: Mapping[str, Style] = {
 }
 
 
+#: How the gradient of a weight is made, by the first words with which the report says so.
+_HOW = {
+    "trace": "trace",
+    "influence": "influence",
+    "backpropagation inside of windows": "window",
+    "not trained": "no gradient",
+    "not used": "no gradient",
+}
+
+
 def node_style(name: str, data: Mapping) -> str:
     """Key into `NODES` for a node of the graph."""
     kind = data.get("kind")
@@ -103,9 +124,9 @@ def node_style(name: str, data: Mapping) -> str:
         return "hidden" if data.get("hidden") else "other state"
     if kind == "parameter":
         how = str(data.get("how", ""))
-        if not how.startswith("trace"):
-            return "one step"
-        return "part" if "in part" in how else "trace"
+        begins = (key for words, key in _HOW.items() if how.startswith(words))
+        style = next(begins, "one step")
+        return "part" if style == "trace" and "in part" in how else style
     if kind in ("operation", "input", "output"):
         return str(kind)
     raise VizError(
