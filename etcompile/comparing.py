@@ -5,23 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax
-
-from etcompile.adapters.choose import as_model
 from etcompile.comparison import Comparison, RuleRow
 from etcompile.compiled import Compiled
-from etcompile.compiler import analysed, lower_analysed, requested
+from etcompile.compiler import analysed, lower_analysed, opened, requested
 from etcompile.cost.cost import Cost
-from etcompile.errors import AlgorithmError, EtcompileError, InputError, OptionError, UnsupportedError
-from etcompile.frontend.given import as_array, refuse_iterators
-from etcompile.integers import positive_integer
+from etcompile.errors import AlgorithmError, EtcompileError, OptionError, UnsupportedError
 from etcompile.keywords import refuse_others
+from etcompile.paths import patterns_of
 from etcompile.registry import Algorithm, Rule, shipped_names
-from etcompile.report import Report, make_report
 from etcompile.runtime.cost import as_targets, check_run, program_cost
 from etcompile.runtime.losses import check_callable
-from etcompile.runtime.model_states import access
-from etcompile.runtime.shapes import shapes_of
 from etcompile.schedule import Schedule, as_schedule
 
 __all__ = ["compare"]
@@ -91,22 +84,18 @@ def compare(
     refuse_others("compare", others, _KEYWORDS)
     how = as_schedule(schedule)
     asked = {
-        label: requested(algo, {}, how, within, _patterns(exclude), None, True)
+        label: requested(algo, {}, how, within, patterns_of(exclude), None, True)
         for label, algo in _labelled(rules).items()
     }
     steps, chunk = check_run(steps, chunk)
     targets = as_targets(targets)
     if loss_fn is not None:
         check_callable(loss_fn)
-    refuse_iterators(example_inputs)
-    inputs = shapes_of(tuple(jax.tree.map(as_array, x) for x in example_inputs))
-    live = access(as_model(model, inputs))
-    if batch_size is not None:
-        batch_size = positive_integer("batch_size", batch_size, error=InputError)
+    live, inputs, batch_size = opened(model, example_inputs, batch_size)
     with live.unchanged():
         if batch_size is not None:
             live.initialise(batch_size)
-        analysis = analysed(live, inputs, _patterns(exclude))
+        analysis = analysed(live, inputs, patterns_of(exclude))
 
         def cost(compiled: Compiled) -> Cost:
             return program_cost(live, compiled, inputs, steps, chunk, loss_fn, targets, has_aux)
@@ -122,22 +111,11 @@ def _row(label: str, lowered: Callable[[], Compiled], cost: Callable[[Compiled],
         compiled = lowered()
     except EtcompileError as error:
         return RuleRow(label, refused=_reason(error))
-    report = _report(compiled)
+    report = compiled.report()
     try:
         return RuleRow(label, report, cost(compiled))
     except _REFUSALS as error:
         return RuleRow(label, report, refused=_reason(error))
-
-
-def _report(compiled: Compiled) -> Report:
-    return make_report(
-        compiled.analysis,
-        compiled.program,
-        compiled.causal.init_traces_shapes(),
-        compiled.leaves_out,
-        compiled.causal.placement.lines(),
-        compiled.changes,
-    )
 
 
 def _reason(error: EtcompileError) -> str:
@@ -186,7 +164,3 @@ def _label(algo: Any) -> str:
     if isinstance(algo, (list, tuple)):
         return " + ".join(_label(item) for item in algo)
     return algo if isinstance(algo, str) else str(getattr(algo, "name", algo))
-
-
-def _patterns(exclude: str | Iterable[str]) -> tuple[str, ...]:
-    return (exclude,) if isinstance(exclude, str) else tuple(exclude)

@@ -9,6 +9,7 @@ from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram
 from etcompile.lowering.functions import StepFunctions
 from etcompile.pass_manager import PassRecord
+from etcompile.report import Report, make_report
 from etcompile.schedule import Schedule
 
 __all__ = ["Compiled"]
@@ -45,3 +46,14 @@ class Compiled:
     def causal(self) -> CausalProgram:
         """The program bound to its model."""
         return self.functions.causal
+
+    def report(self) -> Report:
+        """What is trained how, what is cut, and how much memory the traces take."""
+        return make_report(
+            self.analysis,
+            self.program,
+            self.causal.init_traces_shapes(),
+            self.leaves_out,
+            self.causal.placement.lines(),
+            self.changes,
+        )

@@ -23,6 +23,7 @@ from etcompile.lowering.check_gradients import backpropagation_at_random, gradie
 from etcompile.lowering.functions import StepFunctions
 from etcompile.lowering.refused import refuse_operands
 from etcompile.pass_manager import Pass, PassManager, PassRecord
+from etcompile.paths import patterns_of
 from etcompile.registry import Algorithm, Mixed, pipeline
 from etcompile.runtime.executor import Executor
 from etcompile.runtime.model_states import ModelAccess, access
@@ -30,7 +31,7 @@ from etcompile.runtime.shapes import shapes_of
 from etcompile.runtime.step import Step
 from etcompile.schedule import Schedule, as_schedule
 
-__all__ = ["Request", "analysed", "compile", "lower_analysed", "lower_model", "requested"]
+__all__ = ["Request", "analysed", "compile", "lower_analysed", "lower_model", "opened", "requested"]
 
 #: What a pass after the rule does to the gradient, by its declaration.
 _EFFECT = {"approximates": "approximates the gradient", "changes": "changes the gradient"}
@@ -112,16 +113,24 @@ def compile(
     """
     how = as_schedule(schedule)
     request = requested(algo, options, how, within, exclude, manager, optimise)
-    refuse_iterators(example_inputs)
-    inputs = shapes_of(tuple(jax.tree.map(as_array, x) for x in example_inputs))
-    live = access(as_model(model, inputs))
-    if batch_size is not None:
-        batch_size = positive_integer("batch_size", batch_size, error=InputError)
+    live, inputs, batch_size = opened(model, example_inputs, batch_size)
     with live.unchanged_on_error():
         if batch_size is not None:
             live.initialise(batch_size)
         compiled = lower_model(live, inputs, request)
         return Step(Executor(live, functools.partial(lower_model, request=request), inputs, compiled))
+
+
+def opened(
+    model: Any, example_inputs: tuple[Any, ...], batch_size: Any
+) -> tuple[ModelAccess, tuple[Any, ...], int | None]:
+    """A model as the compiler takes it, the shapes of its inputs at one step, and its batch size, checked."""
+    refuse_iterators(example_inputs)
+    inputs = shapes_of(tuple(jax.tree.map(as_array, x) for x in example_inputs))
+    live = access(as_model(model, inputs))
+    if batch_size is not None:
+        batch_size = positive_integer("batch_size", batch_size, error=InputError)
+    return live, inputs, batch_size
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -183,7 +192,7 @@ def requested(
     if within not in ("rule", "exact"):
         raise OptionError("within must be 'rule' or 'exact'.", got=f"within={within!r}")
     rule, passes = pipeline(algo, options, optimise, windows=within == "exact")
-    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    patterns = patterns_of(exclude)
     return Request(rule, tuple(passes), within == "exact", patterns, schedule, manager or PassManager())
 
 

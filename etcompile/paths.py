@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-__all__ = ["natural_key", "path_matches", "short_list", "short_text", "user_line"]
+__all__ = ["natural_key", "path_matches", "patterns_of", "short_list", "short_text", "user_line"]
 
 #: Four names or more in a row, as the meaning of a cut lists them.
 _ROW = re.compile(r"(?:[^,;:\s]+, ){3,}[^,;:\s]+")
@@ -50,3 +50,8 @@ def _trunk(path: str) -> str:
 def user_line(source: str) -> str:
     """The user's line without the library's line behind it: ``a.py:3`` of ``a.py:3 (b.py:9)``."""
     return source.split(" (")[0]
+
+
+def patterns_of(given: str | Iterable[str]) -> tuple[str, ...]:
+    """One pattern, or several, as several."""
+    return (given,) if isinstance(given, str) else tuple(given)

@@ -210,14 +210,13 @@ def said_to_be_zero(step):
 
 
 def assert_told(step, zero):
-    """Weights with a gradient of zero have no trace and are named at a cut, and the report says of what nothing is kept, which rules
-    keep it, and where nothing can come of them in one step."""
+    """Weights with a gradient of zero have no trace, and the report says of what nothing is kept, which rules keep it, and where
+    nothing can come of them in one step."""
     report = step.report()
     assert said_to_be_zero(step) <= zero
-    named = {path for cut in report.cuts for path in cut.origins}
-    assert zero <= named or (report.forgotten and "rules that keep a memory of it: rtrl" in str(report))
+    assert not zero or (report.forgotten and "rules that keep a memory of it: rtrl" in str(report))
     for p in report.parameters:
-        assert p.path not in zero or p.how == "within the step only" or p.path in named
+        assert p.path not in zero or p.how == "within the step only"
         assert not p.zero or f"its gradient is zero with {step.program.name}: within a step" in str(report)
 
 
@@ -424,6 +423,10 @@ def compiled(make, xs, **options):
         return etcompile.compile(make(), xs[0], batch_size=BATCH, **options)
 
 
+#: Modules in which a trace of a weight is kept, and its credit reaches no output but through a cut that names the weight.
+CUT_TO_ZERO = {"Delay, every other step"}
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_are_exact_or_say_what_they_lose(name):
     make, exact = MODULES[name]
@@ -438,7 +441,11 @@ def test_modules_are_exact_or_say_what_they_lose(name):
     assert all(jnp.abs(g).max() > 1e-3 for g in wanted.values())
     worst = max(gap(grads[k], wanted[k]) for k in wanted)
     assert step.exact == exact == (not listed(step)) == (worst < 1e-10), worst
-    assert_told(step, {k for k, g in grads.items() if not g.any()})
+    zero = {k for k, g in grads.items() if not g.any()}
+    if name in CUT_TO_ZERO:
+        assert zero and all(any(path in cut.origins for cut in step.report().cuts) for path in zero)
+    else:
+        assert_told(step, zero)
     assert all(cut.source.startswith("test_idioms.py:") for cut in step.report().cuts)
 
 

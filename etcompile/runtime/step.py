@@ -15,7 +15,7 @@ from etcompile.integers import positive_integer
 from etcompile.keywords import named_arguments, refuse_others
 from etcompile.lowering.functions import Carry
 from etcompile.lowering.schedules.windowed import check_end
-from etcompile.report import Report, make_report
+from etcompile.report import Report
 from etcompile.runtime.checks import given_with
 from etcompile.runtime.executor import Executor
 from etcompile.runtime.forward import called, run_sequence
@@ -131,15 +131,7 @@ class Step:
 
     def report(self) -> Report:
         """What is trained how, what is cut, and how much memory the traces take."""
-        compiled = self.executor.compiled
-        return make_report(
-            compiled.analysis,
-            compiled.program,
-            compiled.causal.init_traces_shapes(),
-            compiled.leaves_out,
-            compiled.causal.placement.lines(),
-            compiled.changes,
-        )
+        return self.executor.compiled.report()
 
     @named_arguments("step.cost")
     def cost(
