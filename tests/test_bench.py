@@ -40,6 +40,7 @@ TIMES = {
     "sequence": {
         "etcompile": 1.0,
         "step by step": 4.0,
+        "traces kept": 5.0,
         "by hand": 0.95,
         "bptt": 2.5,
         "checkpointed": 3.0,
@@ -131,6 +132,7 @@ def test_bars_are_judged_by_medians_and_by_the_worst_case(bench):
         "sequence-bptt": 0.4,
         "sequence-bptt-worst": 0.4,
         "spiking-bptt": 0.4,
+        "many-axes": 0.4,
         "by-hand": 1 / 0.95,
         "memory": 0.01,
         "update-braintrace": 8 / 1.2,
@@ -304,6 +306,22 @@ def test_the_benchmark_runs_and_keeps_its_numbers(bench, tmp_path):
     command.loader.exec_module(program)
     assert program.main(["--page-only", "--page", str(target)]) == 0
     assert "| GRU 4 | 8 | 4 |" in target.read_text() and target.with_suffix(".svg").exists()
+
+
+def test_states_of_many_axes_leave_no_traces_and_are_not_compared_with_the_peer(bench):
+    settings = dataclasses.replace(bench["settings"].QUICK, lengths=(4, 6), slow_steps=2, rounds=1, peer=True)
+    (case,) = bench["campaign"].chosen(["sequence-mamba*"])
+    found = bench["measure"].measure(case.to_dict(), dataclasses.asdict(settings))
+    assert {r["who"] for r in found["runs"]} == {
+        "etcompile",
+        "traces kept",
+        "bptt",
+        "checkpointed",
+        "forward",
+    }
+    off = {r["who"]: r["from_bptt"] for r in found["runs"] if "from_bptt" in r}
+    assert max(off["etcompile"].values()) < 1e-10 and found["agreement"] < 1e-10
+    assert found["trace_bytes"] > 0
 
 
 def test_blocks_of_checkpoints_divide_the_sequence(bench):

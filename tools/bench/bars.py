@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cases import MANY_AXES
 from results import AUTO, BPTT, BRAINTRACE, CAUSAL, FORWARD, HAND, Found, found_cases, ratio
 
 __all__ = ["BARS", "Bar", "Verdict"]
@@ -139,6 +140,12 @@ def _over_bptt(*which: tuple[str, tuple[str, ...]]) -> Callable[[Mapping[str, An
     ]
 
 
+def _many_axes(results: Mapping[str, Any]) -> Values:
+    """Over backpropagation, of the longest sequences alone."""
+    found = [f for f in found_cases(results, "sequence", "d_rtrl") if f.model in MANY_AXES]
+    return [(f.label, _over(BPTT)(f, f.steps[-1]) if f.steps else None) for f in found]
+
+
 def _over_hand(results: Mapping[str, Any]) -> Values:
     found = _sequences(results, "d_rtrl", ("gru",), _over(HAND))
     tried = any(f.run(HAND) for f in found_cases(results, "sequence", "d_rtrl"))
@@ -264,6 +271,16 @@ BARS = (
         True,
         _over_bptt(("d_rtrl", ("spiking",)), ("e_prop", (*_GATED, "spiking", "conv"))),
         _plain,
+        needs_peer=False,
+    ),
+    Bar(
+        "many-axes",
+        "the same, states of many axes, 500 steps that leave no traces, at the median",
+        1.0,
+        True,
+        _many_axes,
+        _plain,
+        median=True,
         needs_peer=False,
     ),
     Bar(

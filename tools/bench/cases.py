@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["CASES", "TITLES", "Case"]
+__all__ = ["CASES", "MANY_AXES", "TITLES", "Case"]
 
 #: The models, as the page calls them.
 TITLES = {
@@ -16,7 +16,12 @@ TITLES = {
     "sparse": "sparse spiking",
     "deep": "40 layers of",
     "substeps": "1000 sub-steps of",
+    "gla": "gated linear attention",
+    "mamba": "Mamba-like",
+    "delays": "delayed spiking",
 }
+#: Those whose states have more axes than what a weight makes: an element of its result reaches many of their elements.
+MANY_AXES = ("gla", "mamba", "delays")
 
 
 @dataclass(frozen=True)
@@ -39,15 +44,17 @@ class Case:
 
 _GRUS = [("gru", units, batch) for units in (128, 256, 512) for batch in (1, 8, 16)]
 _OTHERS = [("lstm", 256, 8), ("spiking", 512, 8), ("conv", 16, 8)]
+_MANY_AXES = [("gla", 32, 8), ("mamba", 64, 8), ("delays", 512, 8)]
 #: GRUs beside the other models, where not all sizes are measured.
 _SOME = [("gru", 256, 8), ("gru", 256, 16)]
 
 CASES = (
     *(Case("sequence", *one) for one in (*_GRUS, *_OTHERS, ("lstm", 256, 16), ("spiking", 512, 16))),
     *(Case("sequence", *one, rule) for rule in ("pp_prop", "e_prop") for one in (*_SOME, *_OTHERS)),
-    *(Case("long", *one) for one in (*(gru for gru in _GRUS if gru[2] == 8), *_OTHERS)),
+    *(Case("sequence", *one) for one in _MANY_AXES),
+    *(Case("long", *one) for one in (*(gru for gru in _GRUS if gru[2] == 8), *_OTHERS, *_MANY_AXES)),
     *(Case("memory", "gru", 256, 8, rule) for rule in ("d_rtrl", "pp_prop", "e_prop")),
-    *(Case("memory", *other) for other in _OTHERS),
+    *(Case("memory", *other) for other in (*_OTHERS, *_MANY_AXES)),
     *(Case("update", *one) for one in (*(gru for gru in _GRUS if gru[2] > 1), *_OTHERS)),
     *(Case("sparse", "sparse", neurons, 1) for neurons in (1_000, 10_000, 100_000)),
     Case("first", "gru", 256, 8),

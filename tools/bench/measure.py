@@ -58,7 +58,7 @@ def _memory(case: Case, data: Data, settings: Settings) -> dict[str, Any]:
         BPTT: lambda: plain.bptt(data, data.model()),
         CHECKPOINT: lambda: plain.checkpointed(data, data.model()),
     }
-    if settings.peer:
+    if settings.peer and data.spec.peer:
         contenders[BRAINTRACE] = lambda: peer.sequence(data, case.rule, peer.twin(data))
         contenders[WINDOWS] = lambda: peer.sequence(data, case.rule, peer.twin(data), window)
     runs = []

@@ -24,6 +24,8 @@ INPUTS, OUTPUTS = 64, 10
 IMAGE = (8, 8, 2)
 #: Synapses of a neuron with few, layers of the deep network, and sub-steps of a step.
 SYNAPSES, LAYERS, SUBSTEPS = 100, 40, 1000
+#: Heads of linear attention, states of a channel of the selective state space, and the longest delay of a neuron.
+HEADS, STATES, SLOTS = 4, 16, 20
 
 
 class GRUNet(brainstate.nn.Module):
@@ -216,6 +218,108 @@ class SubstepNet(brainstate.nn.Module):
         return self.readout(v)
 
 
+class AttentionNet(brainstate.nn.Module):
+    """Gated linear attention of several heads, each with a matrix of its own for a state, and a readout.
+
+    In each head, with x its queries q, keys k, values v and gates a = sigmoid(W_a x + b)::
+
+        S[t] = diag(a[t]) S[t-1] + k[t] v[t]^T
+        out  = W_out (S[t]^T q[t]) + c
+    """
+
+    def __init__(self, layers: ModuleType, units: int):
+        super().__init__()
+        self.units = units
+        self.queries, self.keys, self.values, self.gates = (
+            layers.Linear(INPUTS, HEADS * units) for _ in range(4)
+        )
+        self.readout = layers.Linear(HEADS * units, OUTPUTS)
+
+    def init_state(self, batch_size: int | None = None) -> None:
+        shape = (HEADS, self.units, self.units)
+        self.S = brainstate.HiddenState(jnp.zeros(shape if batch_size is None else (batch_size, *shape)))
+
+    def update(self, x: jax.Array) -> jax.Array:
+        def heads(layer: Any) -> jax.Array:
+            y = layer(x)
+            return y.reshape(*y.shape[:-1], HEADS, self.units)
+
+        q, k, v = heads(self.queries), heads(self.keys), heads(self.values)
+        S: Any = jax.nn.sigmoid(heads(self.gates))[..., None] * self.S.value + k[..., None] * v[..., None, :]
+        self.S.value = S
+        read = jnp.einsum("...k,...kv->...v", q, S)
+        return self.readout(read.reshape(*x.shape[:-1], -1))
+
+
+class StateSpaceNet(brainstate.nn.Module):
+    """The recurrence of Mamba: channels with several states each, whose step sizes, inputs and outputs depend on the input.
+
+    With inputs x, u = W_u x, step d = softplus(W_d x + b), B = W_B x and C = W_C x, for channel c and state n::
+
+        h[t][c, n] = exp(-d[c] exp(A[c, n])) h[t-1][c, n] + d[c] u[c] B[n]
+        out        = W_out (sum over n of h[t][c, n] C[n] + D[c] u[c]) + c_out
+    """
+
+    def __init__(self, layers: ModuleType, units: int):
+        super().__init__()
+        self.units = units
+        self.drive, self.step = layers.Linear(INPUTS, units), layers.Linear(INPUTS, units)
+        self.enter, self.leave = layers.Linear(INPUTS, STATES), layers.Linear(INPUTS, STATES)
+        rates = jnp.broadcast_to(jnp.log(jnp.arange(1.0, STATES + 1)), (units, STATES))
+        self.rates, self.skip = brainstate.ParamState(rates), brainstate.ParamState(jnp.ones(units))
+        self.readout = layers.Linear(units, OUTPUTS)
+
+    def init_state(self, batch_size: int | None = None) -> None:
+        shape = (self.units, STATES)
+        self.h = brainstate.HiddenState(jnp.zeros(shape if batch_size is None else (batch_size, *shape)))
+
+    def update(self, x: jax.Array) -> jax.Array:
+        u, step = self.drive(x), jax.nn.softplus(self.step(x))
+        kept = jnp.exp(-step[..., None] * jnp.exp(self.rates.value))
+        h: Any = kept * self.h.value + (step * u)[..., None] * self.enter(x)[..., None, :]
+        self.h.value = h
+        read = jnp.einsum("...dn,...n->...d", h, self.leave(x))
+        return self.readout(read + self.skip.value * u)
+
+
+class DelayNet(brainstate.nn.Module):
+    """Recurrent neurons whose spikes arrive after a delay of their own, of 1 to 20 steps, in a ring buffer.
+
+    With potential v, spikes z, delay d[n] of neuron n and inputs x::
+
+        v[t] = 0.9 v[t-1] + W (x[t], z[t-d]) + b - z[t-1]
+        z[t] = v[t] > 1
+        out  = W_out z[t-d] + c
+    """
+
+    def __init__(self, layers: ModuleType, units: int):
+        super().__init__()
+        self.units = units
+        self.delays = jnp.asarray(np.random.default_rng(0).integers(1, SLOTS + 1, units))
+        scale = brainstate.nn.init.Normal(scale=1.5 / (INPUTS + units) ** 0.5)
+        self.synapses = layers.Linear(INPUTS + units, units, w_init=scale)
+        self.readout = layers.Linear(units, OUTPUTS)
+
+    def init_state(self, batch_size: int | None = None) -> None:
+        lead = () if batch_size is None else (batch_size,)
+        self.v = brainstate.HiddenState(jnp.zeros((*lead, self.units)))
+        self.sent = brainstate.HiddenState(jnp.zeros((*lead, SLOTS, self.units)))
+        self.now = brainstate.ShortTermState(jnp.zeros((), jnp.int32))
+
+    def spikes(self) -> jax.Array:
+        """Spikes of the moment, 0 or 1."""
+        return spike(self.v.value - 1.0)
+
+    def update(self, x: jax.Array) -> jax.Array:
+        now: Any = self.now.value
+        sent: Any = self.sent.value
+        z, arriving = self.spikes(), sent[..., (now - self.delays) % SLOTS, jnp.arange(self.units)]
+        self.v.value = 0.9 * self.v.value + self.synapses(jnp.concatenate([x, arriving], axis=-1)) - z
+        self.sent.value = sent.at[..., now % SLOTS, :].set(self.spikes())
+        self.now.value = now + 1
+        return self.readout(arriving)
+
+
 @dataclass(frozen=True)
 class Spec:
     """How a model is made, and what its inputs are like."""
@@ -225,6 +329,8 @@ class Spec:
     spikes: bool = False
     #: Whether the model is one of braintrace's layers as well.
     peer: bool = True
+    #: Whether a sequence leaves its traces to the next. Those of states of many axes cost more than all else.
+    keep_traces: bool = True
 
 
 MODELS = {
@@ -235,6 +341,9 @@ MODELS = {
     "sparse": Spec(SparseNet, spikes=True, peer=False),
     "deep": Spec(DeepNet, peer=False),
     "substeps": Spec(SubstepNet, peer=False),
+    "gla": Spec(AttentionNet, peer=False, keep_traces=False),
+    "mamba": Spec(StateSpaceNet, peer=False, keep_traces=False),
+    "delays": Spec(DelayNet, spikes=True, peer=False, keep_traces=False),
 }
 
 
@@ -269,7 +378,7 @@ class Data:
 def spike_rate(data: Data, steps: int) -> float:
     """The share of a spiking model's neurons that spike at a step, untrained."""
     model = data.model()
-    assert isinstance(model, (SpikingNet, SparseNet))
+    assert isinstance(model, (SpikingNet, SparseNet, DelayNet))
     brainstate.nn.init_all_states(model, batch_size=data.batch)
 
     def one(x: jax.Array) -> jax.Array:

@@ -23,8 +23,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def compiled(data: Data, rule: str, model: brainstate.nn.Module) -> etcompile.Step:
-    return etcompile.compile(model, data.example, algo=rule, batch_size=data.batch, **OPTIONS[rule])
+def compiled(
+    data: Data, rule: str, model: brainstate.nn.Module, keep_traces: bool | None = None
+) -> etcompile.Step:
+    """The step, by default with traces that go from sequence to sequence where those of the benchmark's model do."""
+    keep = data.spec.keep_traces if keep_traces is None else keep_traces
+    schedule = etcompile.Schedule(keep_traces=keep)
+    options = {"algo": rule, "batch_size": data.batch, "schedule": schedule, **OPTIONS[rule]}
+    return etcompile.compile(model, data.example, **options)
 
 
 def sequence(step: etcompile.Step, chunk: int | str = "auto") -> Run:

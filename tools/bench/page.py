@@ -41,6 +41,7 @@ def render(everything: All, command: str) -> str:
         bars=_bars(verdicts),
         reasons=_reasons(verdicts),
         d_rtrl=tables.sequences(everything, "d_rtrl"),
+        many_axes=tables.many_axes(everything),
         pp_prop=tables.sequences(everything, "pp_prop"),
         e_prop=tables.sequences(everything, "e_prop"),
         memory=tables.memory(everything),

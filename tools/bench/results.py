@@ -18,6 +18,7 @@ __all__ = [
     "CHECKPOINT",
     "FORWARD",
     "HAND",
+    "KEPT",
     "WINDOWS",
     "Found",
     "found_cases",
@@ -27,6 +28,8 @@ __all__ = [
 
 #: The contenders, as they are called in results: etcompile in chunks and step by step,
 AUTO, CAUSAL = "etcompile", "step by step"
+#: and with traces at the end, where it does without,
+KEPT = "traces kept"
 #: braintrace step by step and in windows,
 BRAINTRACE, WINDOWS = "braintrace", "braintrace, windows"
 #: and what people write themselves.

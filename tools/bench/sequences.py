@@ -16,7 +16,7 @@ from cases import Case
 from clock import interleaved
 from contenders import Contender, Ready, distances, ready
 from models import Data, spike_rate
-from results import AUTO, BPTT, BRAINTRACE, CAUSAL, CHECKPOINT, FORWARD, HAND, WINDOWS
+from results import AUTO, BPTT, BRAINTRACE, CAUSAL, CHECKPOINT, FORWARD, HAND, KEPT, WINDOWS
 from run import Run
 from settings import Settings
 
@@ -27,15 +27,15 @@ __all__ = ["long_sequence", "sequence", "sparse"]
 
 def sequence(case: Case, data: Data, settings: Settings) -> dict[str, Any]:
     """Times at all lengths, gradients at the shortest."""
-    step = ours.compiled(data, case.rule, data.model())
-    found = _measured(list(_contenders(case, data, settings, step)), step, data, settings)
+    step, kept = (ours.compiled(data, case.rule, data.model(), keep_traces=keep) for keep in (None, True))
+    found = _measured(list(_contenders(case, data, settings, step, kept)), step, data, settings)
     short = settings.lengths[0]
     by_name = {e.entry["who"]: e for e in found if e.entry["steps"] == short and e.gradients}
     return {
         "runs": [e.entry for e in _compared(found, case, data, short)],
-        "trace_bytes": step.report().to_dict()["trace_bytes"],
+        "trace_bytes": kept.report().to_dict()["trace_bytes"],
         "floor": floor.products(data, data.model(), short),
-        "agreement": _largest(by_name, AUTO, CAUSAL),
+        "agreement": _largest(by_name, AUTO, CAUSAL if data.spec.keep_traces else KEPT),
         "by_hand": _largest(by_name, AUTO, HAND),
         "spikes": spike_rate(data, short) if data.spec.spikes else None,
     }
@@ -68,7 +68,9 @@ def sparse(case: Case, data: Data, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _contenders(case: Case, data: Data, settings: Settings, step: etcompile.Step) -> Iterator[Contender]:
+def _contenders(
+    case: Case, data: Data, settings: Settings, step: etcompile.Step, kept: etcompile.Step
+) -> Iterator[Contender]:
     short = settings.lengths[0]
     auto = ours.sequence(step)
     for steps in settings.lengths:
@@ -78,14 +80,16 @@ def _contenders(case: Case, data: Data, settings: Settings, step: etcompile.Step
         if case.model == "gru" and case.rule == "d_rtrl":
             chunks = _dividing(settings.chunks, steps)
             yield Contender(HAND, steps, {c: partial(hand.sequence, data, data.model(), c) for c in chunks})
-        if settings.peer:
+        if settings.peer and data.spec.peer:
             # What small windows do they do at any length.
             windows = _dividing(settings.windows if steps == short else settings.windows[-1:], steps)
             yield Contender(WINDOWS, steps, {k: partial(_theirs, case, data, k) for k in windows})
     yield Contender(FORWARD, short, {None: lambda: plain.forward(data, data.model())})
-    if case.rule == "d_rtrl":
+    if not data.spec.keep_traces:
+        yield Contender(KEPT, short, {None: lambda: ours.sequence(kept)})
+    elif case.rule == "d_rtrl":
         yield Contender(CAUSAL, short, {None: lambda: ours.sequence(step, chunk=1)})
-    if settings.peer:
+    if settings.peer and data.spec.peer:
         yield Contender(BRAINTRACE, settings.slow_steps, {None: partial(_theirs, case, data, 1)})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from cases import MANY_AXES
 from results import (
     AUTO,
     BPTT,
@@ -14,6 +15,7 @@ from results import (
     CHECKPOINT,
     FORWARD,
     HAND,
+    KEPT,
     WINDOWS,
     Found,
     found_cases,
@@ -27,6 +29,7 @@ __all__ = [
     "first",
     "gradients",
     "machines",
+    "many_axes",
     "memory",
     "sequences",
     "sparse",
@@ -81,7 +84,7 @@ def sequences(everything: All, rule: str) -> str:
     head += ["faster than braintrace", "over bptt"] + ["over by hand"] * by_hand
     rows = []
     for label, f in _cases(everything, ("sequence", "long"), rule):
-        for steps in f.steps:
+        for steps in f.steps if f.model not in MANY_AXES else ():
             ours, back, hand = (f.milliseconds(who, steps) for who in (AUTO, BPTT, HAND))
             mine = [_windowed(f, HAND, steps), _ms(f.milliseconds(CAUSAL, steps))] * by_hand
             theirs = (_fastest(*f.fastest_peer(steps)), _ms(f.milliseconds(BRAINTRACE)))
@@ -97,6 +100,19 @@ def sequences(everything: All, rule: str) -> str:
                 (label, f.title, str(f.batch), str(steps), _ms(ours), *mine, *theirs, *rest, *ratios, *more)
             )
     return table(head, rows)
+
+
+def many_axes(everything: All) -> str:
+    """Milliseconds per step where states have many axes."""
+    head = ["on", "model", "batch", "steps", "etcompile", "traces kept", "bptt", "checkpointed", "forward"]
+    rows = []
+    for label, f in _cases(everything, ("sequence", "long"), "d_rtrl"):
+        for steps in f.steps if f.model in MANY_AXES else ():
+            own = [f.milliseconds(who, steps) for who in (AUTO, KEPT, BPTT, CHECKPOINT, FORWARD)]
+            size = f.data.get("trace_bytes")
+            told = (_ratio(ratio(own[0], own[2])), _bytes(size) if size else "")
+            rows.append((label, f.title, str(f.batch), str(steps), *map(_ms, own), *told))
+    return table([*head, "over bptt", "traces"], rows)
 
 
 def memory(everything: All) -> str:
