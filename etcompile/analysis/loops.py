@@ -34,48 +34,58 @@ def through_rounds(
     ``walk`` goes back through the body once, from its results to its inputs. What an operand that all rounds read
     influences through one round is joined with what it does through the others.
     """
-    body, n = loop.body, loop.carried
-    avals = [body.avals[v] for v in body.inputs]
-
-    def none(k: int) -> Array:
-        return np.full(avals[k].shape, NONE, np.int64)
-
-    middle, first_slice = loop.constants, loop.constants + n
-    fixed = [none(k) for k in range(middle)]
-    carried: list[Array] = [
-        none(middle + k) if r is None else np.asarray(r) for k, r in enumerate(results[:n])
+    shapes = [loop.body.avals[v].shape for v in loop.body.inputs]
+    first_carried, first_slice = loop.constants, loop.constants + loop.carried
+    constants = [_nothing(shape) for shape in shapes[:first_carried]]
+    carried = [
+        _nothing(shape) if r is None else np.asarray(r)
+        for shape, r in zip(shapes[first_carried:first_slice], results, strict=False)
     ]
-    stacked = [None if r is None else np.asarray(r) for r in results[n:]]
-    slices = [np.full((loop.length, *a.shape), NONE, np.int64) for a in avals[first_slice:]]
-    order = list(range(loop.length) if loop.reverse else range(loop.length - 1, -1, -1))
-    for count, k in enumerate(order):
+    stacked = [None if r is None else np.asarray(r) for r in results[loop.carried :]]
+    slices = [_nothing((loop.length, *shape)) for shape in shapes[first_slice:]]
+    rounds = list(range(loop.length) if loop.reverse else range(loop.length - 1, -1, -1))
+    for count, k in enumerate(rounds):
         if count == ROUNDS_LIMIT:
             return None
-        seeds: dict[int, Array] = {}
-        for v, r in zip(
-            body.outputs, (*carried, *(None if s is None else s[k] for s in stacked)), strict=True
-        ):
-            if r is not None and (r != NONE).any():
-                assert isinstance(v, int)
-                seeds[v] = r
-        found = walk(seeds)
-        got = [found.get(v) for v in body.inputs]
-        before = [none(middle + j) if g is None else g for j, g in enumerate(got[middle:first_slice])]
-        for j, g in enumerate(got[:middle]):
-            fixed[j] = fixed[j] if g is None else join(fixed[j], g)
-        alike = all((a == b).all() for a, b in zip(before, carried, strict=True)) and all(
-            s is None or (s[order[count:]] == s[k]).all() for s in stacked
-        )
+        of_round = [*carried, *(None if s is None else s[k] for s in stacked)]
+        found = walk(_seeds(loop.body, of_round))
+        got = [found.get(v) for v in loop.body.inputs]
+        constants = [c if g is None else join(c, g) for c, g in zip(constants, got, strict=False)]
+        before = [
+            _nothing(shape) if g is None else g
+            for shape, g in zip(shapes[first_carried:first_slice], got[first_carried:], strict=False)
+        ]
+        rest = rounds[count:]
+        alike = _equal(before, carried) and all(s is None or (s[rest] == s[k]).all() for s in stacked)
         for whole, g in zip(slices, got[first_slice:], strict=True):
             if g is not None:
-                whole[order[count:] if alike else k] = g
+                whole[rest if alike else k] = g
         carried = before
         if alike:
             break
-    return [
-        *(r if (r != NONE).any() else None for r in (*fixed, *carried, *slices)),
-        *(None,) * loop.known,
-    ]
+    operands = [r if _influences(r) else None for r in (*constants, *carried, *slices)]
+    return [*operands, *(None,) * loop.known]
+
+
+def _nothing(shape: Sequence[int]) -> Array:
+    return np.full(shape, NONE, np.int64)
+
+
+def _influences(influence: Array) -> bool:
+    return bool((influence != NONE).any())
+
+
+def _equal(some: Sequence[Array], others: Sequence[Array]) -> bool:
+    return all((a == b).all() for a, b in zip(some, others, strict=True))
+
+
+def _seeds(body: Graph, influences: Sequence[Array | None]) -> dict[int, Array]:
+    """Where to walk back from: the results of a round that influence anything."""
+    return {
+        v: r
+        for v, r in zip(body.outputs, influences, strict=True)
+        if r is not None and _influences(r) and not isinstance(v, Constant)
+    }
 
 
 def moving_inside(loop: Loop, moving: Sequence[bool]) -> list[bool]:

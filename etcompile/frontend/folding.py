@@ -45,7 +45,7 @@ def folded(
         shape = tuple(params["shape"])
         along = [-1 if d == params["dimension"] else 1 for d in range(len(shape))]
         found = np.broadcast_to(np.arange(shape[params["dimension"]]).reshape(along), shape)
-    elif name in _MOVED and not (name == "reshape" and params["dimensions"] is not None):
+    elif name in _MOVED:
         found = _MOVED[name](params, arrays)
     elif whole and name in _COMPUTED:
         with np.errstate(over="ignore"):

@@ -253,6 +253,11 @@ def function_name(operation: Operation) -> str:
     return called.jaxpr.debug_info.func_name
 
 
+def _literal(atom: Any) -> Any:
+    """The value of a literal: what is a plain number of Python in the jaxpr has a shape and a dtype here."""
+    return atom.val if hasattr(atom.val, "ndim") else np.asarray(atom.val, atom.aval.dtype)
+
+
 def _aval(value: Any) -> Aval:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return Aval(tuple(int(n) for n in value.shape), value.dtype)
@@ -343,7 +348,7 @@ class GraphBuilder:
         env.update(zip(jaxpr.invars, inputs, strict=True))
 
         def get(atom: Any) -> Operand:
-            return Constant(atom.val) if isinstance(atom, jex_core.Literal) else env[atom]
+            return Constant(_literal(atom)) if isinstance(atom, jex_core.Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
             operands = [get(a) for a in eqn.invars]
@@ -382,6 +387,14 @@ class GraphBuilder:
             return self.select_branches(eqn, inputs, where, source)
         if name in _BROADCASTING:
             inputs = self.same_shape(inputs, where)
+        if name == "device_put" and len(inputs) > 1:
+            return self.put_one_by_one(eqn, inputs, where)
+        params = dict(eqn.params)
+        if (
+            name == "reshape" and params["dimensions"] is not None
+        ):  # two moves in one: nobody after this has to know
+            order, params["dimensions"] = tuple(params["dimensions"]), None
+            inputs = self.call(lambda v: lax.transpose(v, order), inputs, where)
         if name == "custom_linear_solve":
             inputs = self.solved_as_one(eqn, inputs, where)
         elif self.inside != "nothing":
@@ -391,13 +404,11 @@ class GraphBuilder:
         avals = [Aval(tuple(v.aval.shape), v.aval.dtype) for v in eqn.outvars]
         if not any(a.differentiable for a in avals) and all(isinstance(i, Constant) for i in inputs):
             # indices at once: what a sparse product is depends on them
-            operation = Operation(
-                eqn.primitive, dict(eqn.params), tuple(inputs), tuple(range(len(avals))), where
-            )
+            operation = Operation(eqn.primitive, params, tuple(inputs), tuple(range(len(avals))), where)
             values = _computed(operation, avals)
             if values is not None:
                 return list(values)
-        return list(self.emit(eqn.primitive, dict(eqn.params), inputs, avals, where))
+        return list(self.emit(eqn.primitive, params, inputs, avals, where))
 
     def look_inside(self, eqn: Any, inputs: list[Operand], where: str) -> list[Operand] | None:
         """Inline what another library's primitive computes; None where that cannot be known."""
@@ -442,6 +453,17 @@ class GraphBuilder:
             )
             env.update(zip(operation.outputs, outputs, strict=True))
         return [get(o) for o in graph.outputs]
+
+    def put_one_by_one(self, eqn: Any, inputs: Sequence[Operand], where: str) -> list[Operand]:
+        """A ``device_put`` of several arrays as one of each: none depends on another, and JAX cannot map all mixtures."""
+        each = [
+            {**eqn.params, **{name: (eqn.params[name][k],) for name in ("devices", "srcs", "copy_semantics")}}
+            for k in range(len(inputs))
+        ]
+        return [
+            self.emit(eqn.primitive, params, [v], [Aval(tuple(out.aval.shape), out.aval.dtype)], where)[0]
+            for params, v, out in zip(each, inputs, eqn.outvars, strict=True)
+        ]
 
     def solved_as_one(self, eqn: Any, inputs: list[Operand], where: str) -> list[Operand]:
         """Operands of a linear solve. Its derivative is that of the product which it solves for: its factors have none."""

@@ -60,8 +60,6 @@ def _ordinary(
         return 0 not in moving and len(operands) == 3 and operands[0].dtype == jnp.bool_
     if name == "div":
         return tuple(moving) == (0,)
-    if name == "reshape":
-        return params.get("dimensions") is None
     if name == "slice":
         return params["strides"] is None or set(params["strides"]) == {1}
     if name == "dot_general":
