@@ -52,6 +52,7 @@ __all__ = [
     "is_traced",
     "jvp_graph",
     "run_jaxpr",
+    "staged",
 ]
 
 #: A scan that grows to no more than this many operations is unrolled; a longer one stays a loop.
@@ -702,6 +703,34 @@ def run_jaxpr(closed: Any, *args: Any, consts: Sequence[Any] | None = None) -> l
         v if hasattr(v, "shape") else jnp.asarray(v, out.aval.dtype)
         for v, out in zip(found, outs, strict=True)
     ]
+
+
+def staged(fn: Callable, *args: Any) -> tuple[Graph, Any]:
+    """What JAX traces of a function of these shapes, operation by operation, and the tree of its result with shapes.
+
+    Nothing is inlined or left out. Arrays that the function closes over are constants, traced ones as well.
+    """
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+    number: dict[Any, Operand] = {}
+    avals: list[Aval] = []
+
+    def variable(v: Any) -> int:
+        number[v] = len(avals)
+        avals.append(Aval(tuple(v.aval.shape), v.aval.dtype))
+        return len(avals) - 1
+
+    def operand(v: Any) -> Operand:
+        return Constant(v.val) if isinstance(v, jex_core.Literal) else number[v]
+
+    number.update(
+        (v, Constant(value)) for v, value in zip(closed.jaxpr.constvars, closed.consts, strict=True)
+    )
+    inputs = tuple(map(variable, closed.jaxpr.invars))
+    operations = tuple(
+        Operation(e.primitive, e.params, tuple(map(operand, e.invars)), tuple(map(variable, e.outvars)), "?")
+        for e in closed.jaxpr.eqns
+    )
+    return Graph(tuple(avals), inputs, operations, tuple(map(operand, closed.jaxpr.outvars))), shapes
 
 
 def inputs_used(closed: Any) -> set[int]:

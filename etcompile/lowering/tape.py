@@ -134,11 +134,12 @@ class Tape:
         targets: Sequence[int],
         independent: Set[int] = frozenset(),
         cuts: Mapping[Use, np.ndarray] | None = None,
+        onto: bool = False,
     ) -> dict[int, Array]:
         """Tangents of ``targets`` for tangents of any variables: the transpose of :meth:`pull`.
 
         Variables in ``independent`` do not move, whatever they are made of. With ``cuts`` no tangent passes these uses, nor those
-        of weights at sites.
+        of weights at sites. With ``onto`` what reaches a variable with a tangent of its own is added to it, otherwise dropped.
         """
         found = dict(tangents)
         stopped = frozenset() if cuts is None else self.frozen
@@ -161,8 +162,9 @@ class Tape:
                 if isinstance(v := operation.inputs[k], int)
             ]
             for v, tangent in zip(self._live(number), self._pushed(number, moving, given), strict=True):
-                if v not in independent and v not in tangents:
-                    found[v] = tangent
+                if v in independent or (v in tangents and not onto):
+                    continue
+                found[v] = tangents[v] + tangent if v in tangents else tangent
         return {v: found[v] for v in targets if v in found}
 
     def _leading(self, targets: frozenset[int]) -> set[int]:

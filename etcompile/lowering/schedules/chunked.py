@@ -35,6 +35,7 @@ from etcompile.lowering.mapped import mapped
 from etcompile.lowering.schedules.base import Found, Loop, Run, SequenceSchedule, Steps
 from etcompile.lowering.schedules.first_pass import FirstPass, Passed
 from etcompile.lowering.schedules.linear import ChunkEquations, chunk_equations
+from etcompile.lowering.schedules.pulled import PulledCredit, pulled_credit
 from etcompile.lowering.schedules.recurrence import Recurrence, TraceClass, referred, value_key, weighted
 from etcompile.lowering.schedules.relation_traces import RelationTraces
 from etcompile.lowering.schedules.traffic import chunks_pay_off
@@ -57,7 +58,8 @@ class Chunked(SequenceSchedule):
 
     def __init__(self, causal: CausalProgram) -> None:
         super().__init__(causal)
-        self._first_pass = FirstPass(causal.model)
+        self._pulled = pulled_credit(causal)
+        self._first_pass = FirstPass(causal.model, self._pulled.wide if self._pulled else None)
         self._carried = set(causal.program.carried)
         self._quiet = Context(causal.program, causal.model, None, None, causal.functions)
 
@@ -114,16 +116,31 @@ class Chunked(SequenceSchedule):
     def part(self, run: Run, loop: Loop, steps: Steps) -> tuple[Loop, Found]:
         traces, inputs = self.causal.carried.wide(loop.traces), run.inputs(steps.inputs)
         passed = self._first_pass(run.weights, loop.states, inputs)  # h_0 ... h_C
-        found, values, own = self._at_all_steps(
+        found, values, own, asked = self._at_all_steps(
             run, loop.carried, steps, passed, inputs
         )  # D_t, f_t, x_t, L_t, K_t
         values, filters = self._filtered(values, traces)
         values = self._after_filters(values)
         recurrences = self._recurrences(values, traces)
-        sites = self._gradients(recurrences, values, traces)
+        if self._pulled is None:
+            sites = self._gradients(recurrences, values, traces)
+        else:
+            seen = (passed.before, passed.costly, inputs, *asked)
+            sites = self._gradients_of_pulled(self._pulled, run.weights, seen, values, traces)
         traces = self.causal.stored({**filters, **self._ends(recurrences, values, traces)})
         sums = added(loop.sums, by_name(sites, own))
         return Loop(passed.states, traces, sums, found.carried), (found.value, found.aux)
+
+    def over(self, run: Run, loop: Loop, steps: Steps, size: int) -> tuple[Loop, Found]:
+        alone = not self.causal.keeps and steps.count <= size
+        if alone and self._pulled is not None:  # one chunk: traces are zero before it, and of no use after it
+            loop = dataclasses.replace(loop, traces=self._without_rows(loop.traces))
+        return super().over(run, loop, steps, size)
+
+    def _without_rows(self, traces: Traces) -> Traces:
+        """Carried values, the rows of those of the classes all left out."""
+        left_out = {e.name for c in self._equations.classes for of in c.traces.values() for e in of}
+        return {name: (None,) * len(v) if name in left_out else v for name, v in traces.items()}
 
     def forward_size(self, schedule: Schedule, steps: int) -> int:
         if self.causal.program.window is not None or self.refusal() is not None:
@@ -155,8 +172,8 @@ class Chunked(SequenceSchedule):
 
     def _at_all_steps(
         self, run: Run, carried: Any, steps: Steps, passed: Passed, inputs: list[Array]
-    ) -> tuple[LossValue, dict[str, Value], dict[int, Array]]:
-        """Losses, what needs nothing of other steps, and the gradients of parameters that the loss reads itself."""
+    ) -> tuple[LossValue, dict[str, Value], dict[int, Array], Any]:
+        """Losses, what needs nothing of other steps, gradients of parameters that the loss reads, and of what steps give it."""
         model, reads = self.causal.model, run.loss.program
         seen = (passed.before, passed.costly, inputs)
         given = (steps.items, steps.moving)
@@ -178,22 +195,23 @@ class Chunked(SequenceSchedule):
 
             carried, before = lax.scan(write, carried, (made, given))
         without_params = dataclasses.replace(reads, params=())
-        equations = [*self._equations.alone, *self._equations.signals]
+        equations = [*self._equations.alone, *(() if self._pulled else self._equations.signals)]
 
         def at_step(
             old: list[Array], costly: dict[int, Array], x: list[Array], given: Any, now: Any
-        ) -> tuple[Found, dict[str, Value]]:
+        ) -> tuple[Found, dict[str, Value], Any]:
             step = model.step(run.weights, old, x, costly, quiet=True)
             found, cotangents = loss_and_cotangents(
                 run.of_step, without_params, step.outputs, step.new_states, run.params, now, given[0]
             )
             after = step.with_loss(cotangents.outputs, cotangents.states, run.call(*given))
             context = Context(self.causal.program, model, step, after, self.causal.functions)
-            return (found.value, found.aux), evaluate(context, equations, {}, {})
+            asked = (cotangents.outputs, cotangents.states) if self._pulled else None
+            return (found.value, found.aux), evaluate(context, equations, {}, {}), asked
 
-        (losses, aux), values = mapped(at_step, *seen, given, before)
+        (losses, aux), values, asked = mapped(at_step, *seen, given, before)
         own = _by_params(run, made, given, before) if reads.params else {}
-        return LossValue(losses, aux, carried), values, own
+        return LossValue(losses, aux, carried), values, own, asked
 
     def _filtered(self, values: dict[str, Value], traces: Traces) -> tuple[dict[str, Value], Traces]:
         """Values with those that are recurrences of the size of states or presynaptic values; and these after the chunk."""
@@ -262,6 +280,22 @@ class Chunked(SequenceSchedule):
                 _add(gradients, site, own.gradient_of_start(traces, a_0))  # a_0 e_0
         for (x, site), credit in credits.items():  # sum_t pullback(x_t, q_t + f_t a_t)
             _add(gradients, site, self.causal.model.sites[site].pullback_of_steps(values[x], credit))
+        return gradients
+
+    def _gradients_of_pulled(
+        self, loop: PulledCredit, weights: list[Array], seen: Any, values: dict[str, Value], traces: Traces
+    ) -> dict[str, Array]:
+        """The same where one loop finds all credits of y."""
+        pulled, model = loop(weights, seen), self.causal.model
+        gradients: dict[str, Array] = {}
+        for site, x in loop.sites.items():
+            _add(gradients, site, model.sites[site].pullback_of_steps(values[x], pulled.credits[site]))
+        for one in self._equations.classes:
+            for relation, equations in one.traces.items():
+                geometry = model.traces[relation]
+                own = RelationTraces(geometry, [(e, e.name) for e in equations])
+                asked = {e.name: pulled.start[one.group] for e in equations if e.name in self._carried}
+                _add(gradients, geometry.relation.site, own.gradient_of_start(traces, asked))
         return gradients
 
     def _ends(self, recurrences: list[Recurrence], values: dict[str, Value], traces: Traces) -> Traces:

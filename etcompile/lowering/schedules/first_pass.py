@@ -6,6 +6,7 @@ What reads no state (encoders, embeddings, convolutions of the input) leaves the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -17,10 +18,17 @@ from etcompile.analysis.index_rules import CHEAP
 from etcompile.frontend.jaxpr import Operation, bind, has_effects, read
 from etcompile.lowering.derivatives import LoweredModel
 from etcompile.lowering.mapped import mapped
+from etcompile.lowering.schedules.split import expands
 
 __all__ = ["FirstPass", "Passed"]
 
 Array = Any
+
+#: Operations of which no derivative reads what they are applied to, indices and conditions apart.
+_LINEAR = frozenset(
+    """add add_any broadcast_in_dim concatenate convert_element_type copy dynamic_slice dynamic_update_slice gather neg pad
+    reduce_sum reshape rev scatter scatter-add select_n slice split squeeze sub transpose""".split()  # noqa: SIM905
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +73,9 @@ class _Parts:
 class FirstPass:
     """The model alone, step by step."""
 
-    def __init__(self, model: LoweredModel) -> None:
+    def __init__(self, model: LoweredModel, wide: int | None = None) -> None:
+        #: What is larger counts as wide: it is made again where it is read, if that is quick.
+        self._wide = wide
         self._model = model
         self._graph = model.analysis.split.body
         self._states = model.analysis.model.state_vars
@@ -96,17 +106,42 @@ class FirstPass:
 
     @cached_property
     def bytes_of_a_step(self) -> int:
-        """What one step holds in a chunk, about: its values, and as much for their derivatives."""
-        made = [self._graph.avals[v] for operation in self._graph.operations for v in operation.outputs]
-        return max(1, 2 * sum(a.size * a.dtype.itemsize for a in made))
+        """What one step holds in a chunk, about: its values, and as much for their derivatives; of wide ones, what is kept."""
+        made = [v for operation in self._graph.operations for v in operation.outputs if not self._is_wide(v)]
+        read = {
+            v
+            for operation in self._graph.operations
+            for v in _variables(operation)
+            if operation.name not in _LINEAR
+        }
+        wide = [
+            v for v in (*self._states, *self._costly, *self._parts.across) if self._is_wide(v) and v in read
+        ]
+        return max(1, 2 * self._bytes(made) + self._bytes(dict.fromkeys(wide)))
+
+    def _bytes(self, variables: Iterable[int]) -> int:
+        return sum(a.size * a.dtype.itemsize for a in (self._graph.avals[v] for v in variables))
+
+    def _is_wide(self, variable: int) -> bool:
+        return self._wide is not None and self._graph.avals[variable].size > self._wide
+
+    def _narrows(self, operation: Operation) -> bool:
+        """Whether an operation makes of something wide what is not."""
+        return any(map(self._is_wide, _variables(operation))) and not any(
+            map(self._is_wide, operation.outputs)
+        )
 
     @cached_property
     def _needed(self) -> tuple[Operation, ...]:
-        """Operations on the way to the new states, and those that do something beside their results."""
+        """Operations on the way to the new states, and those that do something beside their results.
+
+        Also those that read something wide and make less of it: it is there, and need not be read again for all steps.
+        """
         needed = {v for v in self._after if isinstance(v, int)}
         found: list[Operation] = []
         for operation in reversed(self._graph.operations):
-            if not needed.isdisjoint(operation.outputs) or has_effects(operation):
+            wanted = has_effects(operation) or (operation.loop is None and self._narrows(operation))
+            if wanted or not needed.isdisjoint(operation.outputs):
                 needed.update(_variables(operation))
                 found.append(operation)
         return tuple(reversed(found))
@@ -115,11 +150,15 @@ class FirstPass:
     def _costly(self) -> tuple[int, ...]:
         """Variables on the way to the new states whose operations are worth keeping, and what comes from outside."""
         costly = [v for operation in self._needed if self._is_costly(operation) for v in operation.outputs]
-        new = [v for v in self._after if isinstance(v, int) and self._is_plain(v)]
+        new = [v for v in self._after if isinstance(v, int) and self._is_plain(v) and not self._is_wide(v)]
         return tuple(dict.fromkeys([*costly, *new, *(self._model.effects or ())]))
 
     def _is_costly(self, operation: Operation) -> bool:
-        return operation.name not in CHEAP and all(map(self._is_plain, operation.outputs))
+        costly = operation.name not in CHEAP and not self._expands(operation)
+        return (costly or self._narrows(operation)) and all(map(self._is_plain, operation.outputs))
+
+    def _expands(self, operation: Operation) -> bool:
+        return self._wide is not None and expands(operation, self._graph.avals, self._wide)
 
     def _is_plain(self, variable: int) -> bool:
         return not jnp.issubdtype(self._graph.avals[variable].dtype, jax.dtypes.extended)
@@ -135,6 +174,8 @@ class FirstPass:
                 moving.update(operation.outputs)
             elif not still.isdisjoint(reads):
                 still.update(operation.outputs)
+                if self._expands(operation):  # quicker to make in the loop than to read there
+                    continue
                 if self._is_costly(operation) or not costly.isdisjoint(reads):
                     costly.update(operation.outputs)
         away = [not costly.isdisjoint(operation.outputs) for operation in self._needed]

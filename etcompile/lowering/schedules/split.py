@@ -1,0 +1,137 @@
+"""A loop over time whose body is linear in what it carries, transposed; what need not be in the loop stands before it.
+
+The loop runs backwards, and at each step makes what its linear part multiplies by of what it is given. Of this, all is computed
+for all steps at once that takes long (products with weights, exponentials) or is no larger than what it is made of. What only
+moves and repeats numbers, or multiplies them once, to large arrays is computed in the loop: a gate that is repeated along an
+axis of a state would go through memory for all steps, and the gate itself is small.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from etcompile.frontend.jaxpr import Aval, Graph, Operation, bind, read, staged
+from etcompile.lowering.mapped import mapped
+
+__all__ = ["expands", "transposed"]
+
+Array = Any
+
+#: Operations that are as quick to repeat as to read their result.
+_QUICK = frozenset(
+    """abs add add_any and broadcast_in_dim ceil clamp concatenate convert_element_type copy div eq floor ge gt integer_pow
+    iota le lt max min mul ne neg not or pad real reshape rev select_n sign slice square squeeze sub transpose
+    xor""".split()  # noqa: SIM905
+)
+
+
+def expands(operation: Operation, avals: Sequence[Aval], wide: int) -> bool:
+    """Whether an operation makes more than ``wide`` numbers, and quickly: by moves and arithmetic, or as an outer product."""
+    if max((avals[v].size for v in operation.outputs), default=0) <= wide:
+        return False
+    if operation.name == "dot_general":
+        return not any(map(len, operation.params["dimension_numbers"][0]))
+    return operation.name in _QUICK
+
+
+def transposed(
+    body: Callable[..., tuple[Any, Array]], start: Any, added: Any, seen: Any, wide: int
+) -> tuple[Any, Any]:
+    """Derivatives of a sum over time by what each step adds, and by what it starts from.
+
+    Parameters
+    ----------
+    body : callable
+        ``body(now, added, seen) -> (next, number)``, linear in the first two.
+    start, added : pytree of shapes
+        What the loop carries, and what one step adds.
+    seen : pytree of arrays
+        What each step is given, time on axis 0.
+    wide : int
+        Of arrays above this size it is asked whether the loop should make them.
+    """
+    given = jax.tree.leaves(seen)
+    one = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), seen)
+    graph, shapes = staged(body, start, added, one)
+    linear, each = graph.inputs[: -len(given)], graph.inputs[-len(given) :]
+    parts = _parts(graph, linear, wide)
+
+    def ahead(*of_step: Array) -> list[Array]:
+        env = _run(parts.ahead, dict(zip(each, of_step, strict=True)))
+        return [env[v] for v in parts.across]
+
+    def inside(now: Any, some: Any, made: Sequence[Array]) -> tuple[Any, Array]:
+        env = dict(zip(linear, jax.tree.leaves((now, some)), strict=True))
+        env = _run(parts.inside, {**env, **dict(zip(parts.across, made, strict=True))})
+        return jax.tree.unflatten(jax.tree.structure(shapes), [read(env, v) for v in graph.outputs])
+
+    # Step by step: JAX would compute what a loop's linear part multiplies by in a loop of its own, and keep it for all steps.
+    def back(asked: Any, made: Sequence[Array]) -> tuple[Any, Any]:
+        pull = jax.linear_transpose(lambda now, some: inside(now, some, made), start, added)
+        return pull((asked, jnp.ones(shapes[1].shape, shapes[1].dtype)))
+
+    zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), start)
+    crossing = mapped(ahead, *given) if parts.across else []
+    first, of_steps = lax.scan(back, zeros, crossing, length=given[0].shape[0], reverse=True)
+    return of_steps, first
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """The operations of a body.
+
+    Attributes
+    ----------
+    ahead, inside : tuple of Operation
+        For all steps at once, and those of the loop; some stand in both.
+    across : tuple of int
+        What the loop reads of the first, or of what a step is given.
+    """
+
+    ahead: tuple[Operation, ...]
+    inside: tuple[Operation, ...]
+    across: tuple[int, ...]
+
+
+def _parts(graph: Graph, linear: Sequence[int], wide: int) -> _Parts:
+    moving = set(linear)
+    known: list[Operation] = []  # they read nothing that is linear
+    inside: list[Operation] = []
+    for operation in graph.operations:
+        if moving.isdisjoint(operation.inputs):
+            known.append(operation)
+        else:
+            inside.append(operation)
+            moving.update(operation.outputs)
+    wanted = {*_variables(graph.outputs), *(v for operation in inside for v in _variables(operation.inputs))}
+    for operation in reversed(known):
+        if not wanted.isdisjoint(operation.outputs) and expands(operation, graph.avals, wide):
+            inside.insert(0, operation)
+            wanted.update(_variables(operation.inputs))
+    made = {*moving, *(v for operation in inside for v in operation.outputs)}
+    across = tuple(v for v in sorted(wanted) if v not in made)
+    ahead: list[Operation] = []
+    needs = set(across)
+    for operation in reversed(known):
+        if not needs.isdisjoint(operation.outputs):
+            ahead.insert(0, operation)
+            needs.update(_variables(operation.inputs))
+    return _Parts(tuple(ahead), tuple(inside), across)
+
+
+def _variables(operands: Iterable[Any]) -> list[int]:
+    return [v for v in operands if isinstance(v, int)]
+
+
+def _run(operations: Iterable[Operation], env: dict[int, Array]) -> dict[int, Array]:
+    """Values with those that operations make of them."""
+    for operation in operations:
+        results = bind(operation, [read(env, v) for v in operation.inputs])
+        env.update(zip(operation.outputs, results, strict=True))
+    return env
