@@ -56,4 +56,5 @@ class Compiled:
             self.leaves_out,
             self.causal.placement.lines(),
             self.changes,
+            self.functions.bytes_in_chunk,
         )

@@ -52,14 +52,23 @@ def _lines(report: Report) -> Iterator[str]:
     for name, size in report.traces.items():
         owner = report.trace_owners.get(name)
         yield f"    {name}  {bytes_text(size)}" + (f"  {owner}" if owner else "")
-    if report.traces and any(p.positions > 1 for p in report.parameters):
-        yield "    a sequence that is one chunk needs none of these, with Schedule(keep_traces=False)"
+    if report.chunk_bytes and any(p.positions > 1 for p in report.parameters):
+        yield from _many_positions(report)
     if report.devices:
         yield "  devices"
         yield from (f"    {line}" for line in report.devices)
     yield "  cuts" if report.cuts else "  cuts: none"
     for cut in report.cuts:
         yield from _cut(cut)
+
+
+def _many_positions(report: Report) -> Iterator[str]:
+    """What traces cost beside a chunk, where they have an entry for each of many positions and input."""
+    if report.traces:
+        yield f"    in a chunk no trace appears, and a step holds {bytes_text(report.chunk_bytes)}; a sequence that is one chunk"
+        yield "    needs none of these, with Schedule(keep_traces=False)"
+    else:
+        yield f"  traces: none is kept; in a chunk a step holds {bytes_text(report.chunk_bytes)}"
 
 
 def _named(report: Report, name: str) -> str:

@@ -16,6 +16,7 @@ from zoo import by_name
 
 import etcompile
 from etcompile import Schedule, parse_program
+from etcompile.amounts import bytes_text
 
 pytestmark = pytest.mark.usefixtures("by_numpy")
 TOLERANCE = 1e-10
@@ -235,7 +236,12 @@ def test_without_kept_traces_nothing_is_carried():
     _, grads = step.scan_value_and_grad(built.loss_fn, chunk=3)(built.xs, *built.targets)
     assert relative_error(grads, autodiff(case).total) < TOLERANCE
     assert step.report().trace_bytes == 0
-    assert "Schedule(keep_traces=False)" in str(step_of(case).report())
+    kept = step_of(case).report()
+    assert "Schedule(keep_traces=False)" in str(kept)
+    # What a chunk holds of a step does not depend on whether traces are kept, and both reports say it.
+    assert kept.chunk_bytes == step.report().chunk_bytes > 0
+    for report in (kept, step.report()):
+        assert f"a step holds {bytes_text(report.chunk_bytes)}" in str(report)
 
 
 # --- on the way from y to the state -----------------------------------------------------------------------------------

@@ -60,6 +60,13 @@ class StepFunctions:
         self._apply = jax.custom_vjp(self._primal)
         self._apply.defvjp(self._forward, self._backward)
 
+    @property
+    def bytes_in_chunk(self) -> int:
+        """What each of many steps that are handled together holds, about; 0 where they cannot be."""
+        return max(
+            (schedule.bytes_of_a_step for schedule in self.schedules if not schedule.refusal()), default=0
+        )
+
     # -- one step -----------------------------------------------------------------------------------------------
 
     def apply(

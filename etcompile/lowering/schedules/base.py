@@ -234,6 +234,11 @@ class SequenceSchedule:
         """
         raise NotImplementedError
 
+    @property
+    def bytes_of_a_step(self) -> int:
+        """What each of many steps that are handled together holds, about; 0 where nothing is held for all of them."""
+        return 0
+
     def caution(self, size: int, steps: int) -> str:
         """What a user should be told of running ``steps`` steps like this."""
         return ""

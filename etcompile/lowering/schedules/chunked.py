@@ -94,6 +94,10 @@ class Chunked(SequenceSchedule):
         size = min(wanted, steps)
         return size if size > 1 else 0
 
+    @property
+    def bytes_of_a_step(self) -> int:
+        return self._first_pass.bytes_of_a_step
+
     @cached_property
     def _pay_off(self) -> bool:
         return chunks_pay_off(self.causal)
