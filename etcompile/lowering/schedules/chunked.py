@@ -292,8 +292,11 @@ class Chunked(SequenceSchedule):
         """The same where one loop finds all credits of y."""
         pulled, model = loop(weights, seen), self.causal.model
         gradients: dict[str, Array] = {}
-        for site, x in loop.sites.items():
-            _add(gradients, site, model.sites[site].pullback_of_steps(values[x], pulled.credits[site]))
+        for site, gradient in pulled.gradients.items():
+            _add(gradients, site, gradient)
+        for site, credit in pulled.credits.items():
+            x = values[loop.sites[site]]
+            _add(gradients, site, model.sites[site].pullback_of_steps(x, credit))
         for one in self._equations.classes:
             for relation, equations in one.traces.items():
                 geometry = model.traces[relation]

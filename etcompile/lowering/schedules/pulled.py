@@ -15,6 +15,7 @@ it: d is then the tangent of the states itself, and the loop is that of backprop
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import cached_property, partial, reduce
 from operator import add
@@ -47,11 +48,14 @@ class Pulled:
     ----------
     credits : mapping of str to array
         Per site the credit of its y, time on axis 0.
+    gradients : mapping of str to array
+        Of other sites the gradient of the weight, summed over time.
     start : mapping of str to tuple of array
         Per group what is asked of its traces at the start, as rows over positions.
     """
 
     credits: dict[str, Array]
+    gradients: dict[str, Array]
     start: dict[str, tuple[Array | None, ...]]
 
 
@@ -85,24 +89,49 @@ class PulledCredit:
             return jax.ShapeDtypeStruct(avals[variable].shape, avals[variable].dtype)
 
         start = {leaves[s]: shape(leaves[s]) for g in self._groups for s in g.states}
-        added = {name: shape(analysis.site(name).y) for name in self.sites}
-        credits, first = transposed(partial(self._step, weights), start, added, seen, self.wide)
+        added = {name: shape(analysis.site(name).y) for name in self.sites if name not in self._in_loop}
+        always = {name: self.model.sites[name].weight for name in self._in_loop}
+        always = {name: jax.ShapeDtypeStruct(v.shape, v.dtype) for name, v in always.items()}
+        body = partial(self._step, weights)
+        credits, gradients, first = transposed(body, start, added, always, seen, self.wide)
         rows = {
             g.name: self.model.credits_of(g.name, [first[leaves[s]] for s in g.states]) for g in self._groups
         }
-        return Pulled(credits, rows)
+        return Pulled(credits, gradients, rows)
+
+    @cached_property
+    def _in_loop(self) -> tuple[str, ...]:
+        """Sites with a y as large as the states, and no product in their gradient, which is summed in the loop."""
+        sites = {name: self.model.sites[name] for name in self.sites}
+        return tuple(
+            name
+            for name, site in sites.items()
+            if site.y.size > self.wide
+            and math.prod(site.contracted) == 1
+            and site.closed
+            and site.weight.dtype == site.y.dtype
+        )
 
     @cached_property
     def _groups(self) -> list[HiddenGroup]:
         names = dict.fromkeys(self.model.traces[r].relation.group for r in self.relations)
         return [self.model.analysis.group(name) for name in names]
 
-    def _step(self, weights: list[Array], now: dict[int, Array], added: dict[str, Array], seen: Any) -> Any:
+    def _step(
+        self,
+        weights: list[Array],
+        now: dict[int, Array],
+        added: dict[str, Array],
+        always: dict[str, Array],
+        seen: Any,
+    ) -> Any:
         """One step of the loop, forwards: the tangents after it, and what the loss makes of those before and of what is added."""
         old, known, inputs, outputs, states = seen
         step = self.model.step(weights, old, inputs, known, quiet=True)
         asked = step.with_loss(outputs, states).seeds
         of_y = {self.model.analysis.site(name).y: u for name, u in added.items()}
+        for name, v in always.items():
+            of_y[self.model.analysis.site(name).y] = self.model.sites[name].respond(v, step.presynaptic(name))
         new = self.model.analysis.model.new_state_vars
         after = {self.model.analysis.model.state_vars[s]: new[s] for g in self._groups for s in g.states}
         if self._uncut:

@@ -41,16 +41,16 @@ def expands(operation: Operation, avals: Sequence[Aval], wide: int) -> bool:
 
 
 def transposed(
-    body: Callable[..., tuple[Any, Array]], start: Any, added: Any, seen: Any, wide: int
-) -> tuple[Any, Any]:
-    """Derivatives of a sum over time by what each step adds, and by what it starts from.
+    body: Callable[..., tuple[Any, Array]], start: Any, added: Any, always: Any, seen: Any, wide: int
+) -> tuple[Any, Any, Any]:
+    """Derivatives of a sum over time by what each step adds, by what all steps add, and by what it starts from.
 
     Parameters
     ----------
     body : callable
-        ``body(now, added, seen) -> (next, number)``, linear in the first two.
-    start, added : pytree of shapes
-        What the loop carries, and what one step adds.
+        ``body(now, added, always, seen) -> (next, number)``, linear in all but the last.
+    start, added, always : pytree of shapes
+        What the loop carries, what one step adds, and what is the same at all steps.
     seen : pytree of arrays
         What each step is given, time on axis 0.
     wide : int
@@ -58,28 +58,33 @@ def transposed(
     """
     given = jax.tree.leaves(seen)
     one = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), seen)
-    graph, shapes = staged(body, start, added, one)
+    graph, shapes = staged(body, start, added, always, one)
     linear, each = graph.inputs[: -len(given)], graph.inputs[-len(given) :]
+    graph = _without_repeats(graph)
     parts = _parts(graph, linear, wide)
 
     def ahead(*of_step: Array) -> list[Array]:
         env = _run(parts.ahead, dict(zip(each, of_step, strict=True)))
         return [env[v] for v in parts.across]
 
-    def inside(now: Any, some: Any, made: Sequence[Array]) -> tuple[Any, Array]:
-        env = dict(zip(linear, jax.tree.leaves((now, some)), strict=True))
+    def inside(now: Any, some: Any, all_: Any, made: Sequence[Array]) -> tuple[Any, Array]:
+        env = dict(zip(linear, jax.tree.leaves((now, some, all_)), strict=True))
         env = _run(parts.inside, {**env, **dict(zip(parts.across, made, strict=True))})
         return jax.tree.unflatten(jax.tree.structure(shapes), [read(env, v) for v in graph.outputs])
 
     # Step by step: JAX would compute what a loop's linear part multiplies by in a loop of its own, and keep it for all steps.
-    def back(asked: Any, made: Sequence[Array]) -> tuple[Any, Any]:
-        pull = jax.linear_transpose(lambda now, some: inside(now, some, made), start, added)
-        return pull((asked, jnp.ones(shapes[1].shape, shapes[1].dtype)))
+    def back(later: Any, made: Sequence[Array]) -> tuple[Any, Any]:
+        asked, total = later
+        pull = jax.linear_transpose(
+            lambda now, some, all_: inside(now, some, all_, made), start, added, always
+        )
+        asked, of_step, of_all = pull((asked, jnp.ones(shapes[1].shape, shapes[1].dtype)))
+        return (asked, jax.tree.map(jnp.add, total, of_all)), of_step
 
-    zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), start)
+    zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), (start, always))
     crossing = mapped(ahead, *given) if parts.across else []
-    first, of_steps = lax.scan(back, zeros, crossing, length=given[0].shape[0], reverse=True)
-    return of_steps, first
+    (first, total), of_steps = lax.scan(back, zeros, crossing, length=given[0].shape[0], reverse=True)
+    return of_steps, total, first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +128,29 @@ def _parts(graph: Graph, linear: Sequence[int], wide: int) -> _Parts:
             ahead.insert(0, operation)
             needs.update(_variables(operation.inputs))
     return _Parts(tuple(ahead), tuple(inside), across)
+
+
+def _without_repeats(graph: Graph) -> Graph:
+    """A graph in which the same is computed once: an exponential is made for its value, and again for its derivative."""
+    first: dict[Any, tuple[int, ...]] = {}
+    same: dict[int, int] = {}
+    operations = []
+    for operation in graph.operations:
+        operation = dataclasses.replace(operation, inputs=tuple(_replaced(v, same) for v in operation.inputs))
+        key = operation.primitive, operation.inputs, tuple(operation.params.items())
+        try:
+            before = first.setdefault(key, operation.outputs)
+        except TypeError:  # parameters without a hash
+            before = operation.outputs
+        same.update(zip(operation.outputs, before, strict=True))
+        if before is operation.outputs:
+            operations.append(operation)
+    outputs = tuple(_replaced(v, same) for v in graph.outputs)
+    return dataclasses.replace(graph, operations=tuple(operations), outputs=outputs)
+
+
+def _replaced(operand: Any, same: dict[int, int]) -> Any:
+    return same.get(operand, operand) if isinstance(operand, int) else operand
 
 
 def _variables(operands: Iterable[Any]) -> list[int]:
