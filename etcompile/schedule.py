@@ -28,7 +28,8 @@ class Schedule:
     chunk : int or "auto"
         Steps that ``scan_value_and_grad`` handles together. ``"auto"``: as many as pay off within ``memory``. 1: step by step.
     memory : int
-        Bytes that may be used beside parameters, states, traces, inputs and outputs, for ``chunk="auto"``.
+        Bytes that may be used beside parameters, states, traces, inputs and outputs, for ``chunk="auto"``. Where no traces are
+        kept, a sequence that is one chunk needs none, and may take their bytes as well.
     trace_dtype : dtype, optional
         What traces are stored in between steps (in chunks: between chunks), ``"bfloat16"`` or ``"float16"`` say. They are
         computed in the model's precision, and rounded when they are stored; sums are taken in float32 at least. None: as

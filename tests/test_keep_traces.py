@@ -137,3 +137,14 @@ def test_random_numbers_go_on_from_sequence_to_sequence():
 def test_keep_traces_is_true_or_false():
     with pytest.raises(etcompile.OptionError, match="keep_traces must be True or False"):
         etcompile.Schedule(keep_traces=1)
+
+
+def test_one_chunk_may_take_what_its_traces_would():
+    model, _ = model_of(5)
+    step = etcompile.compile(model, data_of(5)[0][0], schedule=SEQUENCES)
+    (chunked,) = [s for s in step.executor.compiled.functions.schedules if s.name == "chunks"]
+    kept = etcompile.compile(model_of(5)[0], data_of(5)[0][0]).report().trace_bytes
+    most = 10 * chunked.bytes_of_a_step
+    for memory, steps, size in ((most, 10, 10), (most - 2 * kept, 10, 10), (most - 2 * kept - 1, 10, 5)):
+        schedule = etcompile.Schedule(keep_traces=False, memory=max(1, memory))
+        assert chunked.size(schedule, steps, None) == size

@@ -10,6 +10,7 @@ import pytest
 from oracles import relative_error
 
 import etcompile
+from etcompile.lowering.schedules import first_pass
 
 TOLERANCE = 1e-10
 ALONE = etcompile.Schedule(keep_traces=False)
@@ -44,6 +45,37 @@ def test_a_sequence_alone_keeps_its_states_and_nothing_else_of_their_size():
     assert states <= lowered.compile().memory_analysis().temp_size_in_bytes < 1.5 * states
 
 
+def selective(batch, inputs, channels):
+    """The recurrence of Mamba, whose decays are as large as its states, behind a second state that many positions read."""
+    names = {"d": channels, "u": channels, "b": 3, "c": 3, "m": 1}
+    params = {name: 0.5 * draw(k, inputs, size) for k, (name, size) in enumerate(names.items())}
+    params["a"] = draw(9, channels, 3)
+
+    def step(params, state, x):
+        d, u, b, c, m = (x @ params[name] for name in names)
+        m = jnp.tanh(0.5 * state["m"] + m)
+        kept = jnp.exp(-jax.nn.softplus(d)[..., None] * jnp.exp(params["a"]))
+        h = kept * state["h"] * (1 + 0.1 * m[..., None]) + u[..., None] * b[..., None, :]
+        return {"h": h, "m": m}, jnp.einsum("bdn,bn->bd", jnp.tanh(h), c)
+
+    return step, params, {"h": draw(7, batch, channels, 3), "m": draw(8, batch, 1)}
+
+
+@pytest.mark.usefixtures("by_numpy")
+@pytest.mark.parametrize("made", [attention, selective])
+def test_states_made_again_block_by_block_are_the_same(made, monkeypatch):
+    model = lambda: etcompile.from_function(*made(2, 3, 4))  # noqa: E731
+    xs, targets = draw(10, 16, 2, 3), draw(11, 16, 2, 4)
+    expected = etcompile.compile(model(), xs[0]).scan_value_and_grad(square, chunk=1)(xs, targets)
+    monkeypatch.setattr(first_pass, "_CACHED", 0)
+    for schedule, chunk in ((None, 8), (ALONE, 16), (ALONE, 12)):
+        step = etcompile.compile(model(), xs[0], schedule=schedule)
+        (chunked,) = [s for s in step.executor.compiled.functions.schedules if s.name == "chunks"]
+        assert chunked._first_pass.block(chunk) == {8: 4, 16: 8, 12: 6}[chunk] and step.exact
+        losses, grads = step.scan_value_and_grad(square, chunk=chunk)(xs, targets)
+        assert relative_error((losses, grads), expected) < TOLERANCE
+
+
 def spike(v):
     return v + jax.lax.stop_gradient((v > 0).astype(v.dtype) - v)
 
@@ -72,6 +104,7 @@ class Delayed(brainstate.nn.Module):
         return arriving @ p["o"] + v[:, :2]
 
 
+@pytest.mark.usefixtures("by_numpy")
 @pytest.mark.parametrize("read_by_loss", [False, True])
 def test_what_is_cut_is_left_out_as_step_by_step(read_by_loss):
     xs, targets = draw(6, 7, 2, 3), draw(7, 7, 2, 2)
@@ -95,6 +128,7 @@ def test_what_is_cut_is_left_out_as_step_by_step(read_by_loss):
         assert relative_error(grads, found["step by step"]) < TOLERANCE
 
 
+@pytest.mark.usefixtures("by_numpy")
 def test_a_loss_of_nothing_has_no_gradient():
     model = etcompile.from_function(*attention(2, 3, 4))
     xs, targets = draw(10, 5, 2, 3), draw(11, 5, 2, 4)

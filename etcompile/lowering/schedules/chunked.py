@@ -33,11 +33,12 @@ from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.losses import LossValue, loss_and_cotangents, replaced
 from etcompile.lowering.mapped import mapped
 from etcompile.lowering.schedules.base import Found, Loop, Run, SequenceSchedule, Steps
-from etcompile.lowering.schedules.first_pass import FirstPass, Passed
+from etcompile.lowering.schedules.first_pass import FirstPass, Passed, in_blocks
 from etcompile.lowering.schedules.linear import ChunkEquations, chunk_equations
-from etcompile.lowering.schedules.pulled import PulledCredit, pulled_credit
+from etcompile.lowering.schedules.pulled import Pulled, PulledCredit, pulled_credit
 from etcompile.lowering.schedules.recurrence import Recurrence, TraceClass, referred, value_key, weighted
 from etcompile.lowering.schedules.relation_traces import RelationTraces
+from etcompile.lowering.schedules.split import Blocks
 from etcompile.lowering.schedules.traffic import chunks_pay_off
 from etcompile.lowering.sums import added, by_name
 from etcompile.schedule import Schedule
@@ -109,11 +110,18 @@ class Chunked(SequenceSchedule):
         """
         traces = any(KINDS[self._kind(name)].trace for name in self._carried)
         possible = min(steps, memory // self._first_pass.bytes_of_a_step)
-        if traces and not self.causal.keeps and possible == steps:  # one chunk needs no traces
-            return steps
+        if traces and not self.causal.keeps:  # one chunk needs none, and may take what they would
+            if steps * self.bytes_of_a_step <= memory + self._bytes_of_traces:
+                return steps
         most = max(1, min(possible, _ENOUGH if traces else _ENOUGH_WITHOUT_TRACES))
         whole = next((c for c in range(most, most // 2, -1) if steps % c == 0), None)
         return whole or -(-steps // -(-steps // most))
+
+    @property
+    def _bytes_of_traces(self) -> int:
+        """What is carried from chunk to chunk, and once more while it is made at the end of one."""
+        carried = jax.tree.leaves(jax.eval_shape(self.causal.carried.zeros))
+        return 2 * sum(v.size * v.dtype.itemsize for v in carried)
 
     # -- one chunk ----------------------------------------------------------------------------------------------
 
@@ -130,7 +138,8 @@ class Chunked(SequenceSchedule):
             sites = self._gradients(recurrences, values, traces)
         else:
             seen = (passed.before, passed.costly, inputs, *asked)
-            sites = self._gradients_of_pulled(self._pulled, run.weights, seen, values, traces)
+            pulled = self._pulled(run.weights, seen, self._blocks(run.weights, passed, inputs))
+            sites = self._gradients_of_pulled(self._pulled, pulled, values, traces)
         traces = self.causal.stored({**filters, **self._ends(recurrences, values, traces)})
         sums = added(loop.sums, by_name(sites, own))
         return Loop(passed.states, traces, sums, found.carried), (found.value, found.aux)
@@ -286,11 +295,25 @@ class Chunked(SequenceSchedule):
             _add(gradients, site, self.causal.model.sites[site].pullback_of_steps(values[x], credit))
         return gradients
 
+    def _blocks(self, weights: list[Array], passed: Passed, inputs: list[Array]) -> Blocks | None:
+        """Blocks of the first pass, in which wide states are made again where the loop of credits needs them."""
+        if passed.starts is None:
+            return None
+        size = jax.tree.leaves(inputs)[0].shape[0] // passed.starts[0].shape[0]
+        again, remade = self._first_pass.again, self._first_pass.remade
+        given = (passed.starts, in_blocks((inputs, {**passed.across, **passed.costly}), size))
+
+        def make(of: Any) -> list[Array]:
+            before = again(weights, *of)
+            return [before[k] for k in remade]
+
+        return Blocks(size, remade, given, make)  # old states are the first leaves of what steps are given
+
     def _gradients_of_pulled(
-        self, loop: PulledCredit, weights: list[Array], seen: Any, values: dict[str, Value], traces: Traces
+        self, loop: PulledCredit, pulled: Pulled, values: dict[str, Value], traces: Traces
     ) -> dict[str, Array]:
         """The same where one loop finds all credits of y."""
-        pulled, model = loop(weights, seen), self.causal.model
+        model = self.causal.model
         gradients: dict[str, Array] = {}
         for site, gradient in pulled.gradients.items():
             _add(gradients, site, gradient)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -20,10 +20,12 @@ from etcompile.lowering.derivatives import LoweredModel
 from etcompile.lowering.mapped import mapped
 from etcompile.lowering.schedules.split import expands
 
-__all__ = ["FirstPass", "Passed"]
+__all__ = ["FirstPass", "Passed", "in_blocks"]
 
 Array = Any
 
+#: Bytes of states that a cache holds, and steps of a block at most.
+_CACHED, _BLOCK = 1 << 21, 32
 #: Operations of which no derivative reads what they are applied to, indices and conditions apart.
 _LINEAR = frozenset(
     """add add_any broadcast_in_dim concatenate convert_element_type copy dynamic_slice dynamic_update_slice gather neg pad
@@ -41,6 +43,10 @@ class Passed:
         After the chunk.
     before : list of arrays
         Before each of its steps, time on axis 0.
+    starts : list of arrays or None
+        Before each block of steps, if they are taken in blocks.
+    across : dict of int to array
+        What the loop was given, made for all steps at once.
     costly : dict of int to array
         Variables of the step that are not worth computing again: products, convolutions, random numbers; and the new states, or
         XLA would compute them once more in every loop and product that reads an output. Time on axis 0.
@@ -49,6 +55,8 @@ class Passed:
     states: list[Array]
     before: list[Array]
     costly: dict[int, Array]
+    across: dict[int, Array]
+    starts: list[Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +91,7 @@ class FirstPass:
 
     def __call__(self, weights: list[Array], states: list[Array], inputs: list[Array]) -> Passed:
         """Run it; ``inputs`` have time on axis 0."""
-        graph, parts = self._graph, self._parts
-
-        def values(now: list[Array] | None, x: list[Array]) -> dict[int, Array]:
-            own = [None] * len(self._states) if now is None else now
-            return dict(zip(graph.inputs, [*weights, *own, *x], strict=True))
+        parts, values = self._parts, partial(self._values, weights)
 
         def first(x: list[Array]) -> dict[int, Array]:
             env = _run(parts.ahead, values(None, x))
@@ -101,23 +105,64 @@ class FirstPass:
 
         ahead = mapped(first, inputs) if parts.ahead else {}
         across = {v: ahead[v] for v in parts.across}
-        last, (before, costly) = lax.scan(forward, states, (inputs, across))
-        return Passed(last, before, {**costly, **{v: ahead[v] for v in self._costly if v in ahead}})
+        block = self.block(jax.tree.leaves(inputs)[0].shape[0]) if inputs else 0
+        if not block:
+            last, (before, costly) = lax.scan(forward, states, (inputs, across))
+            return Passed(
+                last, before, {**costly, **{v: ahead[v] for v in self._costly if v in ahead}}, across
+            )
+
+        def of_block(now: list[Array], given: Any) -> tuple[list[Array], Any]:
+            end, found = lax.scan(forward, now, given)
+            return end, (now, found)
+
+        last, (starts, found) = lax.scan(of_block, states, in_blocks((inputs, across), block))
+        before, costly = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), found)
+        costly |= {v: ahead[v] for v in self._costly if v in ahead}
+        return Passed(last, before, costly, across, starts)
+
+    def again(self, weights: list[Array], start: list[Array], given: Any) -> list[Array]:
+        """States before each step of a block; ``given`` has the inputs of its steps and what of them is known."""
+
+        def forward(now: list[Array], given: Any) -> tuple[list[Array], list[Array]]:
+            x, known = given
+            left = [
+                operation for operation in self._parts.inside if not set(operation.outputs) <= known.keys()
+            ]
+            env = _run(left, {**self._values(weights, now, x), **known})
+            return [read(env, v) for v in self._after], now
+
+        return lax.scan(forward, start, given)[1]
+
+    def _values(self, weights: list[Array], now: list[Array] | None, x: list[Array]) -> dict[int, Array]:
+        own = [None] * len(self._states) if now is None else now
+        return dict(zip(self._graph.inputs, [*weights, *own, *x], strict=True))
+
+    @cached_property
+    def remade(self) -> tuple[int, ...]:
+        """Numbers of the states that derivatives read and that are wide: in blocks they are made again from a block's start."""
+        read = self._read_by_derivatives
+        return tuple(k for k, v in enumerate(self._states) if self._is_wide(v) and v in read)
+
+    def block(self, steps: int) -> int:
+        """Steps of a block: such that states fit into a cache; 0 where they do anyway, or where nothing would be gained."""
+        size = self._bytes(self._states[k] for k in self.remade)
+        if self._model.effects is not None or size * steps <= _CACHED:
+            return 0
+        return next((n for n in range(min(_BLOCK, steps // 2), 3, -1) if steps % n == 0), 0)
 
     @cached_property
     def bytes_of_a_step(self) -> int:
         """What one step holds in a chunk, about: its values, and as much for their derivatives; of wide ones, what is kept."""
         made = [v for operation in self._graph.operations for v in operation.outputs if not self._is_wide(v)]
-        read = {
-            v
-            for operation in self._graph.operations
-            for v in _variables(operation)
-            if operation.name not in _LINEAR
-        }
-        wide = [
-            v for v in (*self._states, *self._costly, *self._parts.across) if self._is_wide(v) and v in read
-        ]
+        kept = (*self._states, *self._costly, *self._parts.across)
+        wide = [v for v in kept if self._is_wide(v) and v in self._read_by_derivatives]
         return max(1, 2 * self._bytes(made) + self._bytes(dict.fromkeys(wide)))
+
+    @cached_property
+    def _read_by_derivatives(self) -> set[int]:
+        nonlinear = [operation for operation in self._graph.operations if operation.name not in _LINEAR]
+        return {v for operation in nonlinear for v in _variables(operation)}
 
     def _bytes(self, variables: Iterable[int]) -> int:
         return sum(a.size * a.dtype.itemsize for a in (self._graph.avals[v] for v in variables))
@@ -191,11 +236,16 @@ class FirstPass:
         return _Parts(tuple(reversed(ahead)), across, tuple(inside))
 
 
+def in_blocks(tree: Any, size: int) -> Any:
+    """Arrays with time on axis 0 as blocks of so many steps."""
+    return jax.tree.map(lambda v: v.reshape(-1, size, *v.shape[1:]), tree)
+
+
 def _variables(operation: Operation) -> list[int]:
     return [v for v in operation.inputs if isinstance(v, int)]
 
 
-def _run(operations: tuple[Operation, ...], env: dict[int, Array]) -> dict[int, Array]:
+def _run(operations: Iterable[Operation], env: dict[int, Array]) -> dict[int, Array]:
     """Values with those that operations make of them."""
     for operation in operations:
         results = bind(operation, [read(env, v) for v in operation.inputs])

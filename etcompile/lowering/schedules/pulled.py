@@ -32,7 +32,7 @@ from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation, Ref, TraceProgram
 from etcompile.lowering.causal import CausalProgram
 from etcompile.lowering.derivatives import LoweredModel, StepDerivatives
-from etcompile.lowering.schedules.split import transposed
+from etcompile.lowering.schedules.split import Blocks, transposed
 
 __all__ = ["Pulled", "PulledCredit", "pulled_credit"]
 
@@ -79,8 +79,11 @@ class PulledCredit:
     relations: tuple[str, ...]
     wide: int
 
-    def __call__(self, weights: list[Array], seen: Any) -> Pulled:
-        """Run it; ``seen`` holds, for all steps, old states, known variables, inputs, and the loss by outputs and new states."""
+    def __call__(self, weights: list[Array], seen: Any, blocks: Blocks | None = None) -> Pulled:
+        """Run it; ``seen`` holds, for all steps, old states, known variables, inputs, and the loss by outputs and new states.
+
+        In ``blocks`` old states are made again.
+        """
         analysis = self.model.analysis
         leaves = analysis.model.state_vars
         avals = analysis.split.body.avals
@@ -93,7 +96,7 @@ class PulledCredit:
         always = {name: self.model.sites[name].weight for name in self._in_loop}
         always = {name: jax.ShapeDtypeStruct(v.shape, v.dtype) for name, v in always.items()}
         body = partial(self._step, weights)
-        credits, gradients, first = transposed(body, start, added, always, seen, self.wide)
+        credits, gradients, first = transposed(body, start, added, always, seen, self.wide, blocks)
         rows = {
             g.name: self.model.credits_of(g.name, [first[leaves[s]] for s in g.states]) for g in self._groups
         }
@@ -235,7 +238,7 @@ def pulled_credit(causal: CausalProgram) -> PulledCredit | None:
     avals = [model.analysis.split.body.avals[v] for v in variables]
     if any(a.dtype not in (jnp.float32, jnp.float64) for a in avals):
         return None
-    wide = max(model.sites[r.site].y.size for r in found if r.fan_out is not None)
+    wide = max(model.sites[r.site].y.size for r in found if r.fan)
     return PulledCredit(model, sites, relations, wide)
 
 

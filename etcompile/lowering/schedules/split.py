@@ -19,7 +19,7 @@ from jax import lax
 from etcompile.frontend.jaxpr import Aval, Graph, Operation, bind, read, staged
 from etcompile.lowering.mapped import mapped
 
-__all__ = ["expands", "transposed"]
+__all__ = ["Blocks", "expands", "transposed"]
 
 Array = Any
 
@@ -40,8 +40,36 @@ def expands(operation: Operation, avals: Sequence[Aval], wide: int) -> bool:
     return operation.name in _QUICK
 
 
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Steps in blocks: some of what a step is given is made again, block by block, when the loop comes to it.
+
+    Attributes
+    ----------
+    size : int
+        Steps of a block.
+    remade : tuple of int
+        Which leaves of what steps are given.
+    given : pytree of arrays
+        What they are made of, block by block.
+    make : callable
+        These leaves for the steps of one block.
+    """
+
+    size: int
+    remade: tuple[int, ...]
+    given: Any
+    make: Callable[[Any], list[Array]]
+
+
 def transposed(
-    body: Callable[..., tuple[Any, Array]], start: Any, added: Any, always: Any, seen: Any, wide: int
+    body: Callable[..., tuple[Any, Array]],
+    start: Any,
+    added: Any,
+    always: Any,
+    seen: Any,
+    wide: int,
+    blocks: Blocks | None = None,
 ) -> tuple[Any, Any, Any]:
     """Derivatives of a sum over time by what each step adds, by what all steps add, and by what it starts from.
 
@@ -55,6 +83,7 @@ def transposed(
         What each step is given, time on axis 0.
     wide : int
         Of arrays above this size it is asked whether the loop should make them.
+    blocks : Blocks, optional
     """
     given = jax.tree.leaves(seen)
     one = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), seen)
@@ -83,8 +112,21 @@ def transposed(
 
     zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), (start, always))
     crossing = mapped(ahead, *given) if parts.across else []
-    (first, total), of_steps = lax.scan(back, zeros, crossing, length=given[0].shape[0], reverse=True)
-    return of_steps, total, first
+    made_again = {each[k]: n for n, k in enumerate(blocks.remade)} if blocks is not None else {}
+    if blocks is None or made_again.keys().isdisjoint(parts.across):
+        (first, total), of_steps = lax.scan(back, zeros, crossing, length=given[0].shape[0], reverse=True)
+        return of_steps, total, first
+
+    def of_block(later: Any, given: Any) -> tuple[Any, Any]:
+        of, some = given
+        again, rest = blocks.make(of), iter(some)
+        crossing = [again[made_again[v]] if v in made_again else next(rest) for v in parts.across]
+        return lax.scan(back, later, crossing, reverse=True)
+
+    some = [v for v, name in zip(crossing, parts.across, strict=True) if name not in made_again]
+    cut = [v.reshape(-1, blocks.size, *v.shape[1:]) for v in some]
+    (first, total), of_blocks = lax.scan(of_block, zeros, (blocks.given, cut), reverse=True)
+    return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), of_blocks), total, first
 
 
 @dataclasses.dataclass(frozen=True)
