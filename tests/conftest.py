@@ -54,6 +54,12 @@ def pytest_addoption(parser):
         help="how many random step functions of users' operations the tests draw",
     )
     parser.addoption(
+        "--random-units",
+        type=int,
+        default=int(os.environ.get("ETCOMPILE_RANDOM_UNITS", "18")),
+        help="how many random models with packed states, delays and matrix states are held against patterns of Jacobians",
+    )
+    parser.addoption(
         "--every-rule",
         action="store_true",
         help="run every rule in chunks on every model of the zoo, where otherwise they take turns",
@@ -101,6 +107,7 @@ def pytest_configure(config):
     # hypothesis reads its settings at decoration time, before fixtures exist.
     os.environ["ETCOMPILE_RANDOM_MODELS"] = str(config.getoption("--random-models"))
     os.environ["ETCOMPILE_RANDOM_STEPS"] = str(config.getoption("--random-steps"))
+    os.environ["ETCOMPILE_RANDOM_UNITS"] = str(config.getoption("--random-units"))
     if config.getoption("--every-rule"):
         os.environ["ETCOMPILE_EVERY_RULE"] = "1"
     if config.getoption("--by-xla"):

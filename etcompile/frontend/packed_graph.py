@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etcompile.frontend.jaxpr import Constant, Graph, GraphBuilder, Operand, Operation
@@ -38,7 +38,7 @@ def with_parts(graph: Graph, n_params: int, n_outputs: int, forms: tuple[StateFo
     new = _NewParts.of(graph, n_params, n_outputs, forms)
     held = dict(zip(states, zip(parts, forms, strict=True), strict=True))
     for operation in graph.operations:
-        part = _part_read(operation, held)
+        part = _part_read(graph, operation, held)
         if part is not None:
             env[operation.outputs[0]] = new.passed(builder, operation.outputs[0], part)
             continue
@@ -63,15 +63,21 @@ def with_parts(graph: Graph, n_params: int, n_outputs: int, forms: tuple[StateFo
     )
 
 
-def _part_read(operation: Operation, held: Mapping[int, tuple[list[int], StateForm]]) -> int | None:
+def _part_read(
+    graph: Graph, operation: Operation, held: Mapping[int, tuple[list[int], StateForm]]
+) -> int | None:
     """The one part of a packed state that an operation takes out of it."""
     base = operation.inputs[0] if operation.name == "slice" else None
-    if not isinstance(base, int) or base not in held or not held[base][1].bounds:
+    if not isinstance(base, int) or base not in held or not held[base][1].packed:
         return None
-    parts, form = held[base]
-    start, stop = (operation.params[key][form.axis] for key in ("start_indices", "limit_indices"))
-    bounds = list(itertools.pairwise(form.bounds))
-    return parts[bounds.index((start, stop))] if (start, stop) in bounds else None
+    (parts, form), aval, params = held[base], graph.avals[base], operation.params
+    strides = params["strides"] or (1,) * len(aval.shape)
+    taken = params["start_indices"][form.axis], params["limit_indices"][form.axis], strides[form.axis]
+    places = form.places(aval)
+    if taken not in places:
+        return None
+    part = places.index(taken)
+    return parts[part] if graph.avals[operation.outputs[0]].shape == form.avals(aval)[part].shape else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,9 +88,9 @@ class _NewParts:
     ----------
     forms : tuple of StateForm
     whole : mapping of int to int
-        By variable of the old graph the packed state that it is, as a whole.
+        By variable of the old graph the state in parts that it is, as a whole.
     pieces : mapping of int to (int, int, shape)
-        By variable that is put into such a state: state, part, and the part's shape.
+        By variable that is put into a packed state: state, part, and the part's shape.
     found : dict of (int, int) to Operand
         The parts that are written by now, in the new graph.
     """
@@ -99,15 +105,15 @@ class _NewParts:
         whole: dict[int, int] = {}
         pieces: dict[int, tuple[int, int, Shape]] = {}
         for k, (new, form) in enumerate(zip(graph.outputs[n_outputs:], forms, strict=True)):
-            if not form.bounds or not isinstance(new, int) or new not in graph.made_by or new in whole:
+            if form.parts == 1 or not isinstance(new, int) or new not in graph.made_by or new in whole:
                 continue
             whole[new] = k
+            if form.complex:
+                continue
             shapes = [a.shape for a in form.avals(graph.avals[new])]
-            bounds = list(itertools.pairwise(form.bounds))
-            for start, stop, piece in put_together(graph, graph.operations[graph.made_by[new]], form.axis):
+            for part, piece in _pieces(graph, new, form):
                 origin = _unmoved(graph, piece)
-                if (start, stop) in bounds and origin is not None and graph.avals[origin].differentiable:
-                    part = bounds.index((start, stop))
+                if origin is not None and graph.avals[origin].differentiable:
                     pieces.setdefault(origin, (k, part, shapes[part]))
         return cls(forms, whole, pieces, {})
 
@@ -132,6 +138,27 @@ class _NewParts:
             for part, sliced in enumerate(builder.call(form.split, [value], "?")):
                 self.found.setdefault((k, part), sliced)
         return [self.found[k, part] for part in range(form.parts)]
+
+
+def _pieces(graph: Graph, new: int, form: StateForm) -> Iterator[tuple[int, Operand]]:
+    """The parts of a packed new state that are pieces which an operation puts side by side, or in turns."""
+    operation = graph.operations[graph.made_by[new]]
+    if not form.stride:
+        bounds = list(itertools.pairwise(form.bounds))
+        for start, stop, piece in put_together(graph, operation, form.axis):
+            if (start, stop) in bounds:
+                yield bounds.index((start, stop)), piece
+        return
+    rows = operation.inputs[0] if operation.name == "reshape" else None
+    made = None if rows is None else _made_by(graph, rows)
+    if rows is None or made is None:
+        return
+    shape = list(graph.avals[new].shape)
+    shape[form.axis : form.axis + 1] = [shape[form.axis] // form.stride, form.stride]
+    if graph.aval(rows).shape == tuple(shape):
+        for start, stop, piece in put_together(graph, made, form.axis + 1):
+            if stop - start == 1:
+                yield start, piece
 
 
 def _unmoved(graph: Graph, piece: Operand) -> int | None:

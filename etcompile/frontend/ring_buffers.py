@@ -65,21 +65,19 @@ def with_slots(graph: Graph, n_outputs: int, states: Sequence[int]) -> Graph:
 
 
 def _ring(graph: Graph, old: int, new: Operand) -> _Ring | None:
-    """What a state is as a ring buffer; None where anything else is done with it."""
+    """What a state is as a ring buffer; None where it is indexed otherwise."""
     aval = graph.avals[old]
     if not jnp.issubdtype(aval.dtype, jnp.floating):
         return None
     variables, found, waiting = {old}, {}, [old]
-    others: list[tuple[int, Operation]] = []
     while waiting:
         v = waiting.pop()
         for number in graph.read_by.get(v, ()):
             operation = graph.operations[number]
-            if operation.inputs.count(v) != 1 or operation.inputs[0] != v:
+            if operation.name not in INDEXED or operation.inputs[0] != v:
+                continue  # it reads all slots, put side by side
+            if operation.inputs.count(v) != 1:
                 return None
-            if operation.name not in INDEXED:
-                others.append((number, operation))
-                continue
             places = indexed(graph, operation)
             if places is None or len(places.axes) != 1 or not _plain(operation, places):
                 return None
@@ -92,7 +90,7 @@ def _ring(graph: Graph, old: int, new: Operand) -> _Ring | None:
     if len(axes) != 1 or ends != [new] or new == old:
         return None
     (axis,) = axes
-    if aval.shape[axis] > MOST_PARTS or any(not _along(o, axis, aval.shape) for _, o in others):
+    if aval.shape[axis] > MOST_PARTS:
         return None
     return _Ring(axis, frozenset(variables), found)
 
@@ -103,14 +101,6 @@ def _plain(operation: Operation, places: Indexed) -> bool:
         return bool((places.places >= 0).all())
     here = places.places[places.places >= 0]
     return operation.name in _WRITES and np.unique(here).size == here.size
-
-
-def _along(operation: Operation, axis: int, shape: Sequence[int]) -> bool:
-    """Whether an operation takes a piece of an array along one axis."""
-    if operation.name != "slice" or set(operation.params["strides"] or (1,)) != {1}:
-        return False
-    whole = zip(operation.params["start_indices"], operation.params["limit_indices"], shape, strict=True)
-    return all(d == axis or (start, stop) == (0, n) for d, (start, stop, n) in enumerate(whole))
 
 
 def _feeds_back(graph: Graph, ring: _Ring, n_outputs: int) -> bool:

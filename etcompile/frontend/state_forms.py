@@ -1,8 +1,9 @@
 """How a state of the model stands in the graph: as it is, as real and imaginary part, or as the parts that it holds side by side.
 
-A state is *packed* along an axis where its old value is only read part by part along it: ``state[..., 0]``, ``state[..., 1]``,
-``jnp.split(state, 2, -1)``, the slots of a shift register, a rotation by a constant matrix. Its parts then are states of their
-own, so that what one part does to another is found as for any two states.
+A state is *packed* along an axis where its old value is read part by part along it: ``state[..., 0]``, ``state[..., 1]``,
+``jnp.split(state, 2, -1)``, ``state[..., 0::2]``, the slots of a shift register, a rotation by a constant matrix. Its parts then
+are states of their own, so that what one part does to another is found as for any two states. Where it is read as a whole too,
+by a weight or by the output, it is packed if its new value is put together of parts along the same axis.
 """
 
 from __future__ import annotations
@@ -43,43 +44,58 @@ class StateForm:
         Along which it is divided otherwise.
     bounds : tuple of int
         Where its parts begin along the axis, and where the last one ends; nothing for a state that stands as it is.
+    stride : int
+        Of parts that take turns along the axis their number, in place of bounds.
     """
 
     complex: bool = False
     axis: int = 0
     bounds: tuple[int, ...] = ()
+    stride: int = 0
 
     @property
     def parts(self) -> int:
-        return 2 if self.complex else max(len(self.bounds) - 1, 1)
+        return 2 if self.complex else self.stride or max(len(self.bounds) - 1, 1)
+
+    @property
+    def packed(self) -> bool:
+        return not self.complex and self.parts > 1
+
+    def places(self, aval: Aval) -> list[tuple[int, int, int]]:
+        """Of a packed state where each part begins along the axis, where it ends, and how far apart its elements are."""
+        if self.stride:
+            return [(k, aval.shape[self.axis], self.stride) for k in range(self.stride)]
+        return [(start, stop, 1) for start, stop in itertools.pairwise(self.bounds)]
 
     def names(self, path: str) -> list[str]:
         if self.complex:
             return [f"{path}.re", f"{path}.im"]
-        return [f"{path}.{k}" for k in range(self.parts)] if self.bounds else [path]
+        return [f"{path}.{k}" for k in range(self.parts)] if self.parts > 1 else [path]
 
     def avals(self, aval: Aval) -> list[Aval]:
         if self.complex:
             return [Aval(aval.shape, jnp.finfo(aval.dtype).dtype)] * 2
-        if not self.bounds:
+        if self.parts == 1:
             return [aval]
-        widths = np.diff(self.bounds).tolist()
+        widths = np.diff(self.bounds).tolist() or [aval.shape[self.axis] // self.stride] * self.stride
         before, after = aval.shape[: self.axis], aval.shape[self.axis + 1 :]
         return [Aval((*before, width, *after), aval.dtype) for width in widths]
 
     def split(self, value: Array) -> list[Array]:
         if self.complex:
             return [jnp.real(value), jnp.imag(value)]
-        if not self.bounds:
+        if not self.packed:
             return [value]
-        return [
-            lax.slice_in_dim(value, start, stop, axis=self.axis)
-            for start, stop in itertools.pairwise(self.bounds)
-        ]
+        places = self.places(Aval(value.shape, value.dtype))
+        return [lax.slice_in_dim(value, *place, axis=self.axis) for place in places]
 
     def join(self, parts: Sequence[Array]) -> Array:
         if self.complex:
             return lax.complex(*parts)
+        if self.stride:
+            whole = jnp.stack(parts, self.axis + 1)
+            before, after = whole.shape[: self.axis], whole.shape[self.axis + 2 :]
+            return whole.reshape(*before, -1, *after)
         return lax.concatenate(list(parts), self.axis) if self.bounds else parts[0]
 
 
@@ -101,16 +117,47 @@ def state_form(graph: Graph, old: int, new: Operand) -> StateForm:
         return StateForm(complex=True)
     if not aval.differentiable or old in graph.outputs:
         return StateForm()
-    reads = [_read(graph, graph.operations[n], old) for n in graph.read_by.get(old, ())]
-    axes = {axis for axis, _ in reads}
-    axis = axes.pop() if len(axes) == 1 else None
-    if axis is None:
+    operations = [graph.operations[n] for n in graph.read_by.get(old, ())]
+    stride = _stride(operations, aval.shape)
+    if stride is not None:
+        return stride
+    reads = [_read(graph, operation, old) for operation in operations]
+    axes = {axis for axis, _ in reads if axis is not None}
+    if len(axes) != 1:
+        return StateForm()
+    (axis,) = axes
+    if any(found is None for found, _ in reads) and not _assembled(graph, new, axis):
         return StateForm()
     size = aval.shape[axis]
     bounds = _closed(graph, old, new, axis, {0, size, *(b for _, found in reads for b in found)})
     if not 3 <= len(bounds) <= MOST_PARTS + 1:
         return StateForm()
     return StateForm(axis=axis, bounds=tuple(sorted(bounds)))
+
+
+def _assembled(graph: Graph, new: Operand, axis: int) -> bool:
+    """Whether a new state is put together of pieces along an axis: its old value is packed, who reads it as a whole or not."""
+    return len(list(_pieces(graph, new, axis))) > 1
+
+
+def _stride(operations: Sequence[Operation], shape: tuple[int, ...]) -> StateForm | None:
+    """Parts that take turns, ``state[..., 0::2]`` and ``state[..., 1::2]``; who else reads the state has all of it."""
+    found: set[tuple[int, int, int]] = set()
+    for operation in operations:
+        if operation.name != "slice":
+            continue
+        starts, strides = operation.params["start_indices"], operation.params["strides"] or (1,) * len(shape)
+        steps = [d for d, stride in enumerate(strides) if stride > 1]
+        if len(steps) == 1:
+            (axis,) = steps
+            found.add((axis, strides[axis], starts[axis]))
+    if len({(axis, stride) for axis, stride, _ in found}) != 1:
+        return None
+    axis, stride, _ = next(iter(found))
+    every = {start for _, _, start in found} == set(range(stride))
+    if not every or shape[axis] % stride or stride > MOST_PARTS:
+        return None
+    return StateForm(axis=axis, stride=stride)
 
 
 def _read(graph: Graph, operation: Operation, old: int) -> tuple[int | None, tuple[int, ...]]:
@@ -130,16 +177,16 @@ def _read(graph: Graph, operation: Operation, old: int) -> tuple[int | None, tup
         return params["axis"], tuple(range(shape[params["axis"]]))
     if operation.name == "dot_general":
         return _rotated(operation, old, shape) or nothing
-    if operation.name in _UPDATES:
-        return _set_in(graph, operation, old) or nothing
+    if operation.name in _UPDATES and operation.inputs[0] == old:
+        return _set_in(graph, operation) or nothing
     return nothing
 
 
-def _set_in(graph: Graph, operation: Operation, old: int) -> tuple[int, tuple[int, ...]] | None:
-    """The axis along which parts are set to something else, at constant places; what is left is read."""
+def _set_in(graph: Graph, operation: Operation) -> tuple[int, tuple[int, ...]] | None:
+    """The axis along which parts are set to something else, at constant places, and where these begin and end."""
     values: list[Any] = [v.value if isinstance(v, Constant) else None for v in operation.inputs]
-    update, shape = _UPDATES[operation.name], graph.avals[old].shape
-    if operation.inputs[0] != old or any(v is None for k, v in enumerate(values) if k not in (0, update)):
+    update, shape = _UPDATES[operation.name], graph.aval(operation.inputs[0]).shape
+    if any(v is None for k, v in enumerate(values) if k not in (0, update)):
         return None
     with jax.ensure_compile_time_eval():
         values[0], values[update] = jnp.zeros(shape), jnp.ones(graph.aval(operation.inputs[update]).shape)
@@ -148,7 +195,7 @@ def _set_in(graph: Graph, operation: Operation, old: int) -> tuple[int, tuple[in
         others = tuple(d for d in range(len(shape)) if d != axis)
         lines = here.all(others)
         if lines.any() and not lines.all() and (lines == here.any(others)).all():
-            return axis, tuple((np.flatnonzero(np.diff(lines)) + 1).tolist())
+            return axis, tuple((np.flatnonzero(np.diff(lines, prepend=False, append=False))).tolist())
     return None
 
 
@@ -182,10 +229,14 @@ def _closed(graph: Graph, old: int, new: Operand, axis: int, bounds: set[int]) -
 
 
 def _pieces(graph: Graph, new: Operand, axis: int) -> Iterator[tuple[int, int, Operand]]:
-    """What a new state is put together of along an axis; what is set in it afterwards counts for what was there."""
+    """What a new state is put together of along an axis, with what is set in it afterwards."""
     while isinstance(new, int) and new in graph.made_by:
         operation = graph.operations[graph.made_by[new]]
-        if operation.name not in ("scatter", "copy", "copy_p", "name"):
+        if operation.name in _UPDATES:
+            where = _set_in(graph, operation)
+            if where is not None and where[0] == axis and len(where[1]) == 2:
+                yield (*where[1], operation.inputs[_UPDATES[operation.name]])
+        elif operation.name not in ("copy", "copy_p", "name"):
             yield from put_together(graph, operation, axis)
             return
         new = operation.inputs[0]
