@@ -372,6 +372,49 @@ def stopped(p, name, a, b):
     return lax.stop_gradient(jnp.tanh(a)) * 0.3 + b
 
 
+@operation
+def rows_by_columns(p, name, a, b):
+    """What `order="F"` makes of a reshape: one primitive that moves axes as well."""
+    lead = a.ndim - 1
+    v = a.reshape(*a.shape[:-1], 2, UNITS // 2)
+    return lax.reshape(v, a.shape, (*range(lead), lead + 1, lead)) + 0.2 * b
+
+
+@operation
+def put_together(p, name, a, b):
+    """Arrays of several shapes in one primitive."""
+    first, pair = jax.device_put((a, jnp.stack([a, b])))
+    return first - 0.3 * pair[1]
+
+
+@operation
+def plain_numbers(p, name, a, b):
+    """Numbers and truth values of Python as operands."""
+    return jnp.where(True, jnp.dot(a, 0.6), 2.0) + jnp.dot(0.3, b)
+
+
+@operation
+def downhill(p, name, a, b):
+    """A step down an energy: derivatives inside of the step."""
+    gain = p(f"{name}.gain", UNITS).astype(a.dtype)
+    return a - 0.2 * jax.grad(lambda v: jnp.sum(jnp.cos(v) * gain))(a) + 0.1 * b
+
+
+@operation
+def straight_through(p, name, a, b):
+    return a + lax.stop_gradient(jnp.round(4 * a) / 4 - a) + 0.1 * b
+
+
+@operation
+def looked_up(p, name, a, b):
+    """A table of trained values, interpolated."""
+    table = p(f"{name}.table", 5).astype(jnp.float32)  # jnp.interp has no 16 bits
+    return (
+        jnp.interp(a.astype(jnp.float32), jnp.linspace(-1, 1, 5, dtype=jnp.float32), table).astype(a.dtype)
+        + 0.3 * b
+    )
+
+
 # --- a whole step ------------------------------------------------------------------------------------------------------------
 
 

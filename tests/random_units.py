@@ -474,12 +474,12 @@ def build(recipe: Recipe, length: int) -> Model:
         return new, shown
 
     def flat(draw, state):
-        """All of a layer's first state as a row of each example, real."""
+        """All of a layer's first state as a row of each example, real, and bounded: what feeds itself back may not blow up."""
         leaf = jax.tree.leaves(state[next(iter(draw.state))])[0]
         leaf = leaf.real if jnp.iscomplexobj(leaf) else leaf
         if head and leaf.shape[0] != head[0]:
             leaf = jnp.moveaxis(leaf, leaf.shape.index(head[0]), 0)
-        return leaf.reshape(*head, -1)
+        return jnp.tanh(leaf.reshape(*head, -1))
 
     for draw in draws:
         draw.width = width

@@ -44,7 +44,19 @@ def by_parts(unpack, pack):
     return step, {"s": pack(*START)}
 
 
+def interleaved(v, a):
+    return jnp.stack([v, a], -1).reshape(*v.shape[:-1], 2 * O)
+
+
 FORMS = {
+    "in turns": by_parts(lambda s: (s[..., ::2], s[..., 1::2]), interleaved),
+    "in turns, by a reshape": by_parts(
+        lambda s: (s.reshape(B, O, 2)[..., 0], s.reshape(B, O, 2)[..., 1]), interleaved
+    ),
+    "halves by a reshape": by_parts(
+        lambda s: (s.reshape(B, 2, O)[:, 0], s.reshape(B, 2, O)[:, 1]),
+        lambda v, a: jnp.concatenate([v, a], -1),
+    ),
     "dict": by_parts(lambda s: (s["v"], s["a"]), lambda v, a: {"v": v, "a": a}),
     "stack behind": by_parts(lambda s: (s[..., 0], s[..., 1]), lambda v, a: jnp.stack([v, a], -1)),
     "stack in front": by_parts(tuple, lambda v, a: jnp.array([v, a])),
@@ -209,3 +221,43 @@ def test_a_state_that_is_read_whole_stays_in_one():
     step = compiled(fn, {"w": PARAMS["w"]}, {"s": jnp.concatenate(START, -1)})
     assert [path for path, _ in step.program.header.groups[0].states] == ["s"]
     assert not step.exact
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_two_recurrent_layers_however_states_lie(axis, mapped):
+    """Their gradients are approximate, and the same for arrays of their own, for a packed state, and for one that is mapped."""
+    weights = {**PARAMS, "w": draw(6, I + O, O), "u": draw(7, O, O)}
+
+    def one(params, v, a, h, x, put):
+        new = neuron(params, v, a, jnp.concatenate([x, v], -1))
+        s, v = put(*new)
+        return s, 0.8 * h + jnp.tanh(v) @ params["u"]
+
+    def packed(params, s, h, x):
+        return one(params, jnp.take(s, 0, axis), jnp.take(s, 1, axis), h, x, put)
+
+    def put(v, a):
+        s = jnp.stack([v, a], axis)
+        return s, (s[0] if axis == 0 else s[..., 0])
+
+    def together(params, state, x):
+        s, h = packed(params, state["s"], state["h"], x)
+        return {"s": s, "h": h}, jnp.tanh(h)
+
+    def by_vmap(params, state, x):
+        fn = jax.vmap(lambda s, h, x: packed(params, s, h, x))
+        s, h = fn(state["s"], state["h"], x)
+        return {"s": s, "h": h}, jnp.tanh(h)
+
+    def apart(params, state, x):
+        (v, a), h = one(params, state["v"], state["a"], state["h"], x, lambda v, a: ((v, a), v))
+        return {"v": v, "a": a, "h": h}, jnp.tanh(h)
+
+    where = axis if not mapped or axis == -1 else 1
+    first = {"s": jnp.stack(START, where), "h": draw(8, B, O)}
+    own = compiled(apart, weights, {"v": START[0], "a": START[1], "h": first["h"]})
+    step = compiled(by_vmap if mapped else together, weights, first)
+    assert len(step.report().groups) == len(own.report().groups) == 2
+    found, wanted = (s.scan_value_and_grad(square)(XS, YS)[1] for s in (step, own))
+    assert relative_error(found, wanted) < TOLERANCE

@@ -3,7 +3,7 @@
 A state is *packed* along an axis where its old value is read part by part along it: ``state[..., 0]``, ``state[..., 1]``,
 ``jnp.split(state, 2, -1)``, ``state[..., 0::2]``, the slots of a shift register, a rotation by a constant matrix. Its parts then
 are states of their own, so that what one part does to another is found as for any two states. Where it is read as a whole too,
-by a weight or by the output, it is packed if its new value is put together of parts along the same axis.
+by a weight or by the output, it is packed if its new value is put together of parts along the same axis, or turned.
 """
 
 from __future__ import annotations
@@ -46,12 +46,17 @@ class StateForm:
         Where its parts begin along the axis, and where the last one ends; nothing for a state that stands as it is.
     stride : int
         Of parts that take turns along the axis their number, in place of bounds.
+    own, view : tuple of int, optional
+        The state's shape, and that in which it is divided, where one axis is two there
+        (:mod:`etcompile.frontend.viewed_states`).
     """
 
     complex: bool = False
     axis: int = 0
     bounds: tuple[int, ...] = ()
     stride: int = 0
+    own: tuple[int, ...] = ()
+    view: tuple[int, ...] = ()
 
     @property
     def parts(self) -> int:
@@ -75,6 +80,7 @@ class StateForm:
     def avals(self, aval: Aval) -> list[Aval]:
         if self.complex:
             return [Aval(aval.shape, jnp.finfo(aval.dtype).dtype)] * 2
+        aval = Aval(self.view, aval.dtype) if self.view else aval
         if self.parts == 1:
             return [aval]
         widths = np.diff(self.bounds).tolist() or [aval.shape[self.axis] // self.stride] * self.stride
@@ -84,6 +90,7 @@ class StateForm:
     def split(self, value: Array) -> list[Array]:
         if self.complex:
             return [jnp.real(value), jnp.imag(value)]
+        value = lax.reshape(value, self.view) if self.view else value
         if not self.packed:
             return [value]
         places = self.places(Aval(value.shape, value.dtype))
@@ -95,8 +102,10 @@ class StateForm:
         if self.stride:
             whole = jnp.stack(parts, self.axis + 1)
             before, after = whole.shape[: self.axis], whole.shape[self.axis + 2 :]
-            return whole.reshape(*before, -1, *after)
-        return lax.concatenate(list(parts), self.axis) if self.bounds else parts[0]
+            whole = whole.reshape(*before, -1, *after)
+        else:
+            whole = lax.concatenate(list(parts), self.axis) if self.bounds else parts[0]
+        return lax.reshape(whole, self.own) if self.view else whole
 
 
 def split_states(leaves: Sequence[Array], forms: Sequence[StateForm]) -> list[Array]:
@@ -126,7 +135,8 @@ def state_form(graph: Graph, old: int, new: Operand) -> StateForm:
     if len(axes) != 1:
         return StateForm()
     (axis,) = axes
-    if any(found is None for found, _ in reads) and not _assembled(graph, new, axis):
+    turned = any(o.name == "dot_general" and _rotated(o, old, aval.shape) for o in operations)
+    if any(found is None for found, _ in reads) and not (turned or _assembled(graph, new, axis)):
         return StateForm()
     size = aval.shape[axis]
     bounds = _closed(graph, old, new, axis, {0, size, *(b for _, found in reads for b in found)})

@@ -15,9 +15,11 @@ from etcompile.errors import InputError, ModelError
 from etcompile.frontend.environment import NOTHING, Environment, WithEnvironment
 from etcompile.frontend.given import as_array, refuse_lists, shape_difference
 from etcompile.frontend.jaxpr import Aval, Graph, flatten_jaxpr, with_copies
+from etcompile.frontend.moved_states import with_states_read
 from etcompile.frontend.packed_graph import with_parts
 from etcompile.frontend.ring_buffers import with_slots
 from etcompile.frontend.state_forms import StateForm, join_states, split_states, state_form
+from etcompile.frontend.viewed_states import view_of, with_views
 
 __all__ = ["Leaf", "StepModel", "TracedStep", "leaf_names", "step_model"]
 
@@ -236,12 +238,10 @@ def step_model(traced: TracedStep) -> StepModel:
                 expected=f"{old}, as it came in",
                 hint="initialise the state with the shape (batch axis included) and dtype that update() gives it.",
             )
+    graph, views = _viewed(graph, len(params), len(outputs), len(states))
+    graph = with_states_read(graph, len(outputs))
     graph = with_slots(graph, len(outputs), graph.inputs[len(params) : len(params) + len(states)])
-    new = graph.outputs[len(outputs) :]
-    forms = tuple(
-        state_form(graph, old, new[k])
-        for k, old in enumerate(graph.inputs[len(params) : len(params) + len(states)])
-    )
+    forms = _forms(graph, len(params), len(outputs), len(states))
     if any(form.parts > 1 for form in forms):
         graph = with_parts(graph, len(params), len(outputs), forms)
         state_names = [
@@ -273,9 +273,28 @@ def step_model(traced: TracedStep) -> StepModel:
         state_tree=state_tree,
         input_tree=input_tree,
         output_tree=output_tree,
-        state_forms=forms,
+        state_forms=tuple(
+            form if view is None else dataclasses.replace(form, own=tuple(leaf.shape), view=view)
+            for form, view, leaf in zip(forms, views, states, strict=True)
+        ),
         environment=traced.environment,
     )
+
+
+def _forms(graph: Graph, first: int, n_outputs: int, count: int) -> tuple[StateForm, ...]:
+    old, new = graph.inputs[first : first + count], graph.outputs[n_outputs:]
+    return tuple(state_form(graph, o, n) for o, n in zip(old, new, strict=True))
+
+
+def _viewed(
+    graph: Graph, first: int, n_outputs: int, count: int
+) -> tuple[Graph, list[tuple[int, ...] | None]]:
+    """The graph with states in views in which they are packed, and the views."""
+    views = [view_of(graph, old) for old in graph.inputs[first : first + count]]
+    if any(views):
+        packed = _forms(with_views(graph, first, n_outputs, views), first, n_outputs, count)
+        views = [view if form.packed else None for view, form in zip(views, packed, strict=True)]
+    return (with_views(graph, first, n_outputs, views) if any(views) else graph), views
 
 
 def _named_inputs(inputs: tuple[Any, ...]) -> Any:

@@ -143,7 +143,7 @@ class Placement:
             return tree
         first, placed = 0, []
         for form in forms:
-            placed.append(self.states[first])
+            placed.append(_of_whole(self.states[first], form))
             first += form.parts
         return self._put_leaves(tree, placed)
 
@@ -323,6 +323,15 @@ class _Placing:
 def _in_memory(axes: Axes, order: Sequence[int]) -> Axes:
     """Axes of a trace row, whose logical axes lie in another order in memory."""
     return Axes(*[None if a is None else order.index(a) for a in (axes.examples, axes.units)])
+
+
+def _of_whole(part: Placed, form: StateForm) -> Placed:
+    """Where a state lies of which this is the first part; an axis that is two in its view is whole."""
+    if not form.view:
+        return part
+    divided = next(d for d, (a, b) in enumerate(zip((*form.own, 0), form.view, strict=True)) if a != b)
+    axes = (*part.axes[:divided], (), *part.axes[divided + 2 :])
+    return dataclasses.replace(part, shape=form.own, axes=axes)
 
 
 def _array(value: Any) -> Any:
