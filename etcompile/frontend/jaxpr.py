@@ -390,10 +390,10 @@ class GraphBuilder:
             inputs = self.same_shape(inputs, where)
         if name == "device_put" and len(inputs) > 1:
             return self.put_one_by_one(eqn, inputs, where)
+        if name == "gather" and (part := self.one_part(eqn, inputs, where)) is not None:
+            return part
         params = dict(eqn.params)
-        if (
-            name == "reshape" and params["dimensions"] is not None
-        ):  # two moves in one: nobody after this has to know
+        if name == "reshape" and params["dimensions"] is not None:  # two moves: nobody after this has to know
             order, params["dimensions"] = tuple(params["dimensions"]), None
             inputs = self.call(lambda v: lax.transpose(v, order), inputs, where)
         if name == "custom_linear_solve":
@@ -454,6 +454,31 @@ class GraphBuilder:
             )
             env.update(zip(operation.outputs, outputs, strict=True))
         return [get(o) for o in graph.outputs]
+
+    def one_part(self, eqn: Any, inputs: Sequence[Operand], where: str) -> list[Operand] | None:
+        """A ``gather`` of one part at a known place, such as ``jnp.take(v, 0, axis)``, as a slice; None for any other."""
+        operand, indices = inputs
+        if (
+            not isinstance(indices, Constant)
+            or isinstance(operand, Constant)
+            or indices.aval.shape[:-1] != ()
+        ):
+            return None
+        numbers, sizes, shape = (
+            eqn.params["dimension_numbers"],
+            eqn.params["slice_sizes"],
+            self.aval(operand).shape,
+        )
+        starts = dict(zip(numbers.start_index_map, np.asarray(indices.value).tolist(), strict=True))
+        ends = {d: start + sizes[d] for d, start in starts.items()}
+        if numbers.operand_batching_dims or any(
+            start < 0 or ends[d] > shape[d] for d, start in starts.items()
+        ):
+            return None
+        first = [starts.get(d, 0) for d in range(len(shape))]
+        last = [ends.get(d, sizes[d]) for d in range(len(shape))]
+        result = tuple(eqn.outvars[0].aval.shape)
+        return self.call(lambda v: [lax.reshape(lax.slice(v, first, last), result)], [operand], where)
 
     def put_one_by_one(self, eqn: Any, inputs: Sequence[Operand], where: str) -> list[Operand]:
         """A ``device_put`` of several arrays as one of each: none depends on another, and JAX cannot map all mixtures."""
