@@ -408,11 +408,9 @@ def straight_through(p, name, a, b):
 @operation
 def looked_up(p, name, a, b):
     """A table of trained values, interpolated."""
-    table = p(f"{name}.table", 5).astype(jnp.float32)  # jnp.interp has no 16 bits
-    return (
-        jnp.interp(a.astype(jnp.float32), jnp.linspace(-1, 1, 5, dtype=jnp.float32), table).astype(a.dtype)
-        + 0.3 * b
-    )
+    dtype = jnp.promote_types(a.dtype, jnp.float32)  # jnp.interp has no 16 bits
+    table = p(f"{name}.table", 5).astype(dtype)
+    return jnp.interp(a.astype(dtype), jnp.linspace(-1, 1, 5, dtype=dtype), table).astype(a.dtype) + 0.3 * b
 
 
 # --- a whole step ------------------------------------------------------------------------------------------------------------

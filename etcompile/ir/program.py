@@ -107,7 +107,7 @@ class TraceProgram:
         for gradient in self.gradients:
             yield gradient.value
 
-    @property
+    @cached_property
     def carried(self) -> tuple[str, ...]:
         """Names of the values that some equation or gradient reads one step later, in program order."""
         late = {ref.name for ref in self.uses() if ref.delay == -1}
