@@ -56,5 +56,5 @@ class Compiled:
             self.leaves_out,
             self.causal.placement.lines(),
             self.changes,
-            self.functions.bytes_in_chunk,
+            self.functions.bytes_of_a_step,
         )

@@ -81,7 +81,7 @@ class Report:
     it is none of the loss, by intent; ``forgotten`` names the hidden groups of which the rule keeps nothing from step to step;
     ``trace_owners`` whose each trace is; ``learning`` those that depend on the loss and go on at steps with one alone;
     ``devices`` where arrays lie on a mesh: the mesh, then each array with the mesh axes behind the sizes that they split;
-    ``chunk_bytes`` what each of many steps that are handled together holds, about, in place of the traces (0: they cannot be).
+    ``bytes_of_a_step`` what each of many steps handled together holds, about, in place of the traces (0: they cannot be).
     """
 
     model: str
@@ -99,7 +99,7 @@ class Report:
     forgotten: tuple[str, ...] = ()
     learning: tuple[str, ...] = ()
     another: bool = False
-    chunk_bytes: int = 0
+    bytes_of_a_step: int = 0
 
     @property
     def trace_bytes(self) -> int:
@@ -123,7 +123,7 @@ class Report:
             "cuts": [dataclasses.asdict(c) for c in self.cuts],
             "traces": dict(self.traces),
             "trace_bytes": self.trace_bytes,
-            "chunk_bytes": self.chunk_bytes,
+            "bytes_of_a_step": self.bytes_of_a_step,
             "trace_owners": dict(self.trace_owners),
             "devices": list(self.devices),
         }
@@ -329,7 +329,7 @@ def make_report(
     leaves_out: str = "",
     devices: tuple[str, ...] = (),
     changes: bool = False,
-    chunk_bytes: int = 0,
+    bytes_of_a_step: int = 0,
 ) -> Report:
     """The report of one compiled program; ``traces`` holds arrays or their shapes, by name; ``devices`` where arrays lie."""
     import jax
@@ -365,7 +365,7 @@ def make_report(
         forgotten=_forgotten(program, sizes),
         learning=tuple(name for name in program.carried if OPS[program.equation(name).op].learns),
         another=another,
-        chunk_bytes=chunk_bytes,
+        bytes_of_a_step=bytes_of_a_step,
     )
 
 

@@ -52,7 +52,7 @@ def _lines(report: Report) -> Iterator[str]:
     for name, size in report.traces.items():
         owner = report.trace_owners.get(name)
         yield f"    {name}  {bytes_text(size)}" + (f"  {owner}" if owner else "")
-    if report.chunk_bytes and any(p.positions > 1 for p in report.parameters):
+    if report.bytes_of_a_step and any(p.positions > 1 for p in report.parameters):
         yield from _many_positions(report)
     if report.devices:
         yield "  devices"
@@ -65,10 +65,11 @@ def _lines(report: Report) -> Iterator[str]:
 def _many_positions(report: Report) -> Iterator[str]:
     """What traces cost beside a chunk, where they have an entry for each of many positions and input."""
     if report.traces:
-        yield f"    in a chunk no trace appears, and a step holds {bytes_text(report.chunk_bytes)}; a sequence that is one chunk"
+        size = bytes_text(report.bytes_of_a_step)
+        yield f"    in a chunk no trace appears, and a step holds {size}; a sequence that is one chunk"
         yield "    needs none of these, with Schedule(keep_traces=False)"
     else:
-        yield f"  traces: none is kept; in a chunk a step holds {bytes_text(report.chunk_bytes)}"
+        yield f"  traces: none is kept; in a chunk a step holds {bytes_text(report.bytes_of_a_step)}"
 
 
 def _named(report: Report, name: str) -> str:

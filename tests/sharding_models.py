@@ -86,6 +86,19 @@ def complex_diagonal():
     return etcompile.from_function(step, params, {"h": jnp.zeros((EXAMPLES, UNITS), complex)})
 
 
+def packed():
+    """Two states of a neuron in one array, one after the other, which have an axis of their own in the graph."""
+
+    def step(p, s, x):
+        v, a = s["s"][..., ::2], s["s"][..., 1::2]
+        v = jnp.tanh(0.8 * v + x @ p["w"] + v @ p["u"] - 0.3 * a)
+        a = 0.9 * a + 0.2 * v
+        return {"s": jnp.stack([v, a], -1).reshape(s["s"].shape)}, v @ p["out"]
+
+    params = _weights(w=(INPUTS, UNITS), u=(UNITS, UNITS), out=(UNITS, OUTPUTS))
+    return etcompile.from_function(step, params, {"s": jnp.zeros((EXAMPLES, 2 * UNITS))})
+
+
 def one_example():
     """No batch axis."""
 
@@ -103,6 +116,7 @@ MODELS = {
     "spiking": spiking,
     "conv": conv,
     "complex_diagonal": complex_diagonal,
+    "packed": packed,
     "one_example": one_example,
 }
 

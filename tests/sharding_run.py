@@ -168,7 +168,7 @@ GROUPS = {
             f"{model} {shape} chunk {chunk}": lambda m=model, s=shape, c=chunk: apart(m, over(s), c)
             for model, shape, chunk in [
                 ("gru", (4, 2), 1), ("gru", (8, 1), 1), ("gru", (1, 8), 1), ("gru", (4, 2), 3), ("spiking", (4, 2), 2), ("conv", (2, 4), 1),
-                ("complex_diagonal", (4, 2), 1),
+                ("complex_diagonal", (4, 2), 1), ("packed", (4, 2), 1),
             ]
         },
         "one example": lambda: apart("one_example", over((1, 8), batch=None), 1),

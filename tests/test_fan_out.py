@@ -239,9 +239,9 @@ def test_without_kept_traces_nothing_is_carried():
     kept = step_of(case).report()
     assert "Schedule(keep_traces=False)" in str(kept)
     # What a chunk holds of a step does not depend on whether traces are kept, and both reports say it.
-    assert kept.chunk_bytes == step.report().chunk_bytes > 0
+    assert kept.bytes_of_a_step == step.report().bytes_of_a_step > 0
     for report in (kept, step.report()):
-        assert f"a step holds {bytes_text(report.chunk_bytes)}" in str(report)
+        assert f"a step holds {bytes_text(report.bytes_of_a_step)}" in str(report)
 
 
 # --- on the way from y to the state -----------------------------------------------------------------------------------

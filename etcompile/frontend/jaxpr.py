@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -33,6 +33,7 @@ from etcompile.frontend.folding import folded
 from etcompile.frontend.implementations import has_implementation, traced_implementation
 from etcompile.frontend.known_indices import with_known_indices
 from etcompile.frontend.loops import Loop, Use, stopped, within
+from etcompile.frontend.simple_forms import simple_form
 from etcompile.frontend.user_code import user_line
 
 __all__ = [
@@ -52,7 +53,9 @@ __all__ = [
     "is_traced",
     "jvp_graph",
     "run_jaxpr",
+    "run_operations",
     "staged",
+    "variables",
 ]
 
 #: A scan that grows to no more than this many operations is unrolled; a longer one stays a loop.
@@ -246,6 +249,19 @@ def bind(operation: Operation, values: Sequence[Any], cuts: Mapping[Use, Any] | 
     return list(result) if operation.primitive.multiple_results else [result]
 
 
+def run_operations(operations: Iterable[Operation], env: dict[int, Any]) -> dict[int, Any]:
+    """Values with those that operations make of them, added to ``env``."""
+    for operation in operations:
+        results = bind(operation, [read(env, v) for v in operation.inputs])
+        env.update(zip(operation.outputs, results, strict=True))
+    return env
+
+
+def variables(operands: Iterable[Operand]) -> list[int]:
+    """Those operands that are no constants."""
+    return [v for v in operands if isinstance(v, int)]
+
+
 def function_name(operation: Operation) -> str:
     """Name of a primitive; of ``jax.custom_jvp`` and ``jax.custom_vjp`` that of the function."""
     called = operation.params.get("call_jaxpr")
@@ -388,14 +404,9 @@ class GraphBuilder:
             return self.select_branches(eqn, inputs, where, source)
         if name in _BROADCASTING:
             inputs = self.same_shape(inputs, where)
-        if name == "device_put" and len(inputs) > 1:
-            return self.put_one_by_one(eqn, inputs, where)
-        if name == "gather" and (part := self.one_part(eqn, inputs, where)) is not None:
-            return part
-        params = dict(eqn.params)
-        if name == "reshape" and params["dimensions"] is not None:  # two moves: nobody after this has to know
-            order, params["dimensions"] = tuple(params["dimensions"]), None
-            inputs = self.call(lambda v: lax.transpose(v, order), inputs, where)
+        form = simple_form(eqn, [v.value if isinstance(v, Constant) else None for v in inputs])
+        if form is not None:
+            return self.call(form, inputs, where)
         if name == "custom_linear_solve":
             inputs = self.solved_as_one(eqn, inputs, where)
         elif self.inside != "nothing":
@@ -405,11 +416,13 @@ class GraphBuilder:
         avals = [Aval(tuple(v.aval.shape), v.aval.dtype) for v in eqn.outvars]
         if not any(a.differentiable for a in avals) and all(isinstance(i, Constant) for i in inputs):
             # indices at once: what a sparse product is depends on them
-            operation = Operation(eqn.primitive, params, tuple(inputs), tuple(range(len(avals))), where)
+            operation = Operation(
+                eqn.primitive, dict(eqn.params), tuple(inputs), tuple(range(len(avals))), where
+            )
             values = _computed(operation, avals)
             if values is not None:
                 return list(values)
-        return list(self.emit(eqn.primitive, params, inputs, avals, where))
+        return list(self.emit(eqn.primitive, dict(eqn.params), inputs, avals, where))
 
     def look_inside(self, eqn: Any, inputs: list[Operand], where: str) -> list[Operand] | None:
         """Inline what another library's primitive computes; None where that cannot be known."""
@@ -454,42 +467,6 @@ class GraphBuilder:
             )
             env.update(zip(operation.outputs, outputs, strict=True))
         return [get(o) for o in graph.outputs]
-
-    def one_part(self, eqn: Any, inputs: Sequence[Operand], where: str) -> list[Operand] | None:
-        """A ``gather`` of one part at a known place, such as ``jnp.take(v, 0, axis)``, as a slice; None for any other."""
-        operand, indices = inputs
-        if (
-            not isinstance(indices, Constant)
-            or isinstance(operand, Constant)
-            or indices.aval.shape[:-1] != ()
-        ):
-            return None
-        numbers, sizes, shape = (
-            eqn.params["dimension_numbers"],
-            eqn.params["slice_sizes"],
-            self.aval(operand).shape,
-        )
-        starts = dict(zip(numbers.start_index_map, np.asarray(indices.value).tolist(), strict=True))
-        ends = {d: start + sizes[d] for d, start in starts.items()}
-        if numbers.operand_batching_dims or any(
-            start < 0 or ends[d] > shape[d] for d, start in starts.items()
-        ):
-            return None
-        first = [starts.get(d, 0) for d in range(len(shape))]
-        last = [ends.get(d, sizes[d]) for d in range(len(shape))]
-        result = tuple(eqn.outvars[0].aval.shape)
-        return self.call(lambda v: [lax.reshape(lax.slice(v, first, last), result)], [operand], where)
-
-    def put_one_by_one(self, eqn: Any, inputs: Sequence[Operand], where: str) -> list[Operand]:
-        """A ``device_put`` of several arrays as one of each: none depends on another, and JAX cannot map all mixtures."""
-        each = [
-            {**eqn.params, **{name: (eqn.params[name][k],) for name in ("devices", "srcs", "copy_semantics")}}
-            for k in range(len(inputs))
-        ]
-        return [
-            self.emit(eqn.primitive, params, [v], [Aval(tuple(out.aval.shape), out.aval.dtype)], where)[0]
-            for params, v, out in zip(each, inputs, eqn.outvars, strict=True)
-        ]
 
     def solved_as_one(self, eqn: Any, inputs: list[Operand], where: str) -> list[Operand]:
         """Operands of a linear solve. Its derivative is that of the product which it solves for: its factors have none."""

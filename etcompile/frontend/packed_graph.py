@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from etcompile.frontend.jaxpr import Constant, Graph, GraphBuilder, Operand, Operation
@@ -68,16 +68,16 @@ def _part_read(
 ) -> int | None:
     """The one part of a packed state that an operation takes out of it."""
     base = operation.inputs[0] if operation.name == "slice" else None
-    if not isinstance(base, int) or base not in held or not held[base][1].packed:
+    if not isinstance(base, int) or base not in held or not held[base][1].bounds:
         return None
-    (parts, form), aval, params = held[base], graph.avals[base], operation.params
-    strides = params["strides"] or (1,) * len(aval.shape)
-    taken = params["start_indices"][form.axis], params["limit_indices"][form.axis], strides[form.axis]
-    places = form.places(aval)
-    if taken not in places:
+    parts, form = held[base]
+    start, stop = (operation.params[key][form.axis] for key in ("start_indices", "limit_indices"))
+    bounds = list(itertools.pairwise(form.bounds))
+    if (start, stop) not in bounds:
         return None
-    part = places.index(taken)
-    return parts[part] if graph.avals[operation.outputs[0]].shape == form.avals(aval)[part].shape else None
+    part = bounds.index((start, stop))
+    whole = graph.avals[operation.outputs[0]].shape == form.avals(graph.avals[base])[part].shape
+    return parts[part] if whole else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,9 +111,11 @@ class _NewParts:
             if form.complex:
                 continue
             shapes = [a.shape for a in form.avals(graph.avals[new])]
-            for part, piece in _pieces(graph, new, form):
+            bounds = list(itertools.pairwise(form.bounds))
+            for start, stop, piece in put_together(graph, graph.operations[graph.made_by[new]], form.axis):
                 origin = _unmoved(graph, piece)
-                if origin is not None and graph.avals[origin].differentiable:
+                if (start, stop) in bounds and origin is not None and graph.avals[origin].differentiable:
+                    part = bounds.index((start, stop))
                     pieces.setdefault(origin, (k, part, shapes[part]))
         return cls(forms, whole, pieces, {})
 
@@ -138,27 +140,6 @@ class _NewParts:
             for part, sliced in enumerate(builder.call(form.split, [value], "?")):
                 self.found.setdefault((k, part), sliced)
         return [self.found[k, part] for part in range(form.parts)]
-
-
-def _pieces(graph: Graph, new: int, form: StateForm) -> Iterator[tuple[int, Operand]]:
-    """The parts of a packed new state that are pieces which an operation puts side by side, or in turns."""
-    operation = graph.operations[graph.made_by[new]]
-    if not form.stride:
-        bounds = list(itertools.pairwise(form.bounds))
-        for start, stop, piece in put_together(graph, operation, form.axis):
-            if (start, stop) in bounds:
-                yield bounds.index((start, stop)), piece
-        return
-    rows = operation.inputs[0] if operation.name == "reshape" else None
-    made = None if rows is None else _made_by(graph, rows)
-    if rows is None or made is None:
-        return
-    shape = list(graph.avals[new].shape)
-    shape[form.axis : form.axis + 1] = [shape[form.axis] // form.stride, form.stride]
-    if graph.aval(rows).shape == tuple(shape):
-        for start, stop, piece in put_together(graph, made, form.axis + 1):
-            if stop - start == 1:
-                yield start, piece
 
 
 def _unmoved(graph: Graph, piece: Operand) -> int | None:

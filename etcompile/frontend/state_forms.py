@@ -1,9 +1,10 @@
 """How a state of the model stands in the graph: as it is, as real and imaginary part, or as the parts that it holds side by side.
 
 A state is *packed* along an axis where its old value is read part by part along it: ``state[..., 0]``, ``state[..., 1]``,
-``jnp.split(state, 2, -1)``, ``state[..., 0::2]``, the slots of a shift register, a rotation by a constant matrix. Its parts then
-are states of their own, so that what one part does to another is found as for any two states. Where it is read as a whole too,
-by a weight or by the output, it is packed if its new value is put together of parts along the same axis, or turned.
+``jnp.split(state, 2, -1)``, the slots of a shift register, a rotation by a constant matrix. Its parts then are states of their
+own, so that what one part does to another is found as for any two states. Where it is read as a whole too, by a weight or by the
+output, it is packed if its new value is put together of parts along the same axis, or turned, or if it has an axis for its parts
+alone (:mod:`etcompile.frontend.viewed_states`).
 """
 
 from __future__ import annotations
@@ -44,8 +45,6 @@ class StateForm:
         Along which it is divided otherwise.
     bounds : tuple of int
         Where its parts begin along the axis, and where the last one ends; nothing for a state that stands as it is.
-    stride : int
-        Of parts that take turns along the axis their number, in place of bounds.
     own, view : tuple of int, optional
         The state's shape, and that in which it is divided, where one axis is two there
         (:mod:`etcompile.frontend.viewed_states`).
@@ -54,36 +53,25 @@ class StateForm:
     complex: bool = False
     axis: int = 0
     bounds: tuple[int, ...] = ()
-    stride: int = 0
     own: tuple[int, ...] = ()
     view: tuple[int, ...] = ()
 
     @property
     def parts(self) -> int:
-        return 2 if self.complex else self.stride or max(len(self.bounds) - 1, 1)
-
-    @property
-    def packed(self) -> bool:
-        return not self.complex and self.parts > 1
-
-    def places(self, aval: Aval) -> list[tuple[int, int, int]]:
-        """Of a packed state where each part begins along the axis, where it ends, and how far apart its elements are."""
-        if self.stride:
-            return [(k, aval.shape[self.axis], self.stride) for k in range(self.stride)]
-        return [(start, stop, 1) for start, stop in itertools.pairwise(self.bounds)]
+        return 2 if self.complex else max(len(self.bounds) - 1, 1)
 
     def names(self, path: str) -> list[str]:
         if self.complex:
             return [f"{path}.re", f"{path}.im"]
-        return [f"{path}.{k}" for k in range(self.parts)] if self.parts > 1 else [path]
+        return [f"{path}.{k}" for k in range(self.parts)] if self.bounds else [path]
 
     def avals(self, aval: Aval) -> list[Aval]:
         if self.complex:
             return [Aval(aval.shape, jnp.finfo(aval.dtype).dtype)] * 2
         aval = Aval(self.view, aval.dtype) if self.view else aval
-        if self.parts == 1:
+        if not self.bounds:
             return [aval]
-        widths = np.diff(self.bounds).tolist() or [aval.shape[self.axis] // self.stride] * self.stride
+        widths = np.diff(self.bounds).tolist()
         before, after = aval.shape[: self.axis], aval.shape[self.axis + 1 :]
         return [Aval((*before, width, *after), aval.dtype) for width in widths]
 
@@ -91,20 +79,17 @@ class StateForm:
         if self.complex:
             return [jnp.real(value), jnp.imag(value)]
         value = lax.reshape(value, self.view) if self.view else value
-        if not self.packed:
+        if not self.bounds:
             return [value]
-        places = self.places(Aval(value.shape, value.dtype))
-        return [lax.slice_in_dim(value, *place, axis=self.axis) for place in places]
+        return [
+            lax.slice_in_dim(value, start, stop, axis=self.axis)
+            for start, stop in itertools.pairwise(self.bounds)
+        ]
 
     def join(self, parts: Sequence[Array]) -> Array:
         if self.complex:
             return lax.complex(*parts)
-        if self.stride:
-            whole = jnp.stack(parts, self.axis + 1)
-            before, after = whole.shape[: self.axis], whole.shape[self.axis + 2 :]
-            whole = whole.reshape(*before, -1, *after)
-        else:
-            whole = lax.concatenate(list(parts), self.axis) if self.bounds else parts[0]
+        whole = lax.concatenate(list(parts), self.axis) if self.bounds else parts[0]
         return lax.reshape(whole, self.own) if self.view else whole
 
 
@@ -119,24 +104,25 @@ def join_states(parts: Sequence[Array], forms: Sequence[StateForm]) -> list[Arra
     return [form.join(list(itertools.islice(it, form.parts))) for form in forms]
 
 
-def state_form(graph: Graph, old: int, new: Operand) -> StateForm:
-    """How a state should stand in a graph that takes it as variable ``old`` and gives it as ``new``."""
+def state_form(graph: Graph, old: int, new: Operand, viewed: bool = False) -> StateForm:
+    """How a state should stand in a graph that takes it as variable ``old`` and gives it as ``new``.
+
+    ``viewed``: it has an axis there that it was given for its parts.
+    """
     aval = graph.avals[old]
     if jnp.issubdtype(aval.dtype, jnp.complexfloating):
         return StateForm(complex=True)
     if not aval.differentiable or old in graph.outputs:
         return StateForm()
     operations = [graph.operations[n] for n in graph.read_by.get(old, ())]
-    stride = _stride(operations, aval.shape)
-    if stride is not None:
-        return stride
     reads = [_read(graph, operation, old) for operation in operations]
     axes = {axis for axis, _ in reads if axis is not None}
     if len(axes) != 1:
         return StateForm()
     (axis,) = axes
     turned = any(o.name == "dot_general" and _rotated(o, old, aval.shape) for o in operations)
-    if any(found is None for found, _ in reads) and not (turned or _assembled(graph, new, axis)):
+    divided = viewed or turned or _assembled(graph, new, axis)
+    if any(found is None for found, _ in reads) and not divided:
         return StateForm()
     size = aval.shape[axis]
     bounds = _closed(graph, old, new, axis, {0, size, *(b for _, found in reads for b in found)})
@@ -148,26 +134,6 @@ def state_form(graph: Graph, old: int, new: Operand) -> StateForm:
 def _assembled(graph: Graph, new: Operand, axis: int) -> bool:
     """Whether a new state is put together of pieces along an axis: its old value is packed, who reads it as a whole or not."""
     return len(list(_pieces(graph, new, axis))) > 1
-
-
-def _stride(operations: Sequence[Operation], shape: tuple[int, ...]) -> StateForm | None:
-    """Parts that take turns, ``state[..., 0::2]`` and ``state[..., 1::2]``; who else reads the state has all of it."""
-    found: set[tuple[int, int, int]] = set()
-    for operation in operations:
-        if operation.name != "slice":
-            continue
-        starts, strides = operation.params["start_indices"], operation.params["strides"] or (1,) * len(shape)
-        steps = [d for d, stride in enumerate(strides) if stride > 1]
-        if len(steps) == 1:
-            (axis,) = steps
-            found.add((axis, strides[axis], starts[axis]))
-    if len({(axis, stride) for axis, stride, _ in found}) != 1:
-        return None
-    axis, stride, _ = next(iter(found))
-    every = {start for _, _, start in found} == set(range(stride))
-    if not every or shape[axis] % stride or stride > MOST_PARTS:
-        return None
-    return StateForm(axis=axis, stride=stride)
 
 
 def _read(graph: Graph, operation: Operation, old: int) -> tuple[int | None, tuple[int, ...]]:

@@ -241,7 +241,7 @@ def step_model(traced: TracedStep) -> StepModel:
     graph, views = _viewed(graph, len(params), len(outputs), len(states))
     graph = with_states_read(graph, len(outputs))
     graph = with_slots(graph, len(outputs), graph.inputs[len(params) : len(params) + len(states)])
-    forms = _forms(graph, len(params), len(outputs), len(states))
+    forms = _forms(graph, len(params), len(outputs), views)
     if any(form.parts > 1 for form in forms):
         graph = with_parts(graph, len(params), len(outputs), forms)
         state_names = [
@@ -281,9 +281,12 @@ def step_model(traced: TracedStep) -> StepModel:
     )
 
 
-def _forms(graph: Graph, first: int, n_outputs: int, count: int) -> tuple[StateForm, ...]:
-    old, new = graph.inputs[first : first + count], graph.outputs[n_outputs:]
-    return tuple(state_form(graph, o, n) for o, n in zip(old, new, strict=True))
+def _forms(
+    graph: Graph, first: int, n_outputs: int, views: Sequence[tuple[int, ...] | None]
+) -> tuple[StateForm, ...]:
+    """How the states from input number ``first`` on stand in the graph."""
+    old, new = graph.inputs[first : first + len(views)], graph.outputs[n_outputs:]
+    return tuple(state_form(graph, o, n, v is not None) for o, n, v in zip(old, new, views, strict=True))
 
 
 def _viewed(
@@ -292,8 +295,8 @@ def _viewed(
     """The graph with states in views in which they are packed, and the views."""
     views = [view_of(graph, old) for old in graph.inputs[first : first + count]]
     if any(views):
-        packed = _forms(with_views(graph, first, n_outputs, views), first, n_outputs, count)
-        views = [view if form.packed else None for view, form in zip(views, packed, strict=True)]
+        packed = _forms(with_views(graph, first, n_outputs, views), first, n_outputs, views)
+        views = [view if form.bounds else None for view, form in zip(views, packed, strict=True)]
     return (with_views(graph, first, n_outputs, views) if any(views) else graph), views
 
 

@@ -1,7 +1,7 @@
 """States of which one axis is two: values side by side for each unit, in one array without an axis of their own.
 
-``s.reshape(n, 2)[:, 0]`` reads such a state. In the graph it then has both axes, so that it is found to be packed along one of
-them as any other state is (:mod:`etcompile.frontend.state_forms`).
+``s[..., ::2]`` and ``s[..., 1::2]``, or ``s.reshape(n, 2)[:, 0]``, read such a state. In the graph it then has both axes, so
+that it is found to be packed along one of them as any other state is (:mod:`etcompile.frontend.state_forms`).
 """
 
 from __future__ import annotations
@@ -29,30 +29,60 @@ def view_of(graph: Graph, old: int) -> Shape | None:
     return views.pop() if len(views) == 1 else None
 
 
-def _blocks(operation: Operation, shape: Shape, view: Shape) -> tuple[int, int, int] | None:
-    """Axis, start and stop in a view of a slice that takes whole entries of the first of the two axes."""
-    axis = _divided(shape, view)
-    if operation.name != "slice" or axis is None or set(operation.params["strides"] or (1,)) != {1}:
-        return None
-    bounds = list(zip(operation.params["start_indices"], operation.params["limit_indices"], strict=True))
-    others = all(bounds[d] == (0, n) for d, n in enumerate(shape) if d != axis)
-    start, stop = bounds[axis]
-    inner = view[axis + 1]
-    return (axis, start // inner, stop // inner) if others and start % inner == stop % inner == 0 else None
-
-
 def _view(operation: Operation, shape: Shape) -> Shape | None:
-    """The shape that an operation gives to a state of this one, an axis divided in two."""
-    view = tuple(operation.params["new_sizes"]) if operation.name == "reshape" else None
-    return view if view is not None and _divided(shape, view) is not None else None
+    """The shape by which an operation reads a state of this one, an axis divided in two."""
+    if operation.name == "reshape":
+        view = tuple(operation.params["new_sizes"])
+        axis = _divided(shape, view)
+        return view if axis is not None and 1 not in view[axis : axis + 2] else None
+    turn = _turn(operation, shape)
+    if turn is None:
+        return None
+    axis, _, stride = turn
+    return (*shape[:axis], shape[axis] // stride, stride, *shape[axis + 1 :])
+
+
+def _turn(operation: Operation, shape: Shape) -> tuple[int, int, int] | None:
+    """Axis, start and stride of a slice that takes every so-manieth element, from one of the first to the last such."""
+    strides = operation.params["strides"] if operation.name == "slice" else None
+    axes = [axis for axis, stride in enumerate(strides or ()) if stride != 1]
+    if len(axes) != 1:
+        return None
+    (axis,) = axes
+    start, stop, stride = (
+        operation.params[key][axis] for key in ("start_indices", "limit_indices", "strides")
+    )
+    whole = shape[axis] % stride == 0 and start < stride and stop > shape[axis] - stride + start
+    return (axis, start, stride) if whole and _whole_beside(operation, shape, axis) else None
+
+
+def _whole_beside(operation: Operation, shape: Shape, axis: int) -> bool:
+    """Whether a slice takes all of the other axes."""
+    bounds = zip(operation.params["start_indices"], operation.params["limit_indices"], strict=True)
+    return all(d == axis or (0, n) == b for d, (n, b) in enumerate(zip(shape, bounds, strict=True)))
+
+
+def _part(operation: Operation, shape: Shape, view: Shape) -> tuple[int, int, int] | None:
+    """Axis, start and stop in a view of what a slice takes of a state: a turn, or whole entries of the first of the two axes."""
+    axis = _divided(shape, view)
+    if operation.name != "slice" or axis is None:
+        return None
+    if (turn := _turn(operation, shape)) is not None:
+        _, start, _ = turn
+        return (axis + 1, start, start + 1) if _view(operation, shape) == view else None
+    if set(operation.params["strides"] or (1,)) != {1} or not _whole_beside(operation, shape, axis):
+        return None
+    start, stop = (operation.params[key][axis] for key in ("start_indices", "limit_indices"))
+    inner = view[axis + 1]
+    return (axis, start // inner, stop // inner) if start % inner == stop % inner == 0 else None
 
 
 def _divided(shape: Shape, view: Shape) -> int | None:
-    """The axis that is two in a view; None where more is changed, or one of the two is a single place."""
+    """The axis that is two in a view; None where more is changed."""
     if len(view) != len(shape) + 1:
         return None
     axis = next((d for d, (a, b) in enumerate(zip(shape, view, strict=False)) if a != b), None)
-    if axis is None or view[axis + 2 :] != shape[axis + 1 :] or 1 in view[axis : axis + 2]:
+    if axis is None or view[axis + 2 :] != shape[axis + 1 :]:
         return None
     return axis if math.prod(view[axis : axis + 2]) == shape[axis] else None
 
@@ -103,9 +133,9 @@ def _read(graph: Graph, operation: Operation, view: Shape) -> Callable[[Array], 
     """How an operation that takes a state apart takes apart its view; None for any other."""
     (operand, *_), (result, *_) = operation.inputs, operation.outputs
     own, shape = graph.aval(operand).shape, graph.avals[result].shape
-    if _view(operation, own) == view:
-        return lambda v: v
-    found = _blocks(operation, own, view)
+    if operation.name == "reshape":
+        return (lambda v: v) if shape == view else None
+    found = _part(operation, own, view)
     if found is None:
         return None
     axis, start, stop = found

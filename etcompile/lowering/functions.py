@@ -61,7 +61,7 @@ class StepFunctions:
         self._apply.defvjp(self._forward, self._backward)
 
     @property
-    def bytes_in_chunk(self) -> int:
+    def bytes_of_a_step(self) -> int:
         """What each of many steps that are handled together holds, about; 0 where they cannot be."""
         return max(
             (schedule.bytes_of_a_step for schedule in self.schedules if not schedule.refusal()), default=0

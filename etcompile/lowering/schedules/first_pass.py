@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from etcompile.analysis.index_rules import CHEAP
-from etcompile.frontend.jaxpr import Operation, bind, has_effects, read
+from etcompile.frontend.jaxpr import Operation, has_effects, read, run_operations, variables
 from etcompile.lowering.derivatives import LoweredModel
 from etcompile.lowering.mapped import mapped
 from etcompile.lowering.schedules.split import expands
@@ -94,12 +94,12 @@ class FirstPass:
         parts, values = self._parts, partial(self._values, weights)
 
         def first(x: list[Array]) -> dict[int, Array]:
-            env = _run(parts.ahead, values(None, x))
+            env = run_operations(parts.ahead, values(None, x))
             return {v: env[v] for v in {*parts.across, *self._costly} if v in env}
 
         def forward(now: list[Array], given: Any) -> tuple[list[Array], Any]:
             x, made = given
-            env = _run(parts.inside, {**values(now, x), **made})
+            env = run_operations(parts.inside, {**values(now, x), **made})
             costly = {v: env[v] for v in self._costly if v in env and v not in ahead}
             return [read(env, v) for v in self._after], (now, costly)
 
@@ -129,7 +129,7 @@ class FirstPass:
             left = [
                 operation for operation in self._parts.inside if not set(operation.outputs) <= known.keys()
             ]
-            env = _run(left, {**self._values(weights, now, x), **known})
+            env = run_operations(left, {**self._values(weights, now, x), **known})
             return [read(env, v) for v in self._after], now
 
         return lax.scan(forward, start, given)[1]
@@ -162,7 +162,7 @@ class FirstPass:
     @cached_property
     def _read_by_derivatives(self) -> set[int]:
         nonlinear = [operation for operation in self._graph.operations if operation.name not in _LINEAR]
-        return {v for operation in nonlinear for v in _variables(operation)}
+        return {v for operation in nonlinear for v in variables(operation.inputs)}
 
     def _bytes(self, variables: Iterable[int]) -> int:
         return sum(a.size * a.dtype.itemsize for a in (self._graph.avals[v] for v in variables))
@@ -172,7 +172,7 @@ class FirstPass:
 
     def _narrows(self, operation: Operation) -> bool:
         """Whether an operation makes of something wide what is not."""
-        return any(map(self._is_wide, _variables(operation))) and not any(
+        return any(map(self._is_wide, variables(operation.inputs))) and not any(
             map(self._is_wide, operation.outputs)
         )
 
@@ -187,7 +187,7 @@ class FirstPass:
         for operation in reversed(self._graph.operations):
             wanted = has_effects(operation) or (operation.loop is None and self._narrows(operation))
             if wanted or not needed.isdisjoint(operation.outputs):
-                needed.update(_variables(operation))
+                needed.update(variables(operation.inputs))
                 found.append(operation)
         return tuple(reversed(found))
 
@@ -214,7 +214,7 @@ class FirstPass:
         moving = set(self._states)
         costly: set[int] = set()  # of what is still: made by a costly operation, or of what one makes
         for operation in self._needed:
-            reads = set(_variables(operation))
+            reads = set(variables(operation.inputs))
             if has_effects(operation) or not moving.isdisjoint(reads):
                 moving.update(operation.outputs)
             elif not still.isdisjoint(reads):
@@ -225,12 +225,12 @@ class FirstPass:
                     costly.update(operation.outputs)
         away = [not costly.isdisjoint(operation.outputs) for operation in self._needed]
         inside = [operation for operation, leaves in zip(self._needed, away, strict=True) if not leaves]
-        wanted = {v for operation in inside for v in _variables(operation)} | set(self._after)
+        wanted = {v for operation in inside for v in variables(operation.inputs)} | set(self._after)
         ahead: list[Operation] = []
         needs: set[int] = set()
         for operation, leaves in zip(reversed(self._needed), reversed(away), strict=True):
             if leaves or not needs.isdisjoint(operation.outputs):  # what is cheap before them is done twice
-                needs.update(_variables(operation))
+                needs.update(variables(operation.inputs))
                 ahead.append(operation)
         across = tuple(v for v in costly if v in wanted)
         return _Parts(tuple(reversed(ahead)), across, tuple(inside))
@@ -239,15 +239,3 @@ class FirstPass:
 def in_blocks(tree: Any, size: int) -> Any:
     """Arrays with time on axis 0 as blocks of so many steps."""
     return jax.tree.map(lambda v: v.reshape(-1, size, *v.shape[1:]), tree)
-
-
-def _variables(operation: Operation) -> list[int]:
-    return [v for v in operation.inputs if isinstance(v, int)]
-
-
-def _run(operations: Iterable[Operation], env: dict[int, Array]) -> dict[int, Array]:
-    """Values with those that operations make of them."""
-    for operation in operations:
-        results = bind(operation, [read(env, v) for v in operation.inputs])
-        env.update(zip(operation.outputs, results, strict=True))
-    return env

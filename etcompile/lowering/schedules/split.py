@@ -9,14 +9,14 @@ axis of a state would go through memory for all steps, and the gate itself is sm
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from etcompile.frontend.jaxpr import Aval, Graph, Operation, bind, read, staged
+from etcompile.frontend.jaxpr import Aval, Graph, Operation, read, run_operations, staged, variables
 from etcompile.lowering.mapped import mapped
 
 __all__ = ["Blocks", "expands", "transposed"]
@@ -93,12 +93,12 @@ def transposed(
     parts = _parts(graph, linear, wide)
 
     def ahead(*of_step: Array) -> list[Array]:
-        env = _run(parts.ahead, dict(zip(each, of_step, strict=True)))
+        env = run_operations(parts.ahead, dict(zip(each, of_step, strict=True)))
         return [env[v] for v in parts.across]
 
     def inside(now: Any, some: Any, all_: Any, made: Sequence[Array]) -> tuple[Any, Array]:
         env = dict(zip(linear, jax.tree.leaves((now, some, all_)), strict=True))
-        env = _run(parts.inside, {**env, **dict(zip(parts.across, made, strict=True))})
+        env = run_operations(parts.inside, {**env, **dict(zip(parts.across, made, strict=True))})
         return jax.tree.unflatten(jax.tree.structure(shapes), [read(env, v) for v in graph.outputs])
 
     # Step by step: JAX would compute what a loop's linear part multiplies by in a loop of its own, and keep it for all steps.
@@ -156,11 +156,11 @@ def _parts(graph: Graph, linear: Sequence[int], wide: int) -> _Parts:
         else:
             inside.append(operation)
             moving.update(operation.outputs)
-    wanted = {*_variables(graph.outputs), *(v for operation in inside for v in _variables(operation.inputs))}
+    wanted = {*variables(graph.outputs), *(v for operation in inside for v in variables(operation.inputs))}
     for operation in reversed(known):
         if not wanted.isdisjoint(operation.outputs) and expands(operation, graph.avals, wide):
             inside.insert(0, operation)
-            wanted.update(_variables(operation.inputs))
+            wanted.update(variables(operation.inputs))
     made = {*moving, *(v for operation in inside for v in operation.outputs)}
     across = tuple(v for v in sorted(wanted) if v not in made)
     ahead: list[Operation] = []
@@ -168,7 +168,7 @@ def _parts(graph: Graph, linear: Sequence[int], wide: int) -> _Parts:
     for operation in reversed(known):
         if not needs.isdisjoint(operation.outputs):
             ahead.insert(0, operation)
-            needs.update(_variables(operation.inputs))
+            needs.update(variables(operation.inputs))
     return _Parts(tuple(ahead), tuple(inside), across)
 
 
@@ -193,15 +193,3 @@ def _without_repeats(graph: Graph) -> Graph:
 
 def _replaced(operand: Any, same: dict[int, int]) -> Any:
     return same.get(operand, operand) if isinstance(operand, int) else operand
-
-
-def _variables(operands: Iterable[Any]) -> list[int]:
-    return [v for v in operands if isinstance(v, int)]
-
-
-def _run(operations: Iterable[Operation], env: dict[int, Array]) -> dict[int, Array]:
-    """Values with those that operations make of them."""
-    for operation in operations:
-        results = bind(operation, [read(env, v) for v in operation.inputs])
-        env.update(zip(operation.outputs, results, strict=True))
-    return env
