@@ -43,6 +43,9 @@ from etcompile.registry import algorithm, algorithm_names
 from etcompile.report import Report
 from etcompile.runtime.checkpoints import Checkpoints
 from etcompile.runtime.executor import Executor
+from etcompile.runtime.observing.dashboard import Dashboard
+from etcompile.runtime.observing.observer import Observation, Observer
+from etcompile.runtime.observing.tensorboard import TensorBoard
 from etcompile.runtime.step import Step
 from etcompile.runtime.step_data import MultiStepData, SingleStepData, extract_y_target
 from etcompile.runtime.synthetic import SyntheticGradient
@@ -56,15 +59,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "AlgorithmError", "Carry", "CarryError", "CheckpointError", "Checkpoints", "Comparison", "Cost", "DependencyError",
-    "EnvironmentWarning", "EtcompileError", "EtcompileWarning", "Executor",
-    "FixedRandomFeedback", "FunctionModel", "GradExpon", "InputError",
-    "KappaFilter",
-    "LeakyRateReadout", "ModelError", "MultiStepData", "OptionError", "Pass", "PassError", "PassManager",
-    "PresynapticTrace", "ProgramError", "Report", "Schedule", "SequenceSchedule", "SingleStepData", "Step", "SyntheticGradient",
+    "AlgorithmError", "Carry", "CarryError", "CheckpointError", "Checkpoints", "Comparison", "Cost", "Dashboard",
+    "DependencyError", "EnvironmentWarning", "EtcompileError", "EtcompileWarning", "Executor", "FixedRandomFeedback",
+    "FunctionModel", "GradExpon", "InputError", "KappaFilter", "LeakyRateReadout", "ModelError", "MultiStepData",
+    "Observation", "Observer", "OptionError", "Pass", "PassError", "PassManager", "PresynapticTrace", "ProgramError",
+    "Report", "Schedule", "SequenceSchedule", "SingleStepData", "Step", "SyntheticGradient", "TensorBoard",
     "TraceProgram", "UnsupportedError", "WeightOperation", "algorithm", "algorithm_names", "compare", "compile",
-    "extract_y_target", "feedback_matrix", "from_equinox", "from_function", "from_linen", "from_nir", "from_nnx", "nn",
-    "parse_program", "register_schedule", "viz", "weight_operation",
+    "extract_y_target", "feedback_matrix", "from_equinox", "from_function", "from_linen", "from_nir", "from_nnx",
+    "nn", "parse_program", "register_schedule", "viz", "weight_operation",
 ]  # fmt: skip
 
 

@@ -69,4 +69,5 @@ figure.tight_layout()
 
 # %%
 # To act between steps, as on a robot, give one step at a time: ``learn(x[None], y[None])``. On a long stream,
-# ``checkpoints=`` saves all that the run needs to go on after a crash, and ``callback=`` logs.
+# ``checkpoints=`` saves all that the run needs to go on after a crash, and ``callback=etcompile.Dashboard()`` draws the run in
+# the terminal; ``etcompile.TensorBoard`` writes it down.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import brainstate
@@ -25,6 +26,8 @@ from etcompile.runtime.gradients import (
 )
 from etcompile.runtime.jitted import around
 from etcompile.runtime.losses import JoinedLoss, LossFunction, check_mask
+from etcompile.runtime.observing.measures import Measures, Wanted, observation
+from etcompile.runtime.observing.observer import Observer, as_observers, observed
 from etcompile.runtime.progress import in_pieces, piece_lengths, segment_lengths
 from etcompile.runtime.step_data import over_time
 
@@ -100,7 +103,7 @@ class Learner:
         mask: Any = None,
         progress: bool | Progress = False,
         checkpoints: Checkpoints | None = None,
-        callback: Callable[[int, Any], None] | None = None,
+        callback: Callable[[int, Any], None] | Observer | Sequence[Any] | None = None,
         **others: Any,
     ) -> Any:
         """Losses of all steps, ``(T,)``; the model's parameters and states advance.
@@ -123,9 +126,10 @@ class Learner:
             As for :meth:`Step.scan_value_and_grad`.
         checkpoints : Checkpoints, optional
             Steps are counted there, and all is saved whenever the count is a multiple of its ``every``.
-        callback : callable, optional
-            For logging: ``callback(steps, losses)`` after every piece, with the steps of this call so far and the losses of the
-            piece; about 200 times in a call.
+        callback : callable, Observer, or several of them, optional
+            Told after every piece, about 200 times in a call. A function is called as ``callback(steps, losses)``, with the steps
+            of this call so far and the losses of the piece; an :class:`etcompile.Observer` is also told of firing rates and
+            gradient norms. Ready to use are :class:`etcompile.Dashboard` and :class:`etcompile.TensorBoard`.
 
         Returns
         -------
@@ -138,12 +142,9 @@ class Learner:
             others,
             ("modulator", "mask", "progress", "checkpoints", "callback"),
         )
-        if callback is not None and not callable(callback):
-            raise OptionError(
-                "the callback must be a function.", got=repr(callback), expected="callback(steps, losses)"
-            )
+        observers = as_observers(callback, progress)
         with self._step.executor.turns:
-            return self._learn(xs, targets, modulator, mask, progress, checkpoints, callback)
+            return self._learn(xs, targets, modulator, mask, progress, checkpoints, observers)
 
     def _learn(
         self,
@@ -153,7 +154,7 @@ class Learner:
         mask: Any,
         progress: bool | Progress,
         checkpoints: Checkpoints | None,
-        callback: Callable[[int, Any], None] | None,
+        observers: tuple[Observer, ...],
     ) -> Any:
         xs, targets, mask = over_time((xs, targets, mask))
         run = self._step.executor
@@ -169,36 +170,58 @@ class Learner:
         joined = joined_loss(run, self._loss, targets, mask, steps)
         around = environments(run, joined, steps)
         data = run.placement.put_batch((xs, targets, every, mask, around), 1)
-        if progress is False and checkpoints is None and callback is None:
-            return self._as_asked(self._run(joined, *data))
+        if progress is False and checkpoints is None and not observers:
+            return self._as_asked(self._run(joined, Wanted(), *data))
+        return self._as_asked(self._in_pieces(joined, data, steps, progress, checkpoints, observers))
+
+    def _in_pieces(
+        self,
+        joined: JoinedLoss,
+        data: tuple[Any, ...],
+        steps: int,
+        progress: bool | Progress,
+        checkpoints: Checkpoints | None,
+        observers: tuple[Observer, ...],
+    ) -> tuple[Any, ...]:
         if checkpoints is None:
-            head = self._until_update(steps)
+            at, head = 0, self._until_update(steps)
             lengths = piece_lengths(steps - head, self._every) if steps > head else [0]
             lengths[0] += head
         else:
             checkpoints.check_goes_on()
-            lengths = segment_lengths(steps, checkpoints.at, checkpoints.every, fine=progress is not False)
-        done = 0
+            at = checkpoints.at
+            fine = progress is not False or bool(observers)
+            lengths = segment_lengths(steps, at, checkpoints.every, fine=fine)
+        wanted, done = Wanted.by(observers), 0
 
         def of_piece(*piece: Any) -> Any:
             nonlocal done
-            found = self._run(joined, *piece)
-            done += len(found[0])
-            if callback is not None:
-                callback(done, found[0])
+            begun = time.perf_counter()
+            found = self._run(joined, wanted, *piece)
+            if observers:
+                losses, _, measured = jax.block_until_ready(found)
+                done += len(losses)
+                tell(observation(measured, losses, done, steps, at, time.perf_counter() - begun))
             return found
 
         def after(steps: int) -> None:
             if checkpoints is not None:
                 checkpoints.save(self, checkpoints.at + steps)
 
-        found = in_pieces(
-            run, of_piece, data, lengths, progress, "learning", shown=lambda found: found[0], after=after
-        )
-        return self._as_asked(found)
+        with observed(observers, at, steps) as tell:
+            return in_pieces(
+                self._step.executor,
+                of_piece,
+                data,
+                lengths,
+                progress,
+                "learning",
+                shown=lambda found: found[0],
+                after=after,
+            )
 
-    def _as_asked(self, found: tuple[Any, Any]) -> Any:
-        losses, extra = found
+    def _as_asked(self, found: tuple[Any, ...]) -> Any:
+        losses, extra, _ = found
         asked = [losses]
         if self._loss.outputs:
             asked.append(extra["outputs"])
@@ -208,25 +231,25 @@ class Learner:
 
     # -- loops --------------------------------------------------------------------------------------------------
 
-    def _run(self, joined: JoinedLoss, *data: Any) -> tuple[Any, Any]:
-        """Losses and what else the loss gave, of all steps.
+    def _run(self, joined: JoinedLoss, wanted: Wanted, *data: Any) -> tuple[Any, ...]:
+        """Losses, what else the loss gave, and what was measured, of all steps.
 
         A program that asks the host may fail there, when some of its parts have run: everything is then put back.
         """
         run = self._step.executor
         if not run.asks_host(joined.program) or in_transformation():
-            return self._run_parts(joined, *data)
+            return self._run_parts(joined, wanted, *data)
         own = list(self.saved_states().values())
         before = [s.value for s in own]
         try:
             with run.unchanged_on_error():
-                return jax.block_until_ready(self._run_parts(joined, *data))
+                return jax.block_until_ready(self._run_parts(joined, wanted, *data))
         except BaseException:
             for state, value in zip(own, before, strict=True):
                 state.value = value
             raise
 
-    def _run_parts(self, joined: JoinedLoss, *data: Any) -> tuple[Any, Any]:
+    def _run_parts(self, joined: JoinedLoss, wanted: Wanted, *data: Any) -> tuple[Any, ...]:
         """As :meth:`_run`, one compiled loop after another.
 
         Between two updates the weights are fixed, so the steps there are one chunk, where the program has chunks and it is known
@@ -235,7 +258,7 @@ class Learner:
         steps = len(jax.tree.leaves(data)[0])
         schedules = self._step.executor.functions.schedules
         if self._every == 1 or is_traced(self._count.value) or any(how.cuts_credit for how in schedules):
-            return self._loop(self._one, joined)(*data)
+            return self._loop(self._one, joined, wanted)(*data)
         head = self._until_update(steps)
         blocks = (steps - head) // self._every
         end = head + blocks * self._every
@@ -248,12 +271,12 @@ class Learner:
 
         parts = []
         if head:
-            parts.append(self._loop(self._one, joined)(*part(0, head)))
+            parts.append(self._loop(self._one, joined, wanted)(*part(0, head)))
         if blocks:
-            found = self._loop(self._block, joined)(*jax.tree.map(block, part(head, end)))
+            found = self._loop(self._block, joined, wanted)(*jax.tree.map(block, part(head, end)))
             parts.append(jax.tree.map(lambda v: v.reshape(blocks * self._every, *v.shape[2:]), found))
         if end < steps:
-            parts.append(self._loop(self._one, joined)(*part(end, steps)))
+            parts.append(self._loop(self._one, joined, wanted)(*part(end, steps)))
         return parts[0] if len(parts) == 1 else jax.tree.map(lambda *v: jnp.concatenate(v), *parts)
 
     def _until_update(self, steps: int) -> int:
@@ -261,15 +284,15 @@ class Learner:
         waiting = self._count.value
         return 0 if is_traced(waiting) else min(-int(waiting) % self._every, steps)
 
-    def _loop(self, one: Callable, joined: JoinedLoss) -> Callable:
+    def _loop(self, one: Callable, joined: JoinedLoss, wanted: Wanted) -> Callable:
         """A compiled loop over ``one``; another one where the compilation, or what the loss closes over or reads, is another."""
         read = Same(joined.environment) if joined.environment.reads else None
-        key = (one.__name__, Same(self._step.executor.compilation), read, *self._loss.key())
+        key = (one.__name__, wanted, Same(self._step.executor.compilation), read, *self._loss.key())
         if key not in self._loops:
             while len(self._loops) >= _KEPT:
                 self._loops.pop(next(iter(self._loops)))
             self._loops[key] = around(
-                lambda *v: brainstate.transform.for_loop(functools.partial(one, joined), *v),
+                lambda *v: brainstate.transform.for_loop(functools.partial(one, joined, wanted), *v),
                 self._step.executor.compilation.constants,
                 jit=brainstate.transform.jit,
             )
@@ -293,6 +316,7 @@ class Learner:
     def _one(
         self,
         joined: JoinedLoss,
+        wanted: Wanted,
         x: Any,
         targets: tuple[Any, ...],
         modulator: Any,
@@ -300,25 +324,30 @@ class Learner:
         around: tuple[Any, ...],
     ) -> Any:
         run = self._step.executor
+        measures = Measures(wanted, run)
         with environment_of(run, joined, around):
+            activity = measures.activity_of_step(as_inputs(run.model, x))
             found, grads = step_gradients(run, self._loss, x, targets, modulator, mask)
         keyed = run.live.by_param_state(grads)
         if self._every == 1:
+            norms = measures.norms(keyed, jnp.array(True))
             self._update(_uphill(keyed))
-            return found.value, found.aux
+            return found.value, found.aux, {"activity": activity, "norms": norms}
         self._sum.value = jax.tree.map(jnp.add, self._sum.value, keyed)
         self._count.value = (self._count.value + 1) % self._every
+        norms = measures.norms(self._sum.value, self._count.value == 0)
 
         def update() -> None:
             self._update(_uphill(self._sum.value))
             self._sum.value = jax.tree.map(jnp.zeros_like, self._sum.value)
 
         brainstate.transform.cond(self._count.value == 0, update, lambda: None)
-        return found.value, found.aux
+        return found.value, found.aux, {"activity": activity, "norms": norms}
 
     def _block(
         self,
         joined: JoinedLoss,
+        wanted: Wanted,
         xs: Any,
         targets: tuple[Any, ...],
         modulator: Any,
@@ -327,10 +356,18 @@ class Learner:
     ) -> Any:
         """All steps from one update to the next; none waits."""
         run = self._step.executor
+        measures = Measures(wanted, run)
         with environment_of(run, joined, around):
+            activity = measures.activity_of_steps(as_inputs(run.model, xs), self._every)
             found, grads = sequence_gradients(run, self._loss, xs, targets, modulator, mask)
-        self._update(_uphill(run.live.by_param_state(grads)))
-        return found.value, found.aux
+        keyed = run.live.by_param_state(grads)
+        norms = measures.norms(keyed, jnp.array(True))
+        self._update(_uphill(keyed))
+        every = jnp.arange(self._every)
+        of_steps = jax.tree.map(lambda v: jnp.broadcast_to(v, every.shape), norms)
+        if norms:
+            of_steps["updated"] = every == self._every - 1
+        return found.value, found.aux, {"activity": activity, "norms": of_steps}
 
 
 def _uphill(grads: Any) -> Any:
