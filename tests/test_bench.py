@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -252,6 +253,32 @@ def test_reasons_belong_to_bars_and_appear_where_they_are_missed(bench, monkeypa
 def test_the_page_in_docs_is_that_of_the_numbers_beside_it(bench):
     found = bench["store"].read_all(ROOT / "docs" / "benchmarks")
     assert bench["page"].render(found, "make bench") == (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def test_the_speeds_in_the_readme_are_those_of_the_page():
+    """Beside braintrace's newest version: the first column of numbers."""
+    page, readme = ((ROOT / name).read_text().splitlines() for name in ("docs/benchmarks.md", "README.md"))
+    for said, bar in (
+        (
+            "| D-RTRL over whole sequences",
+            "| D-RTRL over a sequence against braintrace's fastest mode, at the median",
+        ),
+        (
+            "| pp_prop over whole sequences",
+            "| pp_prop over a sequence, with all gradients, against braintrace",
+        ),
+        (
+            "| a weight update at every step",
+            "| causal D-RTRL step with a weight update at every step, against braintrace",
+        ),
+    ):
+        (line,) = (line for line in readme if line.startswith(said))
+        (row,) = (row for row in page if row.startswith(bar))
+        measured = re.findall(r"(?:median|worst) ([\d.]+) times faster", row.split("|")[3])
+        numbers = re.findall(r"[\d.]+(?= times as fast| at worst)", line)
+        assert numbers and all(
+            float(told) == round(float(is_), 2) for told, is_ in zip(numbers, measured, strict=False)
+        ), line
 
 
 def test_new_numbers_stand_beside_those_of_the_same_machine_and_settings_alone(bench, tmp_path):
