@@ -29,6 +29,12 @@ SECTIONS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
         ("Step", "Executor", "Carry", "Report", "Cost", "Comparison", "TraceProgram", "Checkpoints"),
     ),
     (
+        "Watching a run",
+        "See :doc:`long_runs`.",
+        "etcompile",
+        ("Dashboard", "TensorBoard", "Observer", "Observation"),
+    ),
+    (
         "Data",
         "What is the same at every step, and what changes.",
         "etcompile",
