@@ -360,3 +360,32 @@ def test_what_a_model_prints_is_printed_once():
     step.learn(lambda o: jnp.sum(o), optax.sgd(0.0))(XS, callback=Keeps())
     jax.effects_barrier()
     assert len(said) == T
+
+
+class Noisy(brainstate.nn.Module):
+    """Draws from a key of its own, which is a state of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = brainstate.ParamState(jnp.ones((3, 5)))
+        self.h = brainstate.HiddenState(jnp.zeros((2, 5)))
+        self.random = brainstate.random.RandomState(3)
+
+    def update(self, x):
+        self.h.value = jnp.tanh(0.5 * self.h.value + x @ self.w.value + self.random.normal(size=(2, 5)))
+        return self.h.value
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_model_that_draws_is_watched_with_the_numbers_that_it_draws(every):
+    def run(callback):
+        step = etcompile.compile(Noisy(), XS[0])
+        learner = step.learn(lambda o: jnp.mean(jnp.abs(o)), optax.sgd(0.0), update_every=every)
+        return learner(XS, callback=callback)
+
+    keeps = Keeps()
+    losses = run(keeps)
+    assert relative_error(losses, run(None)) < 1e-12
+    lengths = np.diff([0, *(seen.steps for seen in keeps.seen)])
+    activity = np.sum(lengths * [seen.activity["h"] for seen in keeps.seen]) / T
+    assert relative_error(activity, np.mean(losses)) < 1e-6

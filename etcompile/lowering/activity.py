@@ -55,12 +55,13 @@ class Activity:
         A measure is the mean of the absolute value over units and examples, and the share of values that are 0 or 1.
         """
         found = self.graph.evaluate(*leaves, known={})
-        measures = [_measure(v) for v in found]
+        count = len({k for shown in self.shows for k in shown})
+        measures = [_measure(v) for v in found[:count]]
         by_group = {
             name: jnp.stack([measures[k] for k in shown])
             for name, shown in zip(self.groups, self.shows, strict=True)
         }
-        return by_group, found[len({k for shown in self.shows for k in shown}) :]
+        return by_group, found[count:]
 
 
 def _measure(value: Array) -> Array:
