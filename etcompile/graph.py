@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import networkx as nx
 
 from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.sites import Site
+from etcompile.analysis.surrogates import surrogates
 from etcompile.frontend.jaxpr import Constant, Graph, Operation
 from etcompile.frontend.step_model import Leaf
 from etcompile.ir.program import TraceProgram
 from etcompile.paths import user_line
-from etcompile.report import parameter_lines
+from etcompile.report import ParameterLine
 from etcompile.shown import html_of, svg_of
 
 __all__ = ["HiddenGroupGraph", "hidden_group_graph"]
@@ -39,8 +40,10 @@ class HiddenGroupGraph(nx.MultiDiGraph):
         return html_of(self)
 
 
-def hidden_group_graph(analysis: Analysis, program: TraceProgram) -> HiddenGroupGraph:
-    """The step as a graph to query and to draw.
+def hidden_group_graph(
+    analysis: Analysis, program: TraceProgram, parameters: Iterable[ParameterLine]
+) -> HiddenGroupGraph:
+    """The step as a graph to query and to draw; ``parameters`` are those of its report.
 
     ``graph.graph`` holds ``model``, ``algo``, ``exact`` and ``groups`` (name to ``states`` and ``shape``). Every node has
     a ``kind``, a ``label``, a ``shape`` and (but for operations) a ``dtype``:
@@ -49,26 +52,30 @@ def hidden_group_graph(analysis: Analysis, program: TraceProgram) -> HiddenGroup
     kind        node                                further attributes
     ==========  ==================================  ==================================================================
     state       path                                ``hidden``, ``group`` (or None), ``reason``
-    parameter   path                                ``how`` its gradient is made
+    parameter   path                                ``how`` its gradient is made, ``groups``, ``sites``, ``trace_bytes``
     operation   ``s0``, the site where it starts    ``primitive``, ``source``, ``site``, ``sites``, ``relation``
+    surrogate   ``spike0``, ``spike1``, ...         ``primitive``, ``source``; a spike, whose derivative is its own
     input       ``in0``, ``in1``, ...
     output      ``out``, or ``out0``, ``out1``, ...
     ==========  ==================================  ==================================================================
 
-    A bias is drawn at the operation whose result it is added to, so an operation can hold several sites. Edges have a
-    ``kind`` as well: ``weight`` (parameter to operation), ``presynaptic`` (what the operation reads beside the weight),
-    ``immediate`` (operation to the hidden states whose traces it feeds), ``transition`` (old state to new state, position
-    by position), ``cut`` (to the states of the group that loses the credit; with ``cut``, ``group``, ``primitive``,
+    A bias is drawn at the operation to whose result it is added, the last one of a sum, so an operation can hold several
+    sites. Edges have a ``kind`` as well: ``weight`` (parameter to operation), ``presynaptic`` (what the operation reads beside
+    the weight), ``immediate`` (operation to the hidden states whose traces it feeds), ``transition`` (old state to new state,
+    position by position), ``cut`` (to the states of the group that loses the credit; with ``cut``, ``group``, ``primitive``,
     ``source``, ``meaning``, ``part``, ``origins``; drawn from the nodes nearest to it) and ``data`` (everything else).
     """
-    return _Builder(analysis, program).build()
+    return _Builder(analysis, program, parameters).build()
 
 
 class _Builder:
     """Nodes first, then edges; ``seen`` holds, per variable of the body, the nodes that its users read."""
 
-    def __init__(self, analysis: Analysis, program: TraceProgram) -> None:
+    def __init__(
+        self, analysis: Analysis, program: TraceProgram, parameters: Iterable[ParameterLine]
+    ) -> None:
         self.analysis, self.program = analysis, program
+        self.lines = {line.path: line for line in parameters}
         self.model, self.body = analysis.model, analysis.split.body
         self.graph = HiddenGroupGraph(
             model=self.model.name,
@@ -84,6 +91,7 @@ class _Builder:
         self.inputs: list[str] = []
         self.outputs: list[str] = []
         self.operations: dict[str, str] = {}  # site -> node
+        self.surrogates: dict[tuple[str, tuple[str, ...]], str] = {}  # function, sources -> node
 
     def build(self) -> HiddenGroupGraph:
         self._leaves("input", self.model.inputs, self.inputs)
@@ -140,14 +148,18 @@ class _Builder:
             )  # fmt: skip
 
     def _parameters(self) -> None:
-        lines = parameter_lines(self.analysis, self.program)
-        for leaf, line in zip(self.model.params, lines, strict=True):
+        sites: dict[str, list[str]] = {}
+        for site in self.analysis.sites:
+            for path in site.params:
+                sites.setdefault(path, []).append(site.name)
+        for leaf in self.model.params:
+            line = self.lines[leaf.path]
             how = line.how
             if line.part and how.startswith("trace"):
                 how = how.replace(", and one step", ", in part, and one step")
             self.parameters[leaf.path] = self._node(
                 leaf.path, kind="parameter", label=leaf.path, shape=leaf.aval.shape, dtype=str(leaf.aval.dtype), how=how,
-                groups=line.groups,
+                groups=line.groups, sites=tuple(sites.get(leaf.path, ())), trace_bytes=line.trace_bytes,
             )  # fmt: skip
 
     def _leaves(self, kind: str, leaves: Sequence[Leaf], nodes: list[str]) -> None:
@@ -167,7 +179,7 @@ class _Builder:
                 reads[self._operation(site, site.record.primitive, site.record.source, site.y)] = others
                 continue
             uses = _uses(self.body, site.weight)
-            affine = self._affine(site.weight, uses, made_by)
+            affine = self._affine(site, uses, made_by)
             if affine is not None:
                 self._join(site, self.operations[affine])
                 continue
@@ -187,6 +199,18 @@ class _Builder:
         self.operations[site.name] = node
         return node
 
+    def _surrogate(self, operation: Operation, function: str, sources: Iterable[str]) -> str:
+        """The node of a spike. Spikes of the same values are one, as a state's node stands for its old and new value."""
+        sources = tuple(sources)
+        if (function, sources) not in self.surrogates:
+            node = self._node(
+                f"spike{len(self.surrogates)}", kind="surrogate", label=function, primitive=operation.name,
+                source=user_line(operation.source), shape=self.body.avals[operation.outputs[0]].shape,
+            )  # fmt: skip
+            self.surrogates[function, sources] = node
+            self._data(sources, node)
+        return self.surrogates[function, sources]
+
     def _relations(self, site: str) -> str | None:
         return ", ".join(r.name for r in self.analysis.relations if r.site == site) or None
 
@@ -200,13 +224,22 @@ class _Builder:
         self.operations[site.name] = node
 
     def _affine(
-        self, weight: int, uses: list[tuple[Operation, list[int]]], made_by: Mapping[int, str]
+        self, site: Site, uses: list[tuple[Operation, list[int]]], made_by: Mapping[int, str]
     ) -> str | None:
-        """The site whose result alone this weight is added to, if that is all that is done with it."""
-        if len(uses) != 1 or uses[0][0].name not in _SUMS or weight in self.body.outputs:
+        """The site to whose result this weight is added, if that is all that is done with it.
+
+        Of several in one sum the last that reaches the same states.
+        """
+        if len(uses) != 1 or uses[0][0].name not in _SUMS or site.weight in self.body.outputs:
             return None
-        found = {made_by.get(_unmoved(self.body, v)) for v in uses[0][1]}
-        return found.pop() if len(found) == 1 else None
+        ends = {*made_by, *_variables(self.model.new_state_vars)}
+        terms = [v for start in uses[0][1] for v in _summands(self.body, start, ends)]
+        found = [made_by[v] for v in terms if v in made_by]
+        alike = [name for name in found if self._reached(name) == self._reached(site.name)]
+        return alike[-1] if alike else None
+
+    def _reached(self, site: str) -> set[tuple[str, tuple[bool, ...]]]:
+        return {(r.group, tuple(r.rows)) for r in self.analysis.relations if r.site == site}
 
     # -- edges --------------------------------------------------------------------------------------------------
 
@@ -216,6 +249,7 @@ class _Builder:
         for nodes, variables in ((self.states, self.model.state_vars), (self.inputs, self.model.input_vars)):
             seen.update({v: {node: None} for node, v in zip(nodes, variables, strict=True)})
         stops: dict[int, str] = {}
+        spikes = surrogates(self.body)
         for site in self.analysis.sites:
             node = self.operations[site.name]
             if site.does.traced and site.does.weight_is_y:
@@ -230,6 +264,8 @@ class _Builder:
         through: dict[int, dict[str, None]] = dict(seen)
         for operation in self.body.operations:
             found = {node: None for v in _variables(operation.inputs) for node in seen.get(v, {})}
+            for function in [spikes[v] for v in operation.outputs if v in spikes]:
+                found = {self._surrogate(operation, function, found): None}
             for v in operation.outputs:
                 through[v] = {stops[v]: None} if v in stops else found
                 seen[v] = {new[v]: None} if v in new else through[v]
@@ -286,7 +322,7 @@ class _Builder:
 
     def _has_credit(self, node: str) -> bool:
         about = self.graph.nodes[node]
-        return about["kind"] == "operation" or about.get("hidden", False)
+        return about["kind"] in ("operation", "surrogate") or about.get("hidden", False)
 
     def _data(self, sources: Iterable[str], node: str) -> None:
         """What reaches a state or an output and is not told by another edge."""
@@ -318,9 +354,16 @@ def _uses(body: Graph, weight: int) -> list[tuple[Operation, list[int]]]:
     return found
 
 
-def _unmoved(body: Graph, variable: int) -> int:
-    """The variable before its elements were moved about."""
-    for operation in reversed(body.operations):
-        if variable in operation.outputs and operation.name in _MOVES:
-            (variable,) = _variables(operation.inputs)[:1] or (variable,)
-    return variable
+def _summands(body: Graph, variable: int, ends: Container[int]) -> list[int]:
+    """What a sum is made of, down to ``ends``, whether or not its elements were moved about."""
+    made = {v: operation for operation in body.operations for v in operation.outputs}
+    found: list[int] = []
+    waiting = [variable]
+    while waiting:
+        v = waiting.pop()
+        operation = made.get(v)
+        if operation is None or v in ends or operation.name not in _SUMS | _MOVES:
+            found.append(v)
+        else:
+            waiting += _variables(operation.inputs)[::-1]
+    return found

@@ -10,8 +10,8 @@ from references import step_of, zoo_cases
 from zoo import CASES
 
 import etcompile
+from etcompile.viz import draw
 from etcompile.viz.cli import main
-from etcompile.viz.dot import to_dot
 
 
 class Stack(brainstate.nn.Module):
@@ -140,7 +140,7 @@ def test_names_that_collide_stay_apart():
     model = etcompile.from_function(step, {"in0": jnp.ones((3, 5))}, {"in0": jnp.zeros((4, 5))})
     graph = etcompile.compile(model, jnp.ones((4, 3))).graph
     assert [len(nodes(graph, kind=k)) for k in ("input", "state", "parameter", "operation")] == [1, 1, 1, 1]
-    assert to_dot(graph)
+    assert draw(graph).source
 
 
 def test_the_cuts_of_the_graph_are_those_of_the_program(gru, lstms):
@@ -185,4 +185,6 @@ def test_every_model_has_a_sound_graph(case):
         traced = graph.nodes[name]["how"].startswith("trace")
         reached = [k for op in graph.successors(name) for *_, k in graph.out_edges(op, data="kind")]
         assert not traced or "immediate" in reached
-    to_dot(graph)
+    draw(graph)
+    draw(graph, every_layer=True)
+    draw(step.program)

@@ -53,8 +53,7 @@ def test_every_view_is_valid_html_and_fetches_nothing(step, what):
     }
     found = html_pages.read(values[what]._repr_html_())
     assert found.count("style") == 1
-    if what in ("step", "graph"):
-        assert found.count("svg") == 1
+    assert found.count("svg") == {"step": 2, "graph": 1, "program": 1}.get(what, 0)
     if what != "cost":
         assert "alert" in found.text(), "the name is shown as text"
 
@@ -63,7 +62,10 @@ def test_a_saved_page_holds_report_picture_cost_and_program(step, page):
     text = page.read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>")
     found = html_pages.read(text)
-    assert found.count("svg") == found.count("title") - text.count("<title>", text.index("<svg")) == 1
+    assert found.count("svg") == 2, "the model and the program"
+    assert found.count("title") - text.count("<title>", text.index("<svg")) == 1
+    assert text.count("<title>table of cuts</title>") == 0, "the page has a table of its own"
+    assert step.graph._repr_html_().count("<title>table of cuts</title>") == 1
     report, said = step.report(), found.text()
     for name in (
         "gates",
@@ -212,9 +214,16 @@ def test_a_browser_shows_the_page(page, tmp_path):
     found = json.loads(told[1])
     assert found["scripts"] == 1, "a name of the model did not become a script"
     assert found["wide"] <= found["window"], "the page is no wider than the window"
-    ((left, top, right, bottom),) = found["svg"]
-    assert right - left > 300 and bottom - top > 100
-    assert all(left <= x1 and x2 <= right and top <= y1 and y2 <= bottom for x1, y1, x2, y2 in found["texts"])
+    assert len(found["svg"]) == 2
+    for left, top, right, bottom in found["svg"]:
+        assert right - left > 300 and bottom - top > 100
+    assert all(
+        any(
+            left <= x1 and x2 <= right and top <= y1 and y2 <= bottom
+            for left, top, right, bottom in found["svg"]
+        )
+        for x1, y1, x2, y2 in found["texts"]
+    )
     assert all(x2 > x1 and y2 > y1 for x1, y1, x2, y2 in found["cells"])
     assert {color for _, color in found["bars"]} == {"rgb(230, 159, 0)"}
     assert max(x2 - x1 for (x1, _, x2, _), _ in found["bars"]) == pytest.approx(90, abs=1)

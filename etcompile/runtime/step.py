@@ -82,7 +82,8 @@ class Step:
     def graph(self) -> HiddenGroupGraph:
         from etcompile.graph import hidden_group_graph
 
-        return hidden_group_graph(self.executor.compiled.analysis, self.program)
+        compiled = self.executor.compiled
+        return hidden_group_graph(compiled.analysis, compiled.program, compiled.report().parameters)
 
     @property
     def param_states(self) -> dict[str, Any]:

@@ -1,16 +1,20 @@
-"""The hidden-group graph as a picture that fits into a page."""
+"""The hidden-group graph, and the dataflow of a program, as pictures that fit into a page."""
 
 from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Callable, Mapping
 
 from etcompile.graph import HiddenGroupGraph
+from etcompile.ir.program import TraceProgram
 from etcompile.markup import Markup, tag
-from etcompile.viz.drawing import Drawing, draw
+from etcompile.viz.dataflow import program_picture
+from etcompile.viz.drawing import Drawing, draw, drawing_of
 from etcompile.viz.errors import VizError
+from etcompile.viz.model import model_picture
 
-__all__ = ["graph_svg", "graph_view", "inline_svg"]
+__all__ = ["dataflow_view", "graph_svg", "graph_view", "inline_svg"]
 
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
@@ -24,10 +28,19 @@ def graph_svg(graph: HiddenGroupGraph) -> str | None:
         return None
 
 
-def graph_view(graph: HiddenGroupGraph) -> Markup:
-    """The picture; where it cannot be drawn, why."""
+def graph_view(graph: HiddenGroupGraph, table: bool = True) -> Markup:
+    """The picture, with its ``table`` of cuts unless the page has one; where it cannot be drawn, why."""
+    return _pictured(lambda: drawing_of(model_picture(graph), table))
+
+
+def dataflow_view(program: TraceProgram, sizes: Mapping[str, int] | None = None) -> Markup:
+    """The picture of a program, with the bytes of what it carries where they are known."""
+    return _pictured(lambda: drawing_of(program_picture(program, sizes)))
+
+
+def _pictured(made: Callable[[], Drawing]) -> Markup:
     try:
-        return tag("div", inline_svg(draw(graph)), class_="scroll")
+        return tag("div", inline_svg(made()), class_="scroll")
     except VizError as error:
         return tag("p", f"No picture: {error}", class_="quiet")
 

@@ -1,4 +1,4 @@
-"""A program with a glossary of its letters: each is explained where one points at it, and in a table below."""
+"""A program: its dataflow as a picture, its text, and a glossary of its letters, explained where one points at one, too."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation, TraceProgram
 from etcompile.markup import Markup, joined, table, tag
 from etcompile.paths import short_list
+from etcompile.views.graph import dataflow_view
 
 __all__ = ["program_view"]
 
@@ -27,8 +28,11 @@ _HEADER = {
 }
 
 
-def program_view(program: TraceProgram, shut: bool = True) -> Markup:
-    """The text of the program, its names explained, and the letters in a table; a long one ``shut`` at first, or open."""
+def program_view(program: TraceProgram, shut: bool = True, sizes: Mapping[str, int] | None = None) -> Markup:
+    """The dataflow, the text, its names explained, and the letters in a table; a long text ``shut`` at first, or open.
+
+    ``sizes`` are the bytes of what it carries, where they are known.
+    """
     text = str(program)
     told = _explained(program)
     window = "" if program.window is None else f", windows of {program.window or 'all'} steps"
@@ -37,6 +41,7 @@ def program_view(program: TraceProgram, shut: bool = True) -> Markup:
     body = tag("pre", _marked(text, told))
     return joined(
         head,
+        dataflow_view(program, sizes),
         tag("details", tag("summary", f"Equations ({len(program.equations)})"), body, open=unfolded),
         tag("details", tag("summary", "What the letters mean"), _glossary(program), open=unfolded),
     )  # fmt: skip

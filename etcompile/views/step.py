@@ -15,16 +15,18 @@ __all__ = ["step_page", "step_view"]
 
 def step_view(step: Step) -> Markup:
     """For a notebook: a screen of it is open."""
-    program = tag("details", tag("summary", "Program"), program_view(step.program))
-    return joined(report_view(step.report(), graph_view(step.graph)), program)
+    report = step.report()
+    program = tag("details", tag("summary", "Program"), program_view(step.program, sizes=report.traces))
+    return joined(report_view(report, graph_view(step.graph, table=False)), program)
 
 
 def step_page(step: Step) -> Markup:
     """For a file: everything is open."""
+    report = step.report()
     return joined(
-        report_view(step.report(), graph_view(step.graph), shut=False),
+        report_view(report, graph_view(step.graph, table=False), shut=False),
         _cost(step),
-        program_view(step.program, shut=False),
+        program_view(step.program, shut=False, sizes=report.traces),
     )
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from etcompile.errors import EtcompileError
-from etcompile.viz.drawing import draw, output_format
+from etcompile.viz.drawing import VIEWS, draw, output_format
 from etcompile.viz.errors import VizError
-from etcompile.viz.load import ModelOptions, graph_of, load
+from etcompile.viz.load import ModelOptions, drawable_of, load
 from etcompile.viz.render import FORMATS
 
 __all__ = ["main"]
@@ -19,10 +19,12 @@ __all__ = ["main"]
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="etcompile-viz",
-        description="Draw hidden groups, states, weights, operations and cuts of a compiled model.",
+        description="Draw hidden groups, states, weights, operations and cuts of a compiled model, "
+        "or the dataflow of its program.",
         epilog="examples:\n"
         "  etcompile-viz train.py:step -o graph.svg\n"
         "  etcompile-viz model.py:net --input-shape 16,64 --batch 16 --algo d_rtrl -o graph.png\n"
+        "  etcompile-viz train.py:step --view program -o program.svg\n"
         "  etcompile-viz model.py:make_step -o - --format dot",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -37,6 +39,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--format", metavar="FORMAT", help=f"one of {', '.join(FORMATS)} (the suffix of PATH)"
+    )
+    parser.add_argument(
+        "--view", choices=VIEWS, default="model", help="the model, or the dataflow of its program (model)"
+    )
+    parser.add_argument(
+        "--every-layer",
+        action="store_true",
+        help="draw layers that repeat one by one, and not once with a count",
     )
     parser.add_argument("--algo", help="learning rule to compile a model with (d_rtrl)")
     parser.add_argument(
@@ -77,7 +87,8 @@ def _draw(arguments: argparse.Namespace) -> None:
     if not path.parent.is_dir():
         raise VizError(f"Cannot write {path}: there is no directory {path.parent}. Create it first.")
     options = ModelOptions(arguments.algo, arguments.input_shape, arguments.batch)
-    drawing = draw(graph_of(load(arguments.target), options, name))
+    what = drawable_of(load(arguments.target), options, name)
+    drawing = draw(what, view=arguments.view, every_layer=arguments.every_layer)
     if to_stdout:
         sys.stdout.buffer.write(drawing.render(format))
     else:

@@ -1,28 +1,35 @@
-"""`draw`: a compiled step, or its graph, as a picture."""
+"""`draw`: a compiled step, its graph or its program, as a picture."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from etcompile.ir.program import TraceProgram
+from etcompile.viz.dataflow import program_picture
 from etcompile.viz.dot import to_dot
 from etcompile.viz.errors import VizError
-from etcompile.viz.graph import as_graph, title
+from etcompile.viz.graph import as_graph
+from etcompile.viz.model import model_picture
+from etcompile.viz.picture import Picture
 from etcompile.viz.render import FORMATS, check_format, render
 
-__all__ = ["Drawing", "draw", "output_format"]
+__all__ = ["VIEWS", "Drawing", "draw", "drawing_of", "output_format"]
+
+VIEWS = ("model", "program")
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture of a hidden-group graph, shown by notebooks.
+    """A picture, shown by notebooks.
 
     Attributes
     ----------
     source : str
         DOT text.
     title : str
-        One line about the graph.
+        One line about what is drawn.
     """
 
     source: str
@@ -58,18 +65,30 @@ class Drawing:
         return f"Drawing({self.title!r})"
 
 
-def draw(graph_or_step: object, path: str | Path | None = None, format: str | None = None) -> Drawing:
-    """Draw hidden groups, states, weights, operations and cuts.
+def draw(
+    what: object,
+    path: str | Path | None = None,
+    format: str | None = None,
+    *,
+    view: str | None = None,
+    every_layer: bool = False,
+) -> Drawing:
+    """Draw a step: its model, or the dataflow of its program.
 
     Parameters
     ----------
-    graph_or_step : Step or networkx.MultiDiGraph
-        What `etcompile.compile` returns, or its `graph`.
+    what : Step, networkx.MultiDiGraph or TraceProgram
+        What `etcompile.compile` returns, or its `graph` or `program`.
     path : str or Path, optional
         Where to write the picture.
     format : {"svg", "png", "pdf", "dot"}, optional
         Taken from the suffix of `path` by default. Everything but "dot" needs Graphviz, which the extra
         ``etcompile[viz]`` brings.
+    view : {"model", "program"}, optional
+        ``"model"``: hidden groups, states, weights with their traces, operations, spikes and cuts. ``"program"``: what a step
+        reads (x, f, D, L), carries (e) and makes of it (G). By default that of `what`, and of a step the model.
+    every_layer : bool
+        Draw layers that repeat one by one, and not once with a count.
 
     Returns
     -------
@@ -79,11 +98,15 @@ def draw(graph_or_step: object, path: str | Path | None = None, format: str | No
     Raises
     ------
     VizError
-        If there is nothing to draw, the format is unknown, the path cannot be written, or there
+        If there is nothing to draw, the view or the format is unknown, the path cannot be written, or there
         is no Graphviz.
+
+    Examples
+    --------
+    >>> etcompile.viz.draw(step, "model.svg")  # doctest: +SKIP
+    >>> etcompile.viz.draw(step, "program.svg", view="program")  # doctest: +SKIP
     """
-    graph = as_graph(graph_or_step)
-    drawing = Drawing(to_dot(graph), title(graph))
+    drawing = drawing_of(_picture(what, view, every_layer))
     if path is not None:
         drawing.save(path, format)
     elif format is not None:
@@ -91,6 +114,27 @@ def draw(graph_or_step: object, path: str | Path | None = None, format: str | No
             "The 'format' parameter of draw needs a 'path'; use `draw(...).render(format)` for bytes."
         )
     return drawing
+
+
+def drawing_of(picture: Picture, table: bool = True) -> Drawing:
+    """A picture as a drawing, with a table of its cuts unless told otherwise."""
+    return Drawing(to_dot(picture, table), picture.title)
+
+
+def _picture(what: Any, view: str | None, every_layer: bool) -> Picture:
+    if view not in (None, *VIEWS):
+        raise VizError(f"The view must be one of {', '.join(VIEWS)}. Got {view!r} instead.")
+    if isinstance(what, TraceProgram) and view != "model":
+        return program_picture(what)
+    if view != "program":
+        return model_picture(as_graph(what), every_layer)
+    program = getattr(what, "program", None)
+    if not isinstance(program, TraceProgram):
+        raise VizError(
+            "The view 'program' is of a compiled step or of its program. "
+            f"Got {type(what).__name__} instead; draw the step itself."
+        )
+    return program_picture(program, what.report().traces)
 
 
 def output_format(path: Path, format: str | None) -> str:

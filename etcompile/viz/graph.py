@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import networkx as nx
 
 from etcompile.viz.errors import VizError
 from etcompile.viz.labels import plain
+from etcompile.viz.picture import Cut
 
-__all__ = ["Cut", "Graph", "as_graph", "collect_cuts", "direction", "holds_graph", "title"]
+__all__ = ["Graph", "as_graph", "collect_cuts", "direction", "holds_graph", "is_narrow", "recurrent", "title"]
 
 Graph: TypeAlias = nx.DiGraph  # MultiDiGraph is a subclass
 
 _WIDEST_RANK = 9  # nodes side by side; with more, the picture runs from left to right instead
+_NARROW = ((5, 1), (7, 2))  # so many ranks at least, with so many nodes side by side at most
 
 
 def holds_graph(value: object) -> bool:
@@ -40,27 +42,6 @@ def as_graph(value: object) -> Graph:
     )
 
 
-@dataclass(frozen=True)
-class Cut:
-    """One cut and the edges of the graph that it stands for.
-
-    Attributes
-    ----------
-    name : str
-        As in the report, for example ``"c0"``.
-    primitive, source, meaning : str
-        The operation where the local Jacobian stops, the line of the model, what is lost.
-    paths : tuple of (str, str)
-        Pairs of nodes: where the credit would have come from, and the state it would have reached.
-    """
-
-    name: str
-    primitive: str = ""
-    source: str = ""
-    meaning: str = ""
-    paths: tuple[tuple[str, str], ...] = ()
-
-
 def collect_cuts(graph: Graph) -> tuple[Cut, ...]:
     """The cuts of the graph, in the order of its edges; edges that share a name are one cut."""
     found: dict[str, Cut] = {}
@@ -72,7 +53,8 @@ def collect_cuts(graph: Graph) -> tuple[Cut, ...]:
             primitive, source, meaning = (
                 str(data.get(key) or "") for key in ("primitive", "source", "meaning")
             )
-            found[name] = Cut(name, primitive, source, meaning)
+            names = tuple(map(str, data.get("names") or (name,)))
+            found[name] = Cut(name, primitive, source, meaning, (), names, str(data.get("layers") or ""))
         found[name] = replace(found[name], paths=(*found[name].paths, (tail, head)))
     return tuple(found.values())
 
@@ -92,7 +74,35 @@ def title(graph: Graph) -> str:
 
 def direction(graph: Graph) -> str:
     """``"TB"`` (data flows downwards), or ``"LR"`` for graphs that are wider than they are deep."""
-    forward = nx.DiGraph((a, b) for a, b, kind in graph.edges(data="kind") if a != b and kind != "cut")
-    ranks = list(nx.topological_generations(nx.condensation(forward))) if forward else []
-    widest = max(map(len, ranks), default=0)
+    ranks = _ranks(graph)
+    widest = max(ranks, default=0)
     return "LR" if widest > _WIDEST_RANK and widest > len(ranks) else "TB"
+
+
+def is_narrow(graph: Graph) -> bool:
+    """Whether a drawing that runs downwards leaves space beside it: it is high, and no rank holds many nodes."""
+    ranks = _ranks(graph)
+    return bool(ranks) and any(len(ranks) >= high and max(ranks) <= widest for high, widest in _NARROW)
+
+
+def _ranks(graph: Graph) -> list[int]:
+    """How much stands side by side in each rank: states that feed each other are one, weights stand with their operations."""
+    back = recurrent(graph)
+    edges = [(a, b) for a, b, kind in graph.edges(data="kind") if kind not in ("cut", "weight", "next")]
+    forward = nx.DiGraph(edge for edge in edges if edge not in back)
+    return [len(rank) for rank in nx.topological_generations(nx.condensation(forward))] if forward else []
+
+
+def recurrent(graph: Graph) -> set[tuple[Any, Any]]:
+    """Edges from states and spikes to operations that they are made of: what is read there is of the step before."""
+    found = set()
+    forward = nx.DiGraph((a, b) for a, b, kind in graph.edges(data="kind") if kind not in ("cut", "next"))
+    for node, data in graph.nodes(data=True):
+        if data.get("kind") == "operation" and node in forward:
+            made = nx.descendants(forward, node)
+            found |= {
+                (tail, node)
+                for tail in forward.predecessors(node)
+                if tail in made and graph.nodes[tail].get("kind") in ("state", "surrogate")
+            }
+    return found

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Iterable
 
-from etcompile.viz.style import QUIET
+from etcompile.viz.style import ORANGE, QUIET
 
 __all__ = ["array_type", "markup", "plain", "shorten", "wrap"]
 
@@ -55,7 +56,13 @@ def shorten(lines: list[str], limit: int) -> list[str]:
     )
 
 
-def markup(head: Iterable[str], details: Iterable[str] = (), lead: int = 0) -> str:
+#: Of the largest area, in points.
+_WIDEST, _HIGHEST = 56, 14
+
+
+def markup(
+    head: Iterable[str], details: Iterable[str] = (), lead: int = 0, amount: str = "", share: float = 0
+) -> str:
     """A Graphviz HTML-like label: bold head lines, then smaller, quieter detail lines.
 
     Parameters
@@ -64,11 +71,25 @@ def markup(head: Iterable[str], details: Iterable[str] = (), lead: int = 0) -> s
         Lines, not yet escaped.
     lead : int
         Points left free above the text, for shapes with a lid.
+    amount, share : str, float
+        A last line of an area and what it stands for; the area is a share of the largest that is drawn.
     """
     rows = [f"<b>{html.escape(plain(line))}</b>" for line in head]
-    rows += [
-        f'<font point-size="9" color="{QUIET}">{html.escape(plain(line))}</font>' for line in details if line
-    ]
+    rows += [_quiet(line) for line in details if line]
     cells = "".join(f"<tr><td>{row}</td></tr>" for row in rows)
     space = f'<tr><td height="{lead}"></td></tr>' if lead else ""
-    return f'<<table border="0" cellborder="0" cellspacing="0" cellpadding="1">{space}{cells}</table>>'
+    last = f"<tr><td>{_area(amount, share)}</td></tr>" if amount else ""
+    return f'<<table border="0" cellborder="0" cellspacing="0" cellpadding="1">{space}{cells}{last}</table>>'
+
+
+def _quiet(line: str) -> str:
+    return f'<font point-size="9" color="{QUIET}">{html.escape(plain(line))}</font>'
+
+
+def _area(amount: str, share: float) -> str:
+    width, height = (max(1, round(size * math.sqrt(share))) for size in (_WIDEST, _HIGHEST))
+    area = f'<td bgcolor="{ORANGE}" fixedsize="true" width="{width}" height="{height}" cellpadding="0"></td>'
+    # The area stands in a table of its own: a cell is as high as the highest of its row.
+    inner = f'<table border="0" cellborder="0" cellspacing="0" cellpadding="0"><tr>{area}</tr></table>'
+    row = f"<tr><td>{inner}</td><td>{_quiet(amount)}</td></tr>"
+    return f'<table border="0" cellborder="0" cellspacing="0" cellpadding="2">{row}</table>'

@@ -16,9 +16,9 @@ from types import ModuleType
 
 from etcompile.errors import EtcompileError
 from etcompile.viz.errors import VizError
-from etcompile.viz.graph import Graph, as_graph, holds_graph
+from etcompile.viz.graph import holds_graph
 
-__all__ = ["ModelOptions", "graph_of", "load", "parse_shape"]
+__all__ = ["ModelOptions", "drawable_of", "load", "parse_shape"]
 
 _ACCEPTED = (
     "a compiled step, its networkx graph, a tuple (model, *example_inputs), a model together with "
@@ -113,8 +113,8 @@ def _suggest(name: str, value: object) -> str:
     return f"It has: {', '.join(drawable[:12])}." if drawable else "It defines no name that could be drawn."
 
 
-def graph_of(value: object, options: ModelOptions, name: str) -> Graph:
-    """The graph of whatever `load` found; models are compiled for it.
+def drawable_of(value: object, options: ModelOptions, name: str) -> object:
+    """What `draw` takes, of whatever `load` found; models are compiled for it.
 
     Parameters
     ----------
@@ -140,7 +140,7 @@ def graph_of(value: object, options: ModelOptions, name: str) -> Graph:
                 f"{name} is compiled already, so {' and '.join(given)} cannot apply to it. Leave it "
                 "out, or name the model instead."
             )
-        return as_graph(value)
+        return value
     if isinstance(value, tuple) and value:
         model, *inputs = value
         if inputs and options.input_shapes:
@@ -164,8 +164,7 @@ def graph_of(value: object, options: ModelOptions, name: str) -> Graph:
         )
     import etcompile
 
-    step = etcompile.compile(model, *inputs, algo=options.algo or "d_rtrl", batch_size=options.batch_size)
-    return as_graph(step)
+    return etcompile.compile(model, *inputs, algo=options.algo or "d_rtrl", batch_size=options.batch_size)
 
 
 def _call(function: Callable[..., object], name: str) -> object:

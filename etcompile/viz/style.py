@@ -12,12 +12,27 @@ from dataclasses import dataclass, field
 
 from etcompile.viz.errors import VizError
 
-__all__ = ["EDGES", "FONT", "INK", "NODES", "QUIET", "VERMILLION", "Style", "edge_style", "node_style"]
+__all__ = [
+    "AREA",
+    "BOXES",
+    "EDGES",
+    "FONT",
+    "FRAME",
+    "INK",
+    "NODES",
+    "ORANGE",
+    "QUIET",
+    "VERMILLION",
+    "Style",
+    "edge_style",
+    "node_style",
+]
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 INK = "#1A1A1A"
+FRAME = "#A6A6A6"
 QUIET = "#595959"  # contrast 7:1 on white, for the second line of labels
 
 # The two first families have the same widths, so text laid out with one fits when the other is shown.
@@ -59,11 +74,11 @@ NODES: Mapping[str, Style] = {
         dict(shape="cylinder", style="filled,dashed", color="#9A6A00", fillcolor="#FBE3B0", penwidth="2"),
     ),
     "influence": Style(
-        "weight with an influence\non the whole network",
+        "weight with an influence",
         dict(shape="cylinder", style="filled,bold", color="#8A4A70", fillcolor="#F3DCEA", penwidth="3"),
     ),
     "window": Style(
-        "weight, by backpropagation\ninside of windows",
+        "weight, by backpropagation in windows",
         dict(shape="cylinder", style="filled,diagonals", color=INK, fillcolor="#FFFFFF"),
     ),
     "one step": Style(
@@ -75,35 +90,64 @@ NODES: Mapping[str, Style] = {
     ),
     "operation": Style(
         "operation",
-        dict(shape="hexagon", style="filled", color=GREEN, fillcolor="#E3F4EE", margin="0.02,0.03"),
+        dict(shape="component", style="filled", color=GREEN, fillcolor="#E3F4EE", margin="0.16,0.04"),
     ),
-    "input": Style(
-        "input", dict(shape="parallelogram", margin="0,0.02", style="filled", color=INK, fillcolor="#FFFFFF")
+    "surrogate": Style(
+        "spike with a surrogate derivative",
+        dict(shape="diamond", style="filled", color="#8A4A70", fillcolor="#F3DCEA", margin="0,0"),
     ),
+    "input": Style("input", dict(shape="note", style="filled", color=INK, fillcolor="#FFFFFF")),
     "output": Style(
         "output",
         dict(shape="box", style="filled,diagonals", color=INK, fillcolor="#FFFFFF", margin="0.2,0.08"),
     ),
     "cut": Style(
         "cut: credit stops here",
-        dict(shape="octagon", style="filled", color=VERMILLION, fillcolor="#FCE4D6", margin="0.02,0.02"),
+        dict(shape="octagon", style="filled", color=VERMILLION, fillcolor="#FCE4D6", margin="0,0"),
+    ),
+    # Of programs.
+    "read": Style(
+        "read from the model", dict(shape="ellipse", style="filled", color=GREEN, fillcolor="#E3F4EE")
+    ),
+    "of the loss": Style(
+        "derivative of the loss",
+        dict(shape="ellipse", style="filled,dashed", color="#8A4A70", fillcolor="#F3DCEA", penwidth="2"),
+    ),
+    "value": Style("computed", dict(shape="box", style="filled", color=INK, fillcolor="#FFFFFF")),
+    "carried": Style(
+        "carried to the next step",
+        dict(shape="box3d", style="filled", color="#9A6A00", fillcolor="#FBE3B0", penwidth="2"),
+    ),
+    "gradient": Style(
+        "gradient of the weights",
+        dict(shape="box", style="filled,bold", color=BLUE, fillcolor="#CFE8F8", penwidth="3"),
     ),
 }
 
+#: What the legend says of the areas.
+AREA = Style("area: bytes carried", dict(shape="box", style="filled", color=ORANGE, fillcolor=ORANGE))
+
+#: Frames around nodes.
+BOXES: Mapping[str, Style] = {
+    "group": Style("hidden group", dict(color=BLUE, bgcolor="#F1F8FD", style="rounded", fontcolor=BLUE)),
+    "layers": Style("layers that repeat", dict(color=FRAME, style="dashed", fontcolor=INK)),
+}
+
 EDGES: Mapping[str, Style] = {
-    "transition": Style(
-        "transition D: from\nstep t-1 to step t,\nposition by position", dict(color=BLUE, penwidth="3.2")
-    ),
+    "transition": Style("transition D, from step to step", dict(color=BLUE, penwidth="3.2")),
     "immediate": Style(
-        "immediate f: local\ninfluence on\nthe new state",
-        dict(color=GREEN, penwidth="1.8", arrowhead="onormal"),
+        "immediate f, on the new state", dict(color=GREEN, penwidth="1.8", arrowhead="onormal")
     ),
     "presynaptic": Style("presynaptic value x", dict(color=INK, penwidth="1.2", arrowhead="vee")),
-    "weight": Style("weight used by\nan operation", dict(color="#9A6A00", penwidth="1.2", arrowhead="dot")),
+    "weight": Style("weight of an operation", dict(color="#9A6A00", penwidth="1.2", arrowhead="dot")),
     "data": Style("other data", dict(color=QUIET, penwidth="1", style="dotted", arrowhead="vee")),
+    "next": Style("to the next layer", dict(color=INK, penwidth="1.2", style="dashed", arrowhead="veevee")),
     "cut": Style(
-        "path that was cut", dict(color=VERMILLION, penwidth="1.8", style="dashed", arrowhead="tee")
+        "credit that was cut", dict(color=VERMILLION, penwidth="1.8", style="dashed", arrowhead="tee")
     ),
+    # Of programs.
+    "now": Style("value of this step", dict(color=INK, penwidth="1.2")),
+    "before": Style("value of the step before", dict(color=BLUE, penwidth="2", style="dashed")),
 }
 
 
@@ -127,11 +171,11 @@ def node_style(name: str, data: Mapping) -> str:
         begins = (key for words, key in _HOW.items() if how.startswith(words))
         style = next(begins, "one step")
         return "part" if style == "trace" and "in part" in how else style
-    if kind in ("operation", "input", "output"):
+    if kind in ("operation", "surrogate", "input", "output"):
         return str(kind)
     raise VizError(
         f"Node {name!r} of the graph has kind {kind!r}; expected one of 'state', 'parameter', 'operation', "
-        "'input', 'output'. Draw `step.graph` of a compiled step, or give every node such a `kind`."
+        "'surrogate', 'input', 'output'. Draw `step.graph` of a compiled step, or give every node such a `kind`."
     )
 
 
