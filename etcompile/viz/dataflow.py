@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 from etcompile.amounts import bytes_text
 from etcompile.ir.ops import OPS
-from etcompile.ir.program import Equation, Ref, Symbol, TraceProgram
+from etcompile.ir.program import Argument, Equation, Ref, Symbol, TraceProgram
 from etcompile.viz.labels import shorten, wrap
 from etcompile.viz.picture import Edge, Node, Picture
 
@@ -41,11 +41,30 @@ def program_picture(program: TraceProgram, sizes: Mapping[str, int] | None = Non
         nodes.append(
             Node(_GRADIENT, "gradient", (_times("grad", sites),), ("added up over steps,", "by weight"))
         )
+    after = _followers([(tail, head) for tail, head, way in edges if way == "now"])
     lines = tuple(
-        Edge(tail, head, style, f"{_said(tail, letters)} \N{RIGHTWARDS ARROW} {_said(head, letters)}")
-        for tail, head, style in edges
-    )
+        Edge(tail, head, way, f"{_said(tail, letters)} \N{RIGHTWARDS ARROW} {_said(head, letters)}",
+             back=way == "before" and tail in after(head))
+        for tail, head, way in edges
+    )  # fmt: skip
     return Picture(_title(program), tuple(nodes), lines)
+
+
+def _followers(edges: Iterable[tuple[Hashable, Hashable]]) -> Callable[[Hashable], set[Hashable]]:
+    """What can be reached from a node, itself included."""
+    onward: dict[Hashable, list[Hashable]] = {}
+    for tail, head in edges:
+        onward.setdefault(tail, []).append(head)
+
+    def reached(start: Hashable) -> set[Hashable]:
+        found, waiting = {start}, [start]
+        while waiting:
+            fresh = set(onward.get(waiting.pop(), ())) - found
+            found |= fresh
+            waiting += fresh
+        return found
+
+    return reached
 
 
 def _title(program: TraceProgram) -> str:
@@ -106,11 +125,12 @@ def _node(
 ) -> Node:
     first, op = equations[0], OPS.get(equations[0].op)
     bytes_in_all = sum(sizes.get(e.name, 0) for e in equations)
-    makes = "" if _reads_the_model(first) else _right_side(first, letters, form)
+    style = _style(first, first.name in carried)
+    makes = "" if style in ("read", "of the loss") else _right_side(first, letters, form)
     meaning = op.doc if op and not (op.infix and makes) else first.type.kind
     return Node(
         name=key,
-        style=_style(first, first.name in carried),
+        style=style,
         head=(_times(letters[key], len(equations)), *([makes] if makes else [])),
         details=tuple(shorten(wrap(meaning, 30), 2)),
         tip="\n".join(f"{e.name} = {e.op}: {e.type}" for e in equations),
@@ -123,25 +143,23 @@ def _style(equation: Equation, carried: bool) -> str:
     op = OPS.get(equation.op)
     if carried:
         return "carried"
-    if op is not None and op.needs_loss and not equation.refs:
-        return "of the loss"
-    return "read" if _reads_the_model(equation) else "value"
-
-
-def _reads_the_model(equation: Equation) -> bool:
-    return not equation.refs
+    if equation.refs or op is None or op.fixed:
+        return "value"
+    return "of the loss" if op.needs_loss else "read"
 
 
 def _right_side(equation: Equation, letters: Mapping[Hashable, str], form: Mapping[str, int]) -> str:
-    """``D e[t-1]`` of ``v0[t] = D0[t] @ e0[t-1]``: letters for values; what it is of, of itself or of nothing, is left out."""
-    said = [
-        f"{letters[form[a.name]]}{'[t-1]' if a.delay else ''}" if isinstance(a, Ref) else str(a)
-        for a in equation.args
-    ]
-    op = OPS.get(equation.op)
-    if op and op.infix and len(said) == 2:
-        return f"{said[0]} {op.infix} {said[1]}"
-    return f"{equation.op}({', '.join(said)})"
+    """``D @ e[t-1]`` of ``v0[t] = D0[t] @ e0[t-1]``: forms in the place of values."""
+
+    def said(argument: Argument) -> str:
+        if isinstance(argument, Ref):
+            return f"{letters[form[argument.name]]}{'[t-1]' if argument.delay else ''}"
+        return f"{argument:g}" if isinstance(argument, float) else str(argument)
+
+    op, arguments = OPS.get(equation.op), [said(argument) for argument in equation.args]
+    if op and op.infix and len(arguments) == 2:
+        return f"{arguments[0]} {op.infix} {arguments[1]}"
+    return f"{equation.op}({', '.join(arguments)})"
 
 
 def _way(ref: Ref) -> str:

@@ -66,7 +66,7 @@ class Drawing:
 
 
 def draw(
-    what: object,
+    graph_or_step: object,
     path: str | Path | None = None,
     format: str | None = None,
     *,
@@ -77,7 +77,7 @@ def draw(
 
     Parameters
     ----------
-    what : Step, networkx.MultiDiGraph or TraceProgram
+    graph_or_step : Step, networkx.MultiDiGraph or TraceProgram
         What `etcompile.compile` returns, or its `graph` or `program`.
     path : str or Path, optional
         Where to write the picture.
@@ -86,7 +86,7 @@ def draw(
         ``etcompile[viz]`` brings.
     view : {"model", "program"}, optional
         ``"model"``: hidden groups, states, weights with their traces, operations, spikes and cuts. ``"program"``: what a step
-        reads (x, f, D, L), carries (e) and makes of it (G). By default that of `what`, and of a step the model.
+        reads (x, f, D, L), carries (e) and makes of it (G). By default that of what is given, and of a step the model.
     every_layer : bool
         Draw layers that repeat one by one, and not once with a count.
 
@@ -106,7 +106,7 @@ def draw(
     >>> etcompile.viz.draw(step, "model.svg")  # doctest: +SKIP
     >>> etcompile.viz.draw(step, "program.svg", view="program")  # doctest: +SKIP
     """
-    drawing = drawing_of(_picture(what, view, every_layer))
+    drawing = drawing_of(_picture(graph_or_step, view, every_layer))
     if path is not None:
         drawing.save(path, format)
     elif format is not None:
@@ -124,17 +124,16 @@ def drawing_of(picture: Picture, table: bool = True) -> Drawing:
 def _picture(what: Any, view: str | None, every_layer: bool) -> Picture:
     if view not in (None, *VIEWS):
         raise VizError(f"The view must be one of {', '.join(VIEWS)}. Got {view!r} instead.")
-    if isinstance(what, TraceProgram) and view != "model":
-        return program_picture(what)
-    if view != "program":
+    given = isinstance(what, TraceProgram)
+    if view == "model" or (view is None and not given):
         return model_picture(as_graph(what), every_layer)
-    program = getattr(what, "program", None)
+    program = what if given else getattr(what, "program", None)
     if not isinstance(program, TraceProgram):
         raise VizError(
             "The view 'program' is of a compiled step or of its program. "
             f"Got {type(what).__name__} instead; draw the step itself."
         )
-    return program_picture(program, what.report().traces)
+    return program_picture(program, {} if given else what.report().traces)
 
 
 def output_format(path: Path, format: str | None) -> str:

@@ -70,7 +70,7 @@ def _legend(rows: Sequence[Sequence[_Entry]], across: bool, columns: bool) -> gr
             inside.edge(_right(left), _left(right), style="invis", weight="10")
         legend.subgraph(inside)
     for above, below in pairwise(rows):
-        for first, second in zip(above, below, strict=False):
+        for first, second in list(zip(above, below, strict=False))[: None if columns else 1]:
             if across:
                 legend.edge(_left(first), _left(second), style="invis", weight="10")
             else:
