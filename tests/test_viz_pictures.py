@@ -90,6 +90,22 @@ def residual(layers):
     return etcompile.compile(model, jnp.ones((4, 8)))
 
 
+def tied(layers):
+    """One weight in all layers."""
+
+    def step(params, state, x):
+        new = []
+        for h in state:
+            x = jnp.tanh(0.9 * h + x @ params["W"])
+            new.append(x)
+        return new, x @ params["readout"]
+
+    params = {"W": jnp.ones((8, 8)), "readout": jnp.ones((8, 2))}
+    return etcompile.compile(
+        etcompile.from_function(step, params, [jnp.zeros((4, 8))] * layers), jnp.ones((4, 8))
+    )
+
+
 _MADE: dict[tuple, etcompile.Step] = {}
 
 
@@ -219,12 +235,13 @@ def test_layers_that_alternate_repeat_together():
     assert len([node for node in picture.nodes if node.style == "hidden" and node.box]) <= 4
 
 
-def test_layers_named_by_numbers_alone_and_residual_ones_repeat():
-    for step in (spiking(12), residual(12)):
-        picture = model_picture(step.graph)
-        boxes = [box for box in picture.boxes if box.style == "layers"]
-        assert len(boxes) == 1 and int(boxes[0].head.split()[1]) >= 10
-        assert sum(node.amount for node in picture.nodes) == step.report().trace_bytes
+@pytest.mark.parametrize("make", [spiking, residual, tied])
+def test_layers_named_by_numbers_alone_residual_and_tied_ones_repeat(make):
+    step = make(12)
+    picture = model_picture(step.graph)
+    (box,) = [box for box in picture.boxes if box.style == "layers"]
+    assert int(box.head.split()[1]) >= 10
+    assert sum(node.amount for node in picture.nodes) == step.report().trace_bytes
 
 
 def test_layers_that_differ_are_not_drawn_as_one_where_there_is_space():
@@ -250,6 +267,19 @@ def test_which_layer_a_path_names(path, layer):
 
 
 # Nodes ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_bias_of_a_sum_is_drawn_with_the_last_weight_of_it():
+    def step(params, h, x):
+        h = jnp.tanh(0.9 * h + x @ params["W"] + h @ params["R"] + params["b"])
+        return h, h @ params["readout"] + params["c"]
+
+    shapes = {"W": (3, 4), "R": (4, 4), "b": (4,), "readout": (4, 2), "c": (2,)}
+    model = etcompile.from_function(step, {k: jnp.ones(s) for k, s in shapes.items()}, jnp.zeros((2, 4)))
+    graph = etcompile.compile(model, jnp.ones((2, 3))).graph
+    heads = [node.head for node in model_picture(graph).nodes if node.style in ("trace", "one step")]
+    assert sorted(heads) == [("R, b",), ("W",), ("readout, c",)]
+    assert set(graph.successors("b")) == set(graph.successors("R"))
 
 
 @pytest.mark.parametrize("name", ["gru", "lstm", "gated_linear_attention"])
@@ -380,6 +410,7 @@ def test_a_table_of_many_different_cuts_is_short_and_says_how_many_are_left():
         lambda: spiking(12),
         lambda: spiking(30),
         lambda: residual(12),
+        lambda: tied(30),
         lambda: spiking(30, sizes=[8 + k * k % 17 for k in range(31)]),
     ],
 )

@@ -156,7 +156,7 @@ def _add_cut(drawing: graphviz.Digraph, cut: Cut) -> None:
     # A node, not a label on an edge: labels of loops and long edges overlap what is near them.
     more = [f"\N{MULTIPLICATION SIGN} {len(cut.names)}"] if len(cut.names) > 1 else []
     tip = "\n".join(filter(None, (", ".join(cut.names), cut.primitive, cut.source, cut.meaning)))
-    size = dict(fontsize="9", width="0.3", height="0.25")
+    size = dict(width="0.3", height="0.25")
     drawing.node(
         _mark(cut), markup([cut.name], more), tooltip=_text(tip), **{**NODES["cut"].attributes, **size}
     )

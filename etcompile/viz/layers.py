@@ -77,11 +77,14 @@ def _runs_collapsed(graph: Graph, sizes: bool) -> Graph:
             for first, last in ((start, stop), (start + period, stop), (start, stop - period)):
                 joined = [_merged(places[k : k + period]) for k in range(first, last, period)]
                 if len(joined) >= FEWEST and _edges_repeat(graph, joined):
-                    named = prefix or "layer "
-                    name = f"{named}{numbers[first]} \N{HORIZONTAL ELLIPSIS} {named}{numbers[last - 1]}"
+                    name = f"{_named(prefix, numbers[first])} \N{HORIZONTAL ELLIPSIS} {_named(prefix, numbers[last - 1])}"
                     graph = _drawn_once(graph, _Run(name, tuple(joined)))
                     break
     return graph
+
+
+def _named(prefix: str, number: int) -> str:
+    return f"{prefix or 'layer '}{number}{']' * prefix.endswith('[')}"
 
 
 # Layers ----------------------------------------------------------------------------------------------------------------
@@ -96,9 +99,11 @@ def _layers(graph: Graph) -> dict[Layer, list[Any]]:
             if len(found) == 1 and (layer := found.pop()) is not None:
                 of[node] = layer
     for node in graph:
-        found = {of.get(tail) for tail in _made_of(graph, node)}
-        if len(found) == 1 and (layer := found.pop()) is not None:
-            of[node] = layer
+        # What shared weights make is of the layer that it goes to.
+        for near in (_made_of(graph, node), _goes_to(graph, node)):
+            found = {of.get(other) for other in near}
+            if len(found) == 1 and (layer := found.pop()) is not None:
+                of.setdefault(node, layer)
     same = _one_sequence(graph, of)
     members: dict[Layer, list[Any]] = {}
     for node in graph:
@@ -130,6 +135,10 @@ def _made_of(graph: Graph, node: Any) -> list[Any]:
     """By which nodes it is told of which layer a node is: an operation by its weights, a spike by what spikes."""
     wanted = {"operation": "weight", "surrogate": "data"}.get(str(graph.nodes[node].get("kind")))
     return [tail for tail, _, kind in graph.in_edges(node, data="kind") if kind == wanted]
+
+
+def _goes_to(graph: Graph, node: Any) -> list[Any]:
+    return [head for _, head, kind in graph.out_edges(node, data="kind") if kind == "immediate"]
 
 
 def _places(graph: Graph, nodes: Iterable[Any]) -> dict[Place, Any]:
