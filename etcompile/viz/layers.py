@@ -25,6 +25,8 @@ FEWEST = 3
 MANY = 24
 #: So many layers repeat together at most.
 _PERIODS = 3
+#: Edges from an operation to the states that it is a part of.
+_TO_STATES = "immediate"
 
 Layer = tuple[str, int]
 Place = Hashable  # of a node in its layer, the same in all layers that repeat
@@ -138,7 +140,7 @@ def _made_of(graph: Graph, node: Any) -> list[Any]:
 
 
 def _goes_to(graph: Graph, node: Any) -> list[Any]:
-    return [head for _, head, kind in graph.out_edges(node, data="kind") if kind == "immediate"]
+    return [head for _, head, kind in graph.out_edges(node, data="kind") if kind == _TO_STATES]
 
 
 def _places(graph: Graph, nodes: Iterable[Any]) -> dict[Place, Any]:
