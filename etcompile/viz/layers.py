@@ -25,8 +25,6 @@ FEWEST = 3
 MANY = 24
 #: So many layers repeat together at most.
 _PERIODS = 3
-#: Edges from an operation to the states that it is a part of.
-_TO_STATES = "immediate"
 
 Layer = tuple[str, int]
 Place = Hashable  # of a node in its layer, the same in all layers that repeat
@@ -140,7 +138,7 @@ def _made_of(graph: Graph, node: Any) -> list[Any]:
 
 
 def _goes_to(graph: Graph, node: Any) -> list[Any]:
-    return [head for _, head, kind in graph.out_edges(node, data="kind") if kind == _TO_STATES]
+    return [head for _, head, edge in graph.out_edges(node, data="kind") if edge == "immediate"]
 
 
 def _places(graph: Graph, nodes: Iterable[Any]) -> dict[Place, Any]:
