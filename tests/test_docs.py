@@ -7,6 +7,8 @@ import html
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import brainstate
@@ -161,3 +163,17 @@ def test_the_figure_of_the_architecture_is_drawn_from_its_source():
         for part in re.split(r"\\[nl]", label)
     }
     assert texts == wanted - {""}
+
+
+def test_the_picture_in_the_readme_is_that_of_its_first_example(tmp_path):
+    """`python tools/draw_readme.py` draws it."""
+    pytest.importorskip("pygraphviz")
+    drawn = tmp_path / "network.svg"
+    subprocess.run(
+        [sys.executable, ROOT / "tools" / "draw_readme.py", drawn], check=True, capture_output=True, cwd=ROOT
+    )
+
+    def texts(path):
+        return sorted(re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text(encoding="utf-8")))
+
+    assert texts(drawn) == texts(ROOT / "docs" / "network.svg")

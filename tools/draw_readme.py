@@ -1,11 +1,14 @@
-"""The picture at the top of the README: the network of its first example, as the compiler sees it.
+"""Draw the picture at the top of the README: the network of its first example, as the compiler sees it.
 
-python tools/draw_readme.py      # writes docs/network.svg
+    python tools/draw_readme.py [OUTPUT]
+
+Writes docs/network.svg if it is not told otherwise. Needs Graphviz: the extra ``viz`` of etcompile, or a program ``dot``.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import etcompile
@@ -26,7 +29,7 @@ def main() -> None:
     place = ROOT / "README.md"  # what the picture's tooltips name as the source
     names: dict[str, object] = {"__name__": "readme"}
     exec(compile(code, str(place), "exec"), names)
-    etcompile.viz.draw(names["step"], ROOT / "docs" / "network.svg")
+    etcompile.viz.draw(names["step"], sys.argv[1] if len(sys.argv) > 1 else ROOT / "docs" / "network.svg")
 
 
 if __name__ == "__main__":
