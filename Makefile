@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs rules rl bench brain worm test quick lint format types layers check hooks clean
+.PHONY: help demo docs links rules rl bench brain worm test quick lint format types layers check hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ docs: $(VENV)/.installed-docs  ## the documentation site, with its tutorials run
 	XLA_FLAGS="--xla_force_host_platform_device_count=4 $(XLA_FLAGS)" MPLBACKEND=agg \
 		$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs out/site
 	@echo "the site: out/site/index.html"
+
+links: $(VENV)/.installed-docs  ## whether links that lead away from the site still lead somewhere; needs a network
+	$(BIN)/python -m sphinx --quiet -b linkcheck docs out/links
 
 lint: $(VENV)/.installed-dev  ## style and formatting
 	$(BIN)/ruff check .

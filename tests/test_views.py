@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import linecache
 import re
-import shutil
-import subprocess
 
 import html_pages
 import jax
 import jax.numpy as jnp
 import pytest
+from browsers import looked_at
 
 import etcompile
 from etcompile.errors import OptionError
@@ -177,41 +175,20 @@ def test_markup_escapes_and_joins():
 
 # A browser ------------------------------------------------------------------------------------------------------------
 
-_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-
 #: Asks the page where things are, once it is laid out.
-_LOOK = """<script>
+_LOOK = """(() => {
 const box = e => { const b = e.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; };
 const all = name => [...document.querySelectorAll(name)];
-document.title = JSON.stringify({
+return {
   wide: document.documentElement.scrollWidth, window: innerWidth, svg: all("svg").map(box),
   bars: all(".bar span").map(e => [box(e), getComputedStyle(e).backgroundColor]), texts: all("svg text").map(box),
   cells: all("td").filter(e => e.innerText.trim() && !e.closest("details:not([open])")).map(box), scripts: document.scripts.length,
-});
-</script>"""
+};
+})()"""
 
 
 def test_a_browser_shows_the_page(page, tmp_path):
-    browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
-    if browser is None:
-        pytest.skip(f"no browser is installed (looked for {', '.join(_BROWSERS)})")
-    looked = tmp_path / "looked.html"
-    looked.write_text(
-        page.read_text(encoding="utf-8").replace("</body>", f"{_LOOK}</body>"), encoding="utf-8"
-    )
-    options = (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--window-size=1280,1000",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    )
-    done = subprocess.run(
-        [browser, *options, "--dump-dom", looked.as_uri()], capture_output=True, timeout=120, check=True
-    )
-    told = re.search(r"<title>(\{.*?\})</title>", done.stdout.decode())
-    assert told is not None
-    found = json.loads(told[1])
+    found = looked_at(page, _LOOK, tmp_path / "profile")
     assert found["scripts"] == 1, "a name of the model did not become a script"
     assert found["wide"] <= found["window"], "the page is no wider than the window"
     assert len(found["svg"]) == 2
