@@ -98,7 +98,7 @@ def test_a_cell_and_its_page(tools):
     assert sum(told) == result.steps == 2 * few.steps(settings.TASKS["chain-2"])
     text = (ROOT / "docs" / "reinforcement.md").read_text()
     cell = result.task, result.model, result.rule
-    written, picture = page.render(text, {cell: result}, few)
+    written, picture = page.render(text, {cell: result.cell()}, few)
     assert (
         "| memory chain, 2 steps | 0.5 |" in written
         and "empty were not measured, nor were T-maze, corridor 10" in written

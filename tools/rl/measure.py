@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from settings import RULES, TASKS, Protocol, Task
 
 import etcompile
 
-__all__ = ["Result", "load", "measure", "save"]
+__all__ = ["Cell", "Result", "keep", "kept", "load", "measure", "save"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,44 @@ class Result:
     def best(self) -> int:
         """The rate with the best mean over seeds."""
         return int(np.argmax(self.scores.mean(axis=1)))
+
+    def cell(self) -> Cell:
+        """What the page shows of it."""
+        curves, scores = np.asarray(self.curves[self.best]), self.scores[self.best]
+        return Cell(
+            self.task,
+            self.model,
+            self.rule,
+            self.rates[self.best],
+            len(scores),
+            self.steps,
+            round(self.seconds, 1),
+            *_with_error(scores),
+            *(v.tolist() for v in _with_error(curves)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A result as the page shows it: at the better rate, means over seeds with their standard errors."""
+
+    task: str
+    model: str
+    rule: str
+    rate: float
+    seeds: int
+    steps: int
+    seconds: float
+    score: float
+    error: float
+    curve: list[float]
+    errors: list[float]
+
+
+def _with_error(values: np.ndarray) -> tuple[Any, Any]:
+    """Mean over seeds, the leading axis, and its standard error."""
+    error = values.std(axis=0, ddof=1) / len(values) ** 0.5
+    return np.round(values.mean(axis=0), 4), np.round(error, 4)
 
 
 def measure(task: Task, model: str, rule: str, protocol: Protocol, tell: Callable[[int], None]) -> Result:
@@ -130,3 +168,16 @@ def load(folder: Path) -> dict[tuple[str, str, str], Result]:
     """All that were saved, by task, model and rule."""
     found = [Result(**json.loads(p.read_text(encoding="utf-8"))) for p in sorted(folder.glob("*.json"))]
     return {(r.task, r.model, r.rule): r for r in found if r.task in TASKS}
+
+
+def kept(file: Path) -> dict[tuple[str, str, str], Cell]:
+    """Cells that were measured before, by task, model and rule."""
+    found = [Cell(**c) for c in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
+    return {(c.task, c.model, c.rule): c for c in found if c.task in TASKS}
+
+
+def keep(cells: Mapping[tuple[str, str, str], Cell], file: Path) -> None:
+    """One line for each cell, in their order on the page."""
+    order = [(task, model, rule) for task in TASKS for model in MODELS for rule in RULES]
+    lines = [json.dumps(dataclasses.asdict(cells[c])) for c in order if c in cells]
+    file.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")

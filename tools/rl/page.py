@@ -6,64 +6,62 @@ from collections.abc import Mapping
 from html import escape
 
 import numpy as np
-from measure import Result
+from measure import Cell
 from models import MODELS
 from settings import RULES, TASKS, Protocol
 
 __all__ = ["render"]
 
-Results = Mapping[tuple[str, str, str], Result]
+Cells = Mapping[tuple[str, str, str], Cell]
 
 BEGIN, END = "<!-- written by make rl -->", "<!-- end of what make rl writes -->"
 
 
-def render(page: str, results: Results, protocol: Protocol) -> tuple[str, str]:
+def render(page: str, cells: Cells, protocol: Protocol) -> tuple[str, str]:
     """The page with its measured part anew, and the picture."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    written = "\n\n".join([BEGIN, _table(results), _about(results, protocol), END])
-    return before + written + after, _picture(results)
+    written = "\n\n".join([BEGIN, _table(cells), _about(cells, protocol), END])
+    return before + written + after, _picture(cells)
 
 
-def _table(results: Results) -> str:
+def _table(cells: Cells) -> str:
     head = ["task", "chance", *(f"{model}, {rule}" for model in MODELS for rule in RULES)]
     lines = [head, ["---"] * len(head)]
     for task in TASKS.values():
-        cells = [_cell(results.get((task.name, model, rule))) for model in MODELS for rule in RULES]
-        if any(cells):
-            lines.append([task.title, f"{task.chance:g}", *cells])
+        row = [_shown(cells.get((task.name, model, rule))) for model in MODELS for rule in RULES]
+        if any(row):
+            lines.append([task.title, f"{task.chance:g}", *row])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _cell(result: Result | None) -> str:
-    if result is None:
+def _shown(cell: Cell | None) -> str:
+    if cell is None:
         return ""
-    scores = result.scores[result.best]
-    error = scores.std(ddof=1) / len(scores) ** 0.5
-    digits = 2 if TASKS[result.task].most == 1 else 0
-    return f"{scores.mean():.{digits}f} ± {error:.{digits}f}"
+    digits = 2 if TASKS[cell.task].most == 1 else 0
+    return f"{cell.score:.{digits}f} ± {cell.error:.{digits}f}"
 
 
-def _about(results: Results, protocol: Protocol) -> str:
-    seconds = sum(r.seconds for r in results.values())
+def _about(cells: Cells, protocol: Protocol) -> str:
+    seconds = sum(c.seconds for c in cells.values())
     rates = ", ".join(f"{rate:g}" for rate in protocol.rates)
     steps = ", ".join(
-        f"{next(r.steps for r in results.values() if r.task == t.name):,} on {t.title}"
+        f"{next(c.steps for c in cells.values() if c.task == t.name):,} on {t.title}"
         for t in TASKS.values()
-        if any(r.task == t.name for r in results.values())
+        if any(c.task == t.name for c in cells.values())
     )
     lines = [
         f"Mean ± standard error over {len(protocol.seeds)} seeds, in the last {protocol.last} of {protocol.pieces} parts of a "
         f"run, at the better of the learning rates {rates} (Adam; all seeds at all rates, chosen for every cell alike by this "
         f"very mean, so a little flattered). {protocol.agents} agents, gamma {protocol.gamma:g}, lambda {protocol.lam:g}, "
-        f"entropy {protocol.entropy:g}. Steps of each agent: {steps}. {len(results)} cells took {seconds / 60:.0f} minutes in "
+        f"entropy {protocol.entropy:g}. Steps of each agent: {steps}. {len(cells)} cells took {seconds / 60:.0f} minutes in "
         "one process.",
     ]
-    cells = [(task, model, rule) for task in TASKS for model in MODELS for rule in RULES]
+    every = [(task, model, rule) for task in TASKS for model in MODELS for rule in RULES]
     unmeasured = [
-        task.title for task in TASKS.values() if not any(r.task == task.name for r in results.values())
+        task.title for task in TASKS.values() if not any(c.task == task.name for c in cells.values())
     ]
-    if any(cell not in results for cell in cells):
+    if any(cell not in cells for cell in every):
         rest = f", nor were {'; '.join(unmeasured)}" if unmeasured else ""
         lines.append(f"Cells that are empty were not measured{rest}.")
     return "\n\n".join(lines)
@@ -73,9 +71,9 @@ _WIDTH, _HEIGHT, _GAP, _TOP, _LEFT = 150, 90, 34, 40, 106
 _COLOURS = ("#2a6fbb", "#d1662b")
 
 
-def _picture(results: Results) -> str:
+def _picture(cells: Cells) -> str:
     """Learning curves: a row for each task, a column for each network; mean over seeds with its standard error."""
-    tasks = [t for t in TASKS.values() if any(r.task == t.name for r in results.values())]
+    tasks = [t for t in TASKS.values() if any(c.task == t.name for c in cells.values())]
     width = _LEFT + len(MODELS) * (_WIDTH + _GAP)
     height = _TOP + len(tasks) * (_HEIGHT + _GAP) + 20
     parts = [
@@ -100,15 +98,14 @@ def _picture(results: Results) -> str:
             chance = top + _HEIGHT * (1 - task.chance / task.most)
             parts.append(f'<path d="M{left} {chance:.1f}h{_WIDTH}" stroke="#888" stroke-dasharray="3 3"/>')
             for rule, colour in zip(RULES, _COLOURS, strict=True):
-                result = results.get((task.name, model, rule))
-                if result is not None:
-                    parts += _curve(result, task.most, left, top, colour)
+                cell = cells.get((task.name, model, rule))
+                if cell is not None:
+                    parts += _curve(cell, task.most, left, top, colour)
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _curve(result: Result, most: float, left: float, top: float, colour: str) -> list[str]:
-    curves = np.asarray(result.curves[result.best]) / most
-    mean, error = curves.mean(axis=0), curves.std(axis=0, ddof=1) / len(curves) ** 0.5
+def _curve(cell: Cell, most: float, left: float, top: float, colour: str) -> list[str]:
+    mean, error = np.asarray(cell.curve) / most, np.asarray(cell.errors) / most
     xs = left + _WIDTH * (np.arange(len(mean)) + 0.5) / len(mean)
 
     def line(values: np.ndarray) -> list[str]:
