@@ -105,3 +105,19 @@ def test_a_cell_and_its_page(tools):
     )
     assert written.partition(page.BEGIN)[0] == text.partition(page.BEGIN)[0]
     assert picture.count("<polyline") == 1
+
+
+def test_cells_stay_where_they_are_not_measured_anew(tools, tmp_path):
+    measure = tools["measure"]
+    cells = {
+        ("chain-2", "GRU", "one step"): measure.Cell(
+            "chain-2", "GRU", "one step", 3e-3, 10, 4000, 6.5, 0.75, 0.01, [0.5, 0.75], [0.02, 0.01]
+        ),
+        ("maze-10", "LRU", "d_rtrl"): measure.Cell(
+            "maze-10", "LRU", "d_rtrl", 1e-2, 10, 8000, 9.0, 1.0, 0.0, [1.0], [0.0]
+        ),
+    }
+    file = tmp_path / "cells.json"
+    assert measure.kept(file) == {}
+    measure.keep(cells, file)
+    assert measure.kept(file) == cells and len(file.read_text().splitlines()) == 4

@@ -1,8 +1,8 @@
 """``python tools/rl``: agents learn tasks that need memory, and docs/reinforcement.md gets the figures.
 
 Every cell, a network with a rule on a task, is one file in the output folder; cells that are there are not measured again,
-so a run that was stopped goes on. What the page shows of them is kept beside this file, and cells that the folder does not have
-stay as they were. ``--quick`` shows in minutes that everything runs, and writes elsewhere.
+so a run that was stopped goes on. What the page shows of them is kept beside it, in reinforcement.json, and cells that the
+folder does not have stay as they were. ``--quick`` shows in minutes that everything runs, and writes elsewhere.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ from measure import keep, kept, load, measure, save
 from models import MODELS
 from rich.progress import Progress
 from settings import FULL, QUICK, QUICK_TASKS, RULES, TASKS, Protocol
-
-#: What the page shows, of cells measured now and before.
-MEASURED = Path(__file__).with_name("measured.json")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,12 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
         run(cells, protocol, options.out)
     found = {name: result.cell() for name, result in load(options.out).items()}
     if not options.quick:
-        found = kept(MEASURED) | found
+        found = kept(options.page.with_suffix(".json")) | found
     text, picture = page.render(options.page.read_text(encoding="utf-8"), found, protocol)
     if options.quick:
         print(text)
         return 0
-    keep(found, MEASURED)
+    keep(found, options.page.with_suffix(".json"))
     options.page.write_text(text, encoding="utf-8")
     options.page.with_suffix(".svg").write_text(picture, encoding="utf-8")
     print(f"{options.page}, {options.page.with_suffix('.svg')}")

@@ -98,6 +98,7 @@ def measure(task: Task, model: str, rule: str, protocol: Protocol, tell: Callabl
         gamma=protocol.gamma,
         lam=protocol.lam,
         entropy=protocol.entropy,
+        **task.options,
     )
     equations = learner.equations
     rates = jnp.repeat(jnp.asarray(protocol.rates), len(protocol.seeds))

@@ -54,8 +54,8 @@ def _about(cells: Cells, protocol: Protocol) -> str:
         f"Mean ± standard error over {len(protocol.seeds)} seeds, in the last {protocol.last} of {protocol.pieces} parts of a "
         f"run, at the better of the learning rates {rates} (Adam; all seeds at all rates, chosen for every cell alike by this "
         f"very mean, so a little flattered). {protocol.agents} agents, gamma {protocol.gamma:g}, lambda {protocol.lam:g}, "
-        f"entropy {protocol.entropy:g}. Steps of each agent: {steps}. {len(cells)} cells took {seconds / 60:.0f} minutes in "
-        "one process.",
+        f"entropy {protocol.entropy:g}; {_options()}. Steps of each agent: {steps}. {len(cells)} cells "
+        f"took {seconds / 60:.0f} minutes in one process.",
     ]
     every = [(task, model, rule) for task in TASKS for model in MODELS for rule in RULES]
     unmeasured = [
@@ -65,6 +65,16 @@ def _about(cells: Cells, protocol: Protocol) -> str:
         rest = f", nor were {'; '.join(unmeasured)}" if unmeasured else ""
         lines.append(f"Cells that are empty were not measured{rest}.")
     return "\n\n".join(lines)
+
+
+def _options() -> str:
+    """Which tasks have options of their own."""
+    titles: dict[str, list[str]] = {}
+    for task in TASKS.values():
+        if task.options:
+            options = ", ".join(f"`{name}={value}`" for name, value in task.options.items())
+            titles.setdefault(options, []).append(task.title)
+    return "; ".join(f"on {' and '.join(names)} {options}" for options, names in titles.items())
 
 
 _WIDTH, _HEIGHT, _GAP, _TOP, _LEFT = 150, 90, 34, 40, 106

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from worlds import MaskedCartPole, MemoryChain, TMaze
+from worlds import CartPole, MaskedCartPole, MemoryChain, TMaze
 
 __all__ = ["FULL", "QUICK", "QUICK_TASKS", "RULES", "TASKS", "Protocol", "Task"]
 
@@ -21,17 +22,26 @@ class Task:
     steps: int
     chance: float
     most: float = 1.0
+    #: Further options of ``step.learn_td``.
+    options: Mapping[str, Any] = field(default_factory=dict)
 
+
+#: Rewards at every step add up to values of 50, and what two positions tell of a velocity is small.
+_SCALED = {"normalise_observations": True, "scale_rewards": True}
 
 TASKS = {
     t.name: t
     for t in (
-        *(Task(f"maze-{n}", f"T-maze, corridor {n}", TMaze(n), 8_000, 0.5) for n in (10, 20, 40)),
+        *(
+            Task(f"maze-{n}", f"T-maze, corridor {n}", TMaze(n), steps, 0.5)
+            for n, steps in ((10, 8_000), (20, 8_000), (40, 24_000))
+        ),
         *(
             Task(f"chain-{n}", f"memory chain, {n} steps", MemoryChain(n), 4_000, 0.5)
             for n in (2, 4, 8, 16, 32)
         ),
-        Task("cartpole", "masked CartPole", MaskedCartPole(), 8_000, 22.0, 500.0),
+        Task("cartpole", "CartPole", CartPole(), 40_000, 22.0, 500.0, _SCALED),
+        Task("masked-cartpole", "masked CartPole", MaskedCartPole(), 40_000, 22.0, 500.0, _SCALED),
     )
 }
 
@@ -63,7 +73,7 @@ class Protocol:
 
 FULL = Protocol()
 #: One task of each kind: with ``--quick`` most of the time goes to compiling.
-QUICK_TASKS = ("maze-10", "chain-8", "cartpole")
+QUICK_TASKS = ("maze-10", "chain-8", "masked-cartpole")
 
 #: Little is learnt, but everything runs.
 QUICK = dataclasses.replace(FULL, rates=(3e-3,), seeds=(0, 1), agents=4, pieces=5, last=1, shorter=20)

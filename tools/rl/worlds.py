@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["MaskedCartPole", "MemoryChain", "TMaze"]
+__all__ = ["CartPole", "MaskedCartPole", "MemoryChain", "TMaze"]
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,15 @@ class MemoryChain:
 
 
 @dataclass(frozen=True)
-class MaskedCartPole:
-    """CartPole of which positions alone are seen, in units of their limits; velocities have to be remembered from what was seen.
+class CartPole:
+    """A pole to be balanced on a cart, all of it seen: positions in units of their limits, and velocities.
 
     Equations and limits of gymnasium's CartPole-v1, 1 for every step, at most 500 steps. A. G. Barto, R. S. Sutton and C. W.
     Anderson, 1983.
     """
 
     actions = 2
-    inputs = 2
+    inputs = 4
     limit = 500
 
     def reset(self, key: Any) -> tuple[Any, Any]:
@@ -117,5 +117,15 @@ class MaskedCartPole:
         return self._seen(state), state, 1.0, falls, ~falls & (time + 1 >= self.limit), {}
 
     def _seen(self, state: Any) -> Any:
-        (x, _, angle, _), _ = state
-        return jnp.stack([x / 2.4, angle / (12 * jnp.pi / 180)])
+        (x, speed, angle, turning), _ = state
+        return jnp.stack([x / 2.4, angle / (12 * jnp.pi / 180), speed, turning])
+
+
+@dataclass(frozen=True)
+class MaskedCartPole(CartPole):
+    """CartPole of which positions alone are seen; velocities have to be found from what was seen before."""
+
+    inputs = 2
+
+    def _seen(self, state: Any) -> Any:
+        return super()._seen(state)[:2]
