@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     search = QUICK if options.quick else FULL
     started = time.perf_counter()
+    written = [f.read_text(encoding="utf-8") if f.exists() else "" for f in _files(options.page)]
     if not options.page_only:
         cells = [
             (task, entry)
@@ -36,9 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         ]
         first = [c for c in cells if not c[1].rate_of]
         for part in (first, [c for c in cells if c[1].rate_of]):
-            run(part, search, options.jobs, options.out)
+            run(part, search, options.jobs, options.out, page.rates(written[0]))
     results = load(options.out)
-    written = [f.read_text(encoding="utf-8") if f.exists() else "" for f in _files(options.page)]
     text, picture = page.render(results, search, COMMAND, *written)
     for file, content in zip(_files(options.page), (text, picture), strict=True):
         file.write_text(content, encoding="utf-8")
@@ -78,10 +78,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def run(cells: Iterable[tuple[str, Entry]], search: Search, jobs: int, out: Path) -> None:
-    """Measure, each in one of several processes, and save what came out."""
-    known = load(out)
-    work = [(task, e.label, search, _rate(known, task, e)) for task, e in cells]
+def run(
+    cells: Iterable[tuple[str, Entry]],
+    search: Search,
+    jobs: int,
+    out: Path,
+    earlier: Mapping[tuple[str, str], float],
+) -> None:
+    """Measure, each in one of several processes, and save what came out; ``earlier`` are rates chosen before."""
+    known = {**earlier, **{cell: r.rate for cell, r in load(out).items() if r.rate}}
+    work = [(task, e.label, search, known.get((task, e.rate_of))) for task, e in cells]
     if jobs == 1:
         for item in work:
             tell(measure(*item), out)
@@ -89,12 +95,6 @@ def run(cells: Iterable[tuple[str, Entry]], search: Search, jobs: int, out: Path
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for future in as_completed([pool.submit(measure, *item) for item in work]):
             tell(future.result(), out)
-
-
-def _rate(known: dict[tuple[str, str], Result], task: str, entry: Entry) -> float | None:
-    """The rate that a costly rule takes over; None, for a search, if there is none to take."""
-    source = known.get((task, entry.rate_of))
-    return source.rate if source and source.rate else None
 
 
 def tell(result: Result, out: Path) -> None:

@@ -20,7 +20,7 @@ from training import CLIP, MASTERED
 import etcompile
 from etcompile.registry import find_rule
 
-__all__ = ["render"]
+__all__ = ["rates", "render"]
 
 Results = Mapping[tuple[str, str], Result]
 
@@ -36,7 +36,6 @@ def render(
     """The page and its picture; ``earlier`` is what they were."""
     before = Earlier(earlier)
     template = Template(Path(__file__).with_name("page_template.md").read_text(encoding="utf-8"))
-    spikes = [a for r in results.values() for a in r.activities if a > 0]
     text = template.substitute(
         command=command,
         rules=_rules(),
@@ -57,7 +56,7 @@ def render(
         settings=_settings(results),
         about=_about_all(),
         clip=f"{CLIP:g}",
-        spikes=f"{min(spikes):.0%} to {max(spikes):.0%}" if spikes else before.between(*_SPIKES) or "none",
+        spikes=_spikes(results, before),
         rates=", ".join(f"{r:g}" for r in search.rates),
         borrowed=", ".join(f"`{e.label}` that of `{e.rate_of}`" for e in RULES if e.rate_of),
         single=" and ".join(f"`{e.label}`" for e in RULES if e.seeds == 1),
@@ -186,8 +185,31 @@ def _about(task: object) -> str:
     return " ".join((type(task).__doc__ or "").split())
 
 
+def _spikes(results: Results, before: Earlier) -> str:
+    """The range of the shares of units that spike, with those of earlier rows."""
+    told = [
+        float(share.strip("% ")) / 100 for share in before.between(*_SPIKES).split(" to ") if "%" in share
+    ]
+    spikes = [*told, *(a for r in results.values() for a in r.activities if a > 0)]
+    return f"{min(spikes):.0%} to {max(spikes):.0%}" if spikes else "none"
+
+
+def _chosen_head() -> tuple[str, ...]:
+    return ("rule", *_TITLES, "measured")
+
+
+def rates(page: str) -> dict[tuple[str, str], float]:
+    """The learning rates that a page has, by task and rule."""
+    return {
+        (task, label): float(rate)
+        for label, *found, _ in Earlier(page).rows(_chosen_head())
+        for task, rate in zip(EXPERIMENTS, found, strict=True)
+        if rate
+    }
+
+
 def _chosen(results: Results, before: Earlier) -> str:
-    head = ("rule", *_TITLES, "measured")
+    head = _chosen_head()
     rows = []
     for e in RULES:
         found = [results.get((t, e.label)) for t in EXPERIMENTS]
