@@ -45,10 +45,10 @@ def _shown(cell: Cell | None) -> str:
 def _about(cells: Cells, protocol: Protocol) -> str:
     seconds = sum(c.seconds for c in cells.values())
     rates = ", ".join(f"{rate:g}" for rate in protocol.rates)
-    steps = ", ".join(
-        f"{next(c.steps for c in cells.values() if c.task == t.name):,} on {t.title}"
-        for t in TASKS.values()
-        if any(c.task == t.name for c in cells.values())
+    counts = {c.task: c.steps for c in cells.values()}
+    steps = "; ".join(
+        f"{count:,} on {' and '.join(TASKS[name].title for name in TASKS if counts.get(name) == count)}"
+        for count in dict.fromkeys(counts.values())
     )
     lines = [
         f"Mean ± standard error over {len(protocol.seeds)} seeds, in the last {protocol.last} of {protocol.pieces} parts of a "
