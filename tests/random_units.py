@@ -228,25 +228,80 @@ def pair(draw: Draw):
 
 
 def rotation(draw: Draw):
-    """A 2x2 matrix turns pairs that lie side by side, by a product over an axis of two; a matrix of weights is a weight operation."""
-    units, how = draw.of(0, 2, 3), draw.of(1, "constant", "free")
+    """A 2x2 matrix turns pairs that lie side by side: a constant, weights, or computed from angles, inputs or the pairs themselves."""
+    units = draw.of(0, 2, 3) if draw.head else 2  # as many as inputs would be taken for examples
+    how = draw.of(1, "constant", "free", "angle", "angles", "turned by inputs", "normed", "swapped")
     fed(draw, 2 * units)
     draw.state[draw.name("s")] = draw.normal(*draw.head, units, 2)
     if how == "free":
         draw.weight("t", 2, 2)
+    elif how in ("angle", "angles", "swapped"):
+        draw.weight("t", *((units,) if how == "angles" else ()))
+    elif how == "turned by inputs":
+        draw.weight("t", draw.width, units)
     constant = np.array([[0.8, -0.5], [0.5, 0.8]])
-    by = draw.of(2, "einsum", "matmul")
+    by = draw.of(2, "einsum", "matmul", "sum of products")
+
+    def matrix(angle):
+        c, s = 0.9 * jnp.cos(angle), 0.9 * jnp.sin(angle)
+        return jnp.stack([jnp.stack([c, -s], -1), jnp.stack([s, c], -1)], -2)
+
+    def turned(turn, s):
+        if by == "einsum":
+            axes = "ij" if turn.ndim == 2 else "...nij"
+            return jnp.einsum(f"{axes},...nj->...ni", turn, s)
+        if by == "matmul" and turn.ndim == 2:
+            return s @ turn.T
+        return (turn * s[..., None, :]).sum(-1)
 
     def step(run: Run, u):
         s = run.old("s")
         y = run.product("w", u).reshape(*draw.head, units, 2)
-        if by == "einsum":
-            turned = lambda turn, s: jnp.einsum("ij,...nj->...ni", turn, s)  # noqa: E731
+        if how == "constant":
+            s = turned(constant, s)
+        elif how == "free":
+            s = turned(run.number("t"), s)
+        elif how in ("angle", "angles"):
+            s = turned(matrix(run.number("t")), s)
+        elif how == "turned by inputs":
+            s = turned(matrix(run.product("t", u)), s)
+        elif how == "normed":
+            s = s / jnp.sqrt(1 + (s**2).sum(-1, keepdims=True))
         else:
-            turned = lambda turn, s: s @ turn.T  # noqa: E731
-        s = turned(constant, s) if how == "constant" else run.op(run.draw.name("t"), turned, s)
+            s = jnp.tanh(s) + run.number("t") * jnp.tanh(s)[..., ::-1]
         s = run.set("s", s + y)
         return s[..., 0] * jnp.tanh(s[..., 1])
+
+    return step
+
+
+def window(draw: Draw):
+    """The last inputs beside the new one, with a weight for each; moved on by one, or written round and read a few at a time."""
+    units, slots = draw.of(0, 2, 3), draw.of(1, 2, 3, 5)
+    fed(draw, units)
+    how, back = draw.of(2, "concatenate", "roll", "ring"), draw.of(3, 0.0, 0.3)
+    taken = {"concatenate": slots + 1, "roll": slots, "ring": 2}[how]
+    axis = len(draw.head)
+    draw.state[draw.name("h")] = draw.normal(*draw.head, units)
+    draw.state[draw.name("s")] = draw.normal(*draw.head, slots, units)
+    draw.state[draw.name("i")] = jnp.asarray(draw.rng.integers(0, slots), jnp.int32)
+    draw.weight("c", taken, units)
+
+    def step(run: Run, u):
+        s, i, h = run.old("s"), run.old("i"), run.old("h")
+        z = jnp.tanh(run.product("w", u) - back * h)[..., None, :]
+        if how == "concatenate":
+            seen = jnp.concatenate([s, z], axis)
+            s = lax.slice_in_dim(seen, 1, slots + 1, axis=axis)
+        elif how == "roll":
+            s = seen = lax.dynamic_update_slice_in_dim(jnp.roll(s, -1, axis), z, slots - 1, axis)
+        else:
+            s = lax.dynamic_update_slice_in_dim(s, z, i, axis)
+            seen = lax.dynamic_slice_in_dim(s, (i + 1) % slots, taken, axis)  # clipped at the end
+        h = run.set("h", 0.5 * h + (seen * run.number("c")).sum(-2))
+        run.set("s", s)
+        run.set("i", (i + 1) % slots)
+        return h
 
     return step
 
@@ -439,7 +494,7 @@ def mixing(draw: Draw):
 
 
 KINDS: dict[str, Callable] = {
-    f.__name__: f for f in (neuron, pair, rotation, shift, ring, matrix, mamba, gain, mixing)
+    f.__name__: f for f in (neuron, pair, rotation, shift, ring, window, matrix, mamba, gain, mixing)
 }
 
 

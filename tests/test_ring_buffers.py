@@ -217,8 +217,24 @@ def unit_chosen_by_data(p, i, buffer, h, y):
     return h, buffer.at[:, :, i % N].set(y.sum(-1)[None]), buffer[0]
 
 
-EXACT = (axonal, currents, attention, index_of_a_parameter)
-CUT = (repeated_places, another_ones_delay, window_that_moves, unit_chosen_by_data)
+def window_that_is_written(p, i, buffer, h, y):
+    buffer = lax.dynamic_update_slice_in_dim(buffer, jnp.stack([y, jnp.tanh(h)]), i % (K - 1), 0)
+    return 0.9 * h + buffer[i % K], buffer, jnp.tanh(h)
+
+
+def response_of_several_slots(p, i, buffer, h, y):
+    """A spike is added to three slots at once, as a kernel has it."""
+    kernel = jnp.array([0.5, 0.3, 0.1])[:, None, None]
+    buffer = buffer.at[(i + jnp.arange(3)) % K].add(kernel * (y - h))
+    h = 0.9 * h + buffer[i % K]
+    return h, buffer.at[i % K].set(0.0), jnp.tanh(h)
+
+
+EXACT = (
+    axonal, currents, attention, index_of_a_parameter, repeated_places, window_that_moves, window_that_is_written,
+    response_of_several_slots,
+)  # fmt: skip
+CUT = (another_ones_delay, unit_chosen_by_data)
 
 
 @pytest.mark.parametrize("body", [*EXACT, *CUT], ids=lambda body: body.__name__)
@@ -233,6 +249,39 @@ def test_buffers_are_exact_or_listed(body):
     assert step.exact == (worst < TOLERANCE) == (body in EXACT) == (not step.report().cuts), worst
     last = step.init_carry().states
     assert jax.tree.map(jnp.shape, last) == jax.tree.map(jnp.shape, STATE)
+
+
+@pytest.mark.parametrize("what", ["read", "written", "read by each"])
+def test_windows_that_vmap_makes(what):
+    """Gathers and scatters with windows, of examples that are mapped; an index for all of them, or one for each."""
+    of_each = jnp.arange(B)
+
+    def fn(params, state, x):
+        i, buffer = state["i"], state["buffer"]
+        y = x @ params["w"] - params["a"] * state["h"]
+
+        def read(slots, k):
+            return lax.dynamic_slice_in_dim(slots, (i + k) % (K - 1), 2, 0).sum(0)
+
+        def write(slots, y):
+            return lax.dynamic_update_slice_in_dim(slots, jnp.stack([y, jnp.tanh(y)]), i % (K - 1), 0)
+
+        if what == "written":
+            buffer = jax.vmap(write)(buffer, y)
+            late = buffer[:, i % K]
+        else:
+            late = jax.vmap(read, (0, 0 if what == "read by each" else None))(
+                buffer, of_each if what == "read by each" else 1
+            )
+            buffer = buffer.at[:, i % K].set(y)
+        h = 0.5 * state["h"] + late
+        return {"h": h, "buffer": buffer, "i": i + 1}, h @ params["u"]
+
+    state = {"h": STATE["h"], "buffer": draw(4, B, K, N), "i": jnp.zeros((), jnp.int32)}
+    xs, ys = draw(5, T, B, I), draw(6, T, B, N)
+    step = etcompile.compile(etcompile.from_function(fn, PARAMS, state), xs[0])
+    assert step.exact
+    assert worst_of(step, fn, PARAMS, state, xs, ys, (1, 3)) < TOLERANCE
 
 
 def test_reading_changes_no_bit():

@@ -18,7 +18,7 @@ from jax import lax
 
 from etcompile.frontend.jaxpr import Constant, Graph, Operand, Operation, is_traced
 
-__all__ = ["INDEXED", "READS", "Indexed", "indexed", "known_indices", "small_operand"]
+__all__ = ["INDEXED", "READS", "Indexed", "indexed", "known_indices", "moving_window", "small_operand"]
 
 Array = Any
 
@@ -68,21 +68,12 @@ def known_indices(operation: Operation) -> bool:
 def indexed(graph: Graph, operation: Operation) -> Indexed | None:
     """Places of an operation of :data:`INDEXED`; None where more than one may be meant along an axis, in a window that moves."""
     shape = graph.aval(operation.inputs[0]).shape
-    small = _SMALL.get(operation.name)
-    result = graph.aval(operation.outputs[0] if small is None else operation.inputs[small])
-    if operation.name in ("dynamic_slice", "dynamic_update_slice"):
-        starts = _starts(operation, shape, result.shape)
-        sizes = result.shape
-    else:
-        starts = _columns(graph, operation.inputs[1])
-        sizes = _window(operation, shape, result.shape)
+    starts, sizes = _starts_and_sizes(graph, operation)
     axes = _axes_of_indices(operation, len(shape))
-    unknown = tuple(
-        axis for axis, start in zip(axes, starts, strict=True) if start is None and shape[axis] > 1
-    )
-    if any(sizes[axis] != 1 for axis in unknown if sizes[axis] != shape[axis]):
+    unknown = _unknown(shape, axes, starts, sizes)
+    if any(sizes[axis] != 1 for axis in unknown):
         return None
-    moving = tuple(sorted(axis for axis in unknown if sizes[axis] != shape[axis]))
+    moving = tuple(sorted(unknown))
     reduced = tuple(1 if axis in moving else n for axis, n in enumerate(shape))
     places = np.arange(int(np.prod(reduced, dtype=np.int64)), dtype=np.int64).reshape(reduced)
     known = [
@@ -95,6 +86,35 @@ def indexed(graph: Graph, operation: Operation) -> Indexed | None:
             places = places.take(range(start, start + size), axis)
         return Indexed(moving, reduced, places)
     return Indexed(moving, reduced, _gathered(graph, operation, places, known, sizes))
+
+
+def moving_window(graph: Graph, operation: Operation) -> tuple[int, int] | None:
+    """The one axis along which an operation of :data:`INDEXED` is about several places, not known which; and how many."""
+    shape = graph.aval(operation.inputs[0]).shape
+    starts, sizes = _starts_and_sizes(graph, operation)
+    unknown = _unknown(shape, _axes_of_indices(operation, len(shape)), starts, sizes)
+    return (unknown[0], sizes[unknown[0]]) if len(unknown) == 1 and sizes[unknown[0]] > 1 else None
+
+
+def _starts_and_sizes(graph: Graph, operation: Operation) -> tuple[list[Any], tuple[int, ...]]:
+    """For each column of indices the start, None where it is not known; and the size of what is meant along each axis."""
+    shape = graph.aval(operation.inputs[0]).shape
+    small = _SMALL.get(operation.name)
+    result = graph.aval(operation.outputs[0] if small is None else operation.inputs[small])
+    if operation.name in ("dynamic_slice", "dynamic_update_slice"):
+        return _starts(operation, shape, result.shape), result.shape
+    return _columns(graph, operation.inputs[1]), _window(operation, shape, result.shape)
+
+
+def _unknown(
+    shape: Sequence[int], axes: Sequence[int], starts: Sequence[Any], sizes: Sequence[int]
+) -> tuple[int, ...]:
+    """The axes along which a part is meant that is not known."""
+    return tuple(
+        axis
+        for axis, start in zip(axes, starts, strict=True)
+        if start is None and shape[axis] > 1 and sizes[axis] != shape[axis]
+    )
 
 
 def _starts(operation: Operation, shape: Sequence[int], sizes: Sequence[int]) -> list[Any]:

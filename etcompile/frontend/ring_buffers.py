@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -96,11 +96,11 @@ def _ring(graph: Graph, old: int, new: Operand) -> _Ring | None:
 
 
 def _plain(operation: Operation, places: Indexed) -> bool:
-    """Whether a read takes every element from somewhere, and a write puts no two at one place."""
+    """Whether a read takes every element from somewhere, and a write puts few into one column of slots."""
     if operation.name in READS:
         return bool((places.places >= 0).all())
     here = places.places[places.places >= 0]
-    return operation.name in _WRITES and np.unique(here).size == here.size
+    return operation.name in _WRITES and np.bincount(here).max(initial=0) <= MOST_PARTS
 
 
 def _feeds_back(graph: Graph, ring: _Ring, n_outputs: int) -> bool:
@@ -194,24 +194,35 @@ def _read(
 
 def _write(operation: Operation, places: Indexed, count: int) -> Callable[..., list[Array]]:
     """For each slot a choice between what was there and what is new."""
-    where = np.full(int(np.prod(places.reduced, dtype=np.int64)), -1)
-    small = places.places.ravel()
-    where[small[small >= 0]] = np.flatnonzero(small >= 0)
-    where = where.reshape(places.reduced)
+    rounds = list(_one_at_each_place(places))
 
     def fn(*args: Array) -> list[Array]:
-        slots, rest = args[:count], list(args[count:])
+        slots, rest = list(args[:count]), list(args[count:])
         update = rest.pop((small_operand(operation) or 1) - 1)
         which, _ = _which(operation, places, rest, update.shape, count)
-        new, which = _taken(update, where), _taken(jnp.broadcast_to(which, update.shape), where)
-        which = which if (where >= 0).all() else jnp.where(where >= 0, which, -1)
-        if operation.name == "scatter-add":
-            return [
-                slot + jnp.where(which == k, new, -jnp.zeros((), slot.dtype)) for k, slot in enumerate(slots)
-            ]
-        return [jnp.where(which == k, new, slot) for k, slot in enumerate(slots)]
+        for where in rounds:
+            new, here = _taken(update, where), _taken(jnp.broadcast_to(which, update.shape), where)
+            here = here if (where >= 0).all() else jnp.where(where >= 0, here, -1)
+            if operation.name == "scatter-add":
+                nothing = -jnp.zeros((), update.dtype)
+                slots = [slot + jnp.where(here == k, new, nothing) for k, slot in enumerate(slots)]
+            else:
+                slots = [jnp.where(here == k, new, slot) for k, slot in enumerate(slots)]
+        return slots
 
     return fn
+
+
+def _one_at_each_place(places: Indexed) -> Iterator[Array]:
+    """Flat elements of what is written by the places where they go, -1 where none does; of several for one place each in turn."""
+    small = places.places.ravel()
+    waiting = np.flatnonzero(small >= 0)
+    while waiting.size:
+        first = np.unique(small[waiting], return_index=True)[1]
+        where = np.full(int(np.prod(places.reduced, dtype=np.int64)), -1)
+        where[small[waiting[first]]] = waiting[first]
+        yield where.reshape(places.reduced)
+        waiting = np.delete(waiting, first)
 
 
 def _which(

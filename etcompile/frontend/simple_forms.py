@@ -64,8 +64,22 @@ def _gather(eqn: Any, known: Sequence[Any]) -> Form | None:
     return lambda v, _: [lax.reshape(lax.slice(v, first, last), result)]
 
 
+def _dynamic_slice(eqn: Any, known: Sequence[Any]) -> Form | None:
+    """One of all there is starts at zero, wherever it is said to start."""
+    whole = tuple(eqn.params["slice_sizes"]) == eqn.invars[0].aval.shape
+    return (lambda v, *_: [v]) if whole else None
+
+
+def _dynamic_update_slice(eqn: Any, known: Sequence[Any]) -> Form | None:
+    """One of all there is leaves nothing of what was there."""
+    whole = eqn.invars[1].aval.shape == eqn.invars[0].aval.shape
+    return (lambda _, new, *__: [new]) if whole else None
+
+
 _FORMS: dict[str, Callable[[Any, Sequence[Any]], Form | None]] = {
     "device_put": _device_put,
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
     "gather": _gather,
     "reshape": _reshape,
 }

@@ -12,10 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from etcompile.errors import InputError, ModelError
+from etcompile.frontend.cut_windows import with_cut_windows
 from etcompile.frontend.environment import NOTHING, Environment, WithEnvironment
 from etcompile.frontend.given import as_array, refuse_lists, shape_difference
 from etcompile.frontend.jaxpr import Aval, Graph, flatten_jaxpr, with_copies
+from etcompile.frontend.joined_axes import with_joined_axes
 from etcompile.frontend.moved_states import with_states_read
+from etcompile.frontend.moving_windows import with_single_slots
 from etcompile.frontend.packed_graph import with_parts
 from etcompile.frontend.ring_buffers import with_slots
 from etcompile.frontend.state_forms import StateForm, join_states, split_states, state_form
@@ -238,8 +241,10 @@ def step_model(traced: TracedStep) -> StepModel:
                 expected=f"{old}, as it came in",
                 hint="initialise the state with the shape (batch axis included) and dtype that update() gives it.",
             )
+    graph = with_cut_windows(graph, graph.inputs[len(params) : len(params) + len(states)])
     graph, views = _viewed(graph, len(params), len(outputs), len(states))
     graph = with_states_read(graph, len(outputs))
+    graph = with_single_slots(graph, graph.inputs[len(params) : len(params) + len(states)])
     graph = with_slots(graph, len(outputs), graph.inputs[len(params) : len(params) + len(states)])
     forms = _forms(graph, len(params), len(outputs), views)
     if any(form.parts > 1 for form in forms):
@@ -286,7 +291,8 @@ def _forms(
 ) -> tuple[StateForm, ...]:
     """How the states from input number ``first`` on stand in the graph."""
     old, new = graph.inputs[first : first + len(views)], graph.outputs[n_outputs:]
-    return tuple(state_form(graph, o, n, v is not None) for o, n, v in zip(old, new, views, strict=True))
+    forms = [state_form(graph, o, n, v is not None) for o, n, v in zip(old, new, views, strict=True)]
+    return with_joined_axes(graph, first, n_outputs, forms)
 
 
 def _viewed(

@@ -193,15 +193,18 @@ def min_lstm(batch, dtype):
 def delta_net(batch, dtype):
     """What a key finds is taken out before the new value is written: rows of the state mix."""
 
+    keys = 5  # rows of a few elements would be one unit
+
     def body(p, s, x, *, cut, put):
-        k = heads(x @ p["k"], KEYS)
+        k = heads(x @ p["k"], keys)
         k = k * jax.lax.rsqrt(cut(jnp.sum(k * k, -1, keepdims=True)) + 0.1)
         found = cut(jnp.einsum("...k,...kv->...v", k, s["S"]))
         b = sigmoid(x @ p["b"])[..., None]
         S = put("S", s["S"] + outer(b * k, heads(x @ p["v"], VALUES) - found))
-        return {"S": S}, read(heads(x @ p["q"], KEYS), S) @ p["out"]
+        return {"S": S}, read(heads(x @ p["q"], keys), S) @ p["out"]
 
-    return written(body, weights(**QKV, b=(3, HEADS)), MEMORY, exact=False, batch=batch, dtype=dtype)
+    params = weights(**{**QKV, "q": (3, HEADS * keys), "k": (3, HEADS * keys)}, b=(3, HEADS))
+    return written(body, params, {"S": (HEADS, keys, VALUES)}, exact=False, batch=batch, dtype=dtype)
 
 
 @case("matrix")
