@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import brainstate
 import jax
 import jax.numpy as jnp
@@ -160,6 +162,49 @@ def test_a_rule_that_does_not_hear_of_states_says_so(algo):
     given = {"modulator": 1.0} if algo == "three_factor" else {}
     with pytest.warns(etcompile.EtcompileWarning, match=f"reads h, and {algo}.*within the step only"):
         step.scan_value_and_grad(lambda out, y: square(out, y) + jnp.sum(net.h.value**2))(XS, YS, **given)
+
+
+def averaging(net, keep=lambda h: h, through_another=False, read=True):
+    """A penalty on a running mean of the state, which the loss keeps."""
+    mean, other = (brainstate.ShortTermState(jnp.zeros((B, 4))) for _ in range(2))
+
+    def loss(out, y):
+        if through_another:
+            other.value = 0.5 * other.value + mean.value
+        mean.value = 0.9 * mean.value + 0.1 * keep(net.h.value)
+        used = other if through_another else mean
+        return square(out, y) + (jnp.sum((used.value - 0.1) ** 2) if read else 0.0)
+
+    return loss
+
+
+CREDIT_THAT_A_LOSS_KEEPS = {
+    "read": ({}, True),
+    "through another": ({"through_another": True}, True),
+    "stopped": ({"keep": jax.lax.stop_gradient}, False),
+    "not read": ({"read": False}, False),
+    "a count": ({"keep": lambda h: jnp.sum(h > 0, axis=-1, keepdims=True)}, False),
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), CREDIT_THAT_A_LOSS_KEEPS.values(), ids=list(CREDIT_THAT_A_LOSS_KEEPS)
+)
+def test_credit_through_what_a_loss_keeps_of_the_model_ends_with_a_warning(how, said):
+    net, other = Net(), Net()
+    step = etcompile.compile(net, XS[0])
+    whole = etcompile.compile(other, XS[0], algo="bptt")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        _, grads = step.scan_value_and_grad(averaging(net, **how))(XS, YS)
+    assert any("credit ends there" in str(w.message) for w in found) == said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", etcompile.EtcompileWarning)
+        _, expected = whole.scan_value_and_grad(averaging(other, **how))(XS, YS)
+    worst = max(relative_error(grads[k], expected[k]) for k in expected)
+    assert (worst > 1e-4) == said
+    if not said:
+        same(grads, expected)
 
 
 def test_a_loss_that_draws_goes_on_with_the_random_numbers():

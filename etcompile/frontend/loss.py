@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,29 @@ from etcompile.frontend.environment import Environment, recorded, traced_with
 from etcompile.frontend.host_calls import asks_host
 from etcompile.frontend.jaxpr import inputs_used, run_jaxpr
 
-__all__ = ["TracedLoss", "trace_loss"]
+__all__ = ["LossLayout", "TracedLoss", "trace_loss"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossLayout:
+    """Where in a loss's jaxpr things are: numbers of its inputs and results.
+
+    Attributes
+    ----------
+    outputs : range
+        Inputs that are the model's outputs.
+    states : tuple of range
+        Inputs that are each state's value.
+    value : int
+        The result that is the loss.
+    results : tuple of range
+        Results that are each state's new value.
+    """
+
+    outputs: range
+    states: tuple[range, ...]
+    value: int
+    results: tuple[range, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,6 +55,8 @@ class TracedLoss:
         What it reads in ``brainstate.environ``.
     asks_host : bool
         It calls back to Python while it runs.
+    closed : jax.extend.core.ClosedJaxpr
+        The function itself; ``layout`` says what its inputs and results are.
     """
 
     call: Callable[[list[Any], Sequence[Any], tuple[Any, ...], Any], tuple[Any, list[Any]]]
@@ -40,10 +65,12 @@ class TracedLoss:
     written: tuple[bool, ...]
     environment: Environment
     asks_host: bool
+    closed: Any
+    layout: LossLayout
 
 
 def trace_loss(fn: Callable, args: tuple[Any, ...]) -> TracedLoss:
-    """Trace ``fn(*args)``; ``args`` are trees of shapes. What ``fn`` raises comes through as it is."""
+    """Trace ``fn(*args)``; ``args`` are trees of shapes, the model's outputs first. What ``fn`` raises comes through as it is."""
 
     def with_entries(given: dict[str, Any]) -> Any:
         def run(around: dict[str, Any], *args: Any) -> Any:
@@ -78,4 +105,19 @@ def trace_loss(fn: Callable, args: tuple[Any, ...]) -> TracedLoss:
         return found, new
 
     written = tuple(traced.get_state_trace(*all_args).been_writen)
-    return TracedLoss(call, list(closed.consts), states, written, environment, asks_host(closed))
+    layout = _layout(given, args, trees, results.num_leaves)
+    return TracedLoss(
+        call, list(closed.consts), states, written, environment, asks_host(closed), closed, layout
+    )
+
+
+def _layout(given: dict[str, Any], args: tuple[Any, ...], trees: Sequence[Any], results: int) -> LossLayout:
+    """Inputs are the environment, the arguments and the states; results those of the function and the states."""
+
+    def places(at: int) -> tuple[range, ...]:
+        ends = list(itertools.accumulate((t.num_leaves for t in trees), initial=at))
+        return tuple(itertools.starmap(range, itertools.pairwise(ends)))
+
+    around = len(jax.tree.leaves(given))
+    outputs = range(around, around + len(jax.tree.leaves(args[0])))
+    return LossLayout(outputs, places(around + len(jax.tree.leaves(args))), 0, places(results))

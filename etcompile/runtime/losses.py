@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import brainstate
 import jax
 import jax.numpy as jnp
 
-from etcompile.errors import EtcompileError, EtcompileWarning, InputError
+from etcompile.errors import EtcompileError, InputError
 from etcompile.frontend.captured import Captured, Same, is_captured
 from etcompile.frontend.environment import Environment, at_one_step
 from etcompile.frontend.given import as_array
@@ -20,11 +19,10 @@ from etcompile.frontend.jaxpr import is_traced
 from etcompile.frontend.loss import TracedLoss, trace_loss
 from etcompile.frontend.loss_errors import check_takes, explained_loss
 from etcompile.frontend.step_model import StepModel
-from etcompile.ir.ops import OPS
-from etcompile.ir.program import Ref, TraceProgram
 from etcompile.lowering.functions import Item
 from etcompile.lowering.losses import Loss, LossProgram, LossValue, checked_loss
 from etcompile.runtime.compilations import Compilation
+from etcompile.runtime.loss_warnings import say_what_ends_within_the_step, say_what_is_carried_without_credit
 from etcompile.runtime.model_states import ModelAccess
 from etcompile.runtime.shapes import kinds_of
 from etcompile.runtime.trace_state import TraceState
@@ -223,9 +221,11 @@ def _joined(
     traced = _traced(model, loss, targets, mask)
     sources = _sources(access, model.name, traced)
     read = {kind: [s.path for s in sources if s.kind == kind] for kind in ("state", "param")}
-    _say_what_ends_within_the_step(compilation.compiled.program, read["state"])
+    program = compilation.compiled.program
+    say_what_ends_within_the_step(program, read["state"])
+    say_what_is_carried_without_credit(program, traced, [bool(s.path) for s in sources])
     params = _numbered(model.param_tree, access.by_param_state, read["param"])
-    program = LossProgram(
+    joined = LossProgram(
         _on_trees(access, traced, sources),
         _split_leaves(_numbered(model.state_tree, access.by_state, read["state"]), model),
         tuple(k for k in params if model.params[k].aval.differentiable),
@@ -234,7 +234,7 @@ def _joined(
     fixed, carried = (
         tuple(k for k, s in enumerate(sources) if s.kind == kind) for kind in ("fixed", "carried")
     )
-    return JoinedLoss(traced, program, fixed, carried)
+    return JoinedLoss(traced, joined, fixed, carried)
 
 
 def _traced(model: StepModel, loss: LossFunction, targets: Any, mask: Any) -> TracedLoss:
@@ -330,41 +330,6 @@ def _on_trees(access: ModelAccess, traced: TracedLoss, sources: Sequence[_Source
         return found, [v for v, s in zip(new, sources, strict=True) if s.kind == "carried"]
 
     return run
-
-
-def _say_what_ends_within_the_step(program: TraceProgram, states: Sequence[str]) -> None:
-    """Warn where a loss reads states, and weights take their learning signal from the outputs or a modulator alone."""
-    if not states or program.window is not None:
-        return
-    deaf = []
-    for gradient in program.gradients:
-        signals = {OPS[op].signal for op in _ops_within_the_step(program, gradient.value)}
-        if "given" in signals and not signals & {"new", "start"}:
-            deaf.extend(program.header.site(gradient.site).params)
-    if deaf:
-        params = list(dict.fromkeys(deaf))
-        named = ", ".join(params[:4]) + (f" and {len(params) - 4} more" if len(params) > 4 else "")
-        warnings.warn(
-            f"the loss reads {', '.join(states)}, and {program.name} has a learning signal of its own for {named}, made of the "
-            "outputs or given with the call: what the loss says of states counts within the step only. Rules such as d_rtrl and "
-            "e_prop follow it.",
-            EtcompileWarning,
-            stacklevel=2,
-        )
-
-
-def _ops_within_the_step(program: TraceProgram, value: Ref) -> frozenset[str]:
-    """Operations that a value is made of in this step."""
-    made_by = {e.name: e for e in program.equations}
-    found: dict[str, str] = {}
-    wanted = [value]
-    while wanted:
-        ref = wanted.pop()
-        if ref.delay == 0 and ref.name in made_by and ref.name not in found:
-            equation = made_by[ref.name]
-            found[ref.name] = equation.op
-            wanted.extend(equation.refs)
-    return frozenset(found.values())
 
 
 def _numbered(tree: Any, by_path: Callable[[Any], dict[str, Any]], paths: Sequence[str]) -> list[int]:

@@ -340,7 +340,8 @@ class Step:
         loss_fn : callable
             ``loss_fn(out, *targets) -> scalar``. It may read states and parameters of the model, which has just taken the step:
             a penalty on rates, potentials or weights is part of the gradient as it is for ``jax.grad``. Other brainstate states
-            that it reads or writes (a count of steps, a random key) go on from step to step, without a derivative through them.
+            that it reads or writes (a count of steps, a random key) go on from step to step, without a derivative through them;
+            where there would be one, a warning says so.
             Numbers and arrays that it closes over are read at every call; where one has changed the function is compiled again.
             What it reads in ``brainstate.environ`` is taken from the environment around each call, as for the model.
         has_aux : bool
