@@ -151,6 +151,8 @@ def _meaning(primitive: str, group: str, origin_groups: set[str], params: Sequen
         if weights
         else f"a loop whose rounds reach different positions, or go on differing after {ROUNDS_LIMIT} of them"
         if primitive == "scan"
+        else "a derivative of its own, over several units or not linear in what comes back"
+        if primitive == "custom_vjp_call"
         else "a value shared by several units"
         if primitive in _SHARED
         else "an operation over several units"

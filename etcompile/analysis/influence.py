@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from etcompile.analysis.index_rules import MANY, NONE, join, operand_influence
+from etcompile.analysis.linearity import linear
 from etcompile.analysis.loops import moving_inside, through_rounds
-from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operation, jvp_graph, vjp_graph
+from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operation, backward_rule, jvp_graph, vjp_graph
 from etcompile.frontend.loops import Loop, Use, within
 from etcompile.frontend.walks import BackwardWalk
 
@@ -51,6 +52,7 @@ def influence_on(
     frozen: AbstractSet[Use],
     cut: Mapping[Use, Array] | None = None,
     size: int | None = None,
+    within_rules: AbstractSet[Any] = frozenset(),
 ) -> Influence:
     """Walk ``graph`` backwards from ``seeds``.
 
@@ -68,10 +70,13 @@ def influence_on(
         Elements at which a use is cut in any case.
     size : int
         Number of positions, where they are not those of a seed.
+    within_rules : set
+        Derivatives of the user's own (``custom_vjp``) that ``graph`` is inside of. The reverse of an ODE solver is the solver
+        again, with a reverse of its own: what comes back to a rule that is being looked into is opaque there.
     """
     if size is None:
         size = max((int(np.prod(p.shape)) for p in seeds.values()), default=0)
-    walk = _Walk(graph, seeds, active, keep, frozen, cut or {}, size)
+    walk = _Walk(graph, seeds, active, keep, frozen, cut or {}, size, within_rules)
     for number in walk.order:
         walk.behind(number)
     for variable in list(walk.uses):
@@ -94,9 +99,10 @@ class _Walk:
         frozen: AbstractSet[Use],
         cut: Mapping[Use, Array],
         size: int,
+        within_rules: AbstractSet[Any],
     ) -> None:
         self._graph, self._active, self._keep, self._frozen = graph, active, keep, frozen
-        self._cut, self._size = cut, size
+        self._cut, self._size, self._within_rules = cut, size, within_rules
         self.order = BackwardWalk(graph, seeds)
         self.uses: dict[int, list[tuple[Use | None, Array]]] = {v: [(None, p)] for v, p in seeds.items()}
         self.positions: dict[int, Array] = {}
@@ -122,9 +128,10 @@ class _Walk:
     ) -> dict[int, Array | None]:
         """What each operand that is followed reaches by this operation."""
         if operation.loop is None:
-            return {k: through_operation(self._graph, operation, k, results) for k in followed}
+            rules = self._within_rules
+            return {k: through_operation(self._graph, operation, k, results, rules) for k in followed}
         of_operands, inner = _through_loop(
-            operation.loop, results, followed, self._size, within(self._cut, number)
+            operation.loop, results, followed, self._size, within(self._cut, number), self._within_rules
         )
         self.cuts.update({(number, *use): mask for use, mask in inner.items()})
         return {k: of_operands.get(k) for k in followed}
@@ -175,6 +182,7 @@ def _through_loop(
     followed: Sequence[int],
     size: int,
     cut: Mapping[Use, Array],
+    within_rules: AbstractSet[Any],
 ) -> tuple[Mapping[int, Array | None], dict[Use, Array]]:
     """Influence of a loop's operands, and the cuts in its body.
 
@@ -189,7 +197,7 @@ def _through_loop(
         new: dict[Use, Array] = {}
 
         def walk(seeds: dict[int, Array], new: dict[Use, Array] = new) -> Mapping[int, Array]:
-            found = influence_on(loop.body, seeds, active, keep, set(), known, size)
+            found = influence_on(loop.body, seeds, active, keep, set(), known, size, within_rules)
             for use, mask in found.cuts.items():
                 new[use] = mask | new.get(use, False)
             return found.positions
@@ -210,10 +218,15 @@ def _shape_of(loop: Loop, operand: int) -> tuple[int, ...]:
 
 
 def through_operation(
-    graph: Graph, operation: Operation, operand: int, results: list[Array | None]
+    graph: Graph,
+    operation: Operation,
+    operand: int,
+    results: list[Array | None],
+    within_rules: AbstractSet[Any] = frozenset(),
 ) -> Array | None:
     """Influence of one operand of an operation, given that of its results; None where it has none."""
-    return operand_influence(graph, operation, operand, results, _inner)
+    inner = functools.partial(_inner, within_rules=within_rules)
+    return operand_influence(graph, operation, operand, results, inner)
 
 
 def spreads(graph: Graph, operation: Operation, operand: int) -> bool:
@@ -224,30 +237,40 @@ def spreads(graph: Graph, operation: Operation, operand: int) -> bool:
 
 
 def _inner(
-    operation: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]
+    operation: Operation,
+    avals: Sequence[Aval],
+    operand: int,
+    results: list[Array | None],
+    within_rules: AbstractSet[Any],
 ) -> Array | None:
     """Influence through a primitive without a rule of its own: through its JVP, its VJP, or MANY."""
     many = np.broadcast_to(np.int64(MANY), avals[operand].shape)
     if operation.loop is not None:
-        return _inside(operation.loop, operand, results)
+        return _inside(operation.loop, operand, results, within_rules)
     if operation.name == "custom_vjp_call":
-        found = _through_vjp(operation, avals, operand, results)
+        found = _through_vjp(operation, avals, operand, results, within_rules)
     else:
-        found = _through_jvp(operation, avals, operand, results)
+        found = _through_jvp(operation, avals, operand, results, within_rules)
     return many if found is None else found
 
 
-def _inside(loop: Loop, operand: int, results: list[Array | None]) -> Array | None:
+def _inside(
+    loop: Loop, operand: int, results: list[Array | None], within_rules: AbstractSet[Any]
+) -> Array | None:
     """Influence of one operand of a loop: MANY, and not cut, where its elements spread in the body."""
     if operand >= loop.operands:
         return None
     size = max((r.size for r in results if r is not None), default=0)
-    operands, cuts = _through_loop(loop, results, [operand], size, {})
+    operands, cuts = _through_loop(loop, results, [operand], size, {}, within_rules)
     return np.broadcast_to(np.int64(MANY), _shape_of(loop, operand)) if cuts else operands.get(operand)
 
 
 def _through_jvp(
-    operation: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]
+    operation: Operation,
+    avals: Sequence[Aval],
+    operand: int,
+    results: list[Array | None],
+    within_rules: AbstractSet[Any],
 ) -> Array | None:
     graph = jvp_graph(operation, avals, [operand])
     if graph is None:
@@ -264,16 +287,23 @@ def _through_jvp(
     }
     if not seeds:
         return np.full(avals[operand].shape, NONE, np.int64)
-    found = influence_on(graph, seeds, reached, {tangent}, set())
+    found = influence_on(graph, seeds, reached, {tangent}, set(), within_rules=within_rules)
     if found.cuts:
         return None
     return found.positions.get(tangent, np.full(avals[operand].shape, NONE, np.int64))
 
 
 def _through_vjp(
-    operation: Operation, avals: Sequence[Aval], operand: int, results: list[Array | None]
+    operation: Operation,
+    avals: Sequence[Aval],
+    operand: int,
+    results: list[Array | None],
+    within_rules: AbstractSet[Any],
 ) -> Array | None:
     """Read the influence off the cotangent map: cotangent element p reaches operand element q, so q influences p."""
+    rule = backward_rule(operation)
+    if rule in within_rules:
+        return None
     graph = vjp_graph(operation, avals, [operand])
     if graph is None:
         return None
@@ -282,9 +312,18 @@ def _through_vjp(
     if isinstance(out, Constant):
         return total
     cotangents = graph.inputs[len(avals) :]
+    if not linear(graph, set(cotangents)):
+        return None
     live = [r for r, v in zip(results, _differentiable_outputs(operation, avals, results), strict=True) if v]
     seed = np.arange(avals[operand].size).reshape(avals[operand].shape)
-    found = influence_on(graph, {out: seed}, _reached(graph, set(cotangents)), set(cotangents), set())
+    found = influence_on(
+        graph,
+        {out: seed},
+        _reached(graph, set(cotangents)),
+        set(cotangents),
+        set(),
+        within_rules={*within_rules, rule},
+    )
     if found.cuts:
         return None
     for cotangent, influence in zip(cotangents, live, strict=True):

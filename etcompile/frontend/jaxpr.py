@@ -43,6 +43,7 @@ __all__ = [
     "GraphBuilder",
     "Operand",
     "Operation",
+    "backward_rule",
     "bind",
     "current_trace",
     "flatten_jaxpr",
@@ -238,12 +239,20 @@ def read(env: dict[int, Any], operand: Operand) -> Any:
     return operand.value if isinstance(operand, Constant) else env[operand]
 
 
+#: Primitives of functions whose derivative is a function of the user.
+_CUSTOM_DERIVATIVE = ("custom_jvp_call", "custom_vjp_call")
+
+
 def bind(operation: Operation, values: Sequence[Any], cuts: Mapping[Use, Any] | None = None) -> list[Any]:
     """Apply the operation's primitive to ``values``; ``cuts`` are uses in the body of a loop."""
     if operation.loop is not None:
         return operation.loop.run(values, cuts)
     if operation.name == "while":  # no credit passes it, also where others differentiate
         values = [lax.stop_gradient(v) for v in values]
+    if (
+        operation.name in _CUSTOM_DERIVATIVE
+    ):  # user code follows, which may index a constant by a traced number
+        values = [jnp.asarray(v) if isinstance(v, np.ndarray) else v for v in values]
     params = operation.primitive.get_bind_params(operation.params)
     result = operation.primitive.bind(*values, **params)
     return list(result) if operation.primitive.multiple_results else [result]
@@ -265,7 +274,7 @@ def variables(operands: Iterable[Operand]) -> list[int]:
 def function_name(operation: Operation) -> str:
     """Name of a primitive; of ``jax.custom_jvp`` and ``jax.custom_vjp`` that of the function."""
     called = operation.params.get("call_jaxpr")
-    if called is None or operation.name not in ("custom_jvp_call", "custom_vjp_call"):
+    if called is None or operation.name not in _CUSTOM_DERIVATIVE:
         return operation.name
     return called.jaxpr.debug_info.func_name
 
@@ -1001,6 +1010,14 @@ def _tangent_jaxpr(fn: Callable[..., Sequence[Any]], avals: Sequence[Aval], wrt:
         return jax.make_jaxpr(tangent)(*shapes)
     except Exception:  # no JVP rule, or one that fails: the caller treats the operation as opaque
         return None
+
+
+def backward_rule(operation: Operation) -> Any:
+    """What tells the backward rule of a ``custom_vjp_call`` from others: the code of the user's function."""
+    function = operation.params["bwd"]
+    while hasattr(function, "f"):  # JAX keeps it in wrappers, which it makes anew at every trace
+        function = function.f
+    return getattr(function, "__code__", function)
 
 
 def vjp_graph(

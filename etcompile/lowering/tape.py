@@ -209,7 +209,10 @@ class Tape:
             avals = [self.graph.avals[v] for v in operation.outputs]
             zeros = [jax.ShapeDtypeStruct(a.shape, a.dtype) if a.differentiable else None for a in avals]
             pull = self._pullback(number, moving)
-            (pushed,) = jax.linear_transpose(lambda found: pull(found), zeros)(tuple(given))
+            try:
+                (pushed,) = jax.linear_transpose(lambda found: pull(found), zeros)(tuple(given))
+            except Exception as error:  # JAX has many ways to refuse what is not linear
+                raise refusal(operation, error) from error
             return [t for t, a in zip(pushed, avals, strict=True) if a.differentiable]
         fn, at = self._function(number, moving)
         try:

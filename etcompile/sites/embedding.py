@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from etcompile.ir.header import Site
 from etcompile.sites.operation import Array, LinearOperation, Presynaptic, WeightUse
@@ -38,7 +39,13 @@ class Embedding(LinearOperation):
         return (*site.presynaptic[0][:-1], site.weight[0])
 
     def factor(self, x: Presynaptic) -> Array:
-        return jax.nn.one_hot(x[0][..., 0], self.weight.shape[0], dtype=self.y.dtype)
+        assert self.operation is not None
+        rows, numbers = self.weight.shape[0], x[0][..., 0]
+        if (
+            self.operation.params["mode"] == lax.GatherScatterMode.CLIP
+        ):  # a number beyond the table is its last row
+            numbers = jnp.clip(numbers, 0, rows - 1)
+        return jax.nn.one_hot(numbers, rows, dtype=self.y.dtype)
 
     def logical(self, factor: Array) -> Array:
         return factor.reshape(*factor.shape[:-1], *(1,) * (len(self.weight.shape) - 1), self.weight.shape[0])
