@@ -11,6 +11,7 @@ from etcompile.ir.program import Argument, Equation, Gradient, Ref, Symbol, Trac
 from etcompile.ir.rewriter import Rewriter
 from etcompile.ir.support import carried_rows, support
 from etcompile.ir.types import Type
+from etcompile.ir.windows import learnt_step_by_step, signal_of_its_own
 from etcompile.pass_manager import Pass
 from etcompile.registry import Algorithm, Rule, algorithm
 
@@ -18,5 +19,5 @@ __all__ = [
     "OPS", "Algorithm", "AlgorithmError", "Argument", "Cut", "Effect", "Equation", "Gradient", "Group", "Header",
     "Layer", "OptionError", "Pass", "PassError", "ProgramBuilder", "ProgramError", "Ref", "Relation", "Response", "Rewriter",
     "Rule", "Site", "Symbol", "TraceProgram", "Type", "UnsupportedError", "Value", "algorithm", "carried_rows", "infer_type",
-    "made_from", "positive_integer", "support",
+    "learnt_step_by_step", "made_from", "positive_integer", "signal_of_its_own", "support",
 ]  # fmt: skip

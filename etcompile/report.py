@@ -18,6 +18,7 @@ from etcompile.ir.header import Cut, Effect
 from etcompile.ir.kinds import KINDS
 from etcompile.ir.ops import OPS
 from etcompile.ir.program import TraceProgram
+from etcompile.ir.windows import learnt_step_by_step, signal_of_its_own
 from etcompile.paths import natural_key, short_list
 from etcompile.shown import html_of
 
@@ -81,7 +82,9 @@ class Report:
     it is none of the loss, by intent; ``forgotten`` names the hidden groups of which the rule keeps nothing from step to step;
     ``trace_owners`` whose each trace is; ``learning`` those that depend on the loss and go on at steps with one alone;
     ``devices`` where arrays lie on a mesh: the mesh, then each array with the mesh axes behind the sizes that they split;
-    ``bytes_of_a_step`` what each of many steps handled together holds, about, in place of the traces (0: they cannot be).
+    ``bytes_of_a_step`` what each of many steps handled together holds, about, in place of the traces (0: they cannot be);
+    ``windows`` that credit inside of windows is exact; ``between_layers`` that a cut ends credit from one layer to another which
+    ``within="exact"`` would keep there.
     """
 
     model: str
@@ -100,6 +103,8 @@ class Report:
     learning: tuple[str, ...] = ()
     another: bool = False
     bytes_of_a_step: int = 0
+    windows: bool = False
+    between_layers: bool = False
 
     @property
     def trace_bytes(self) -> int:
@@ -124,6 +129,8 @@ class Report:
             "traces": dict(self.traces),
             "trace_bytes": self.trace_bytes,
             "bytes_of_a_step": self.bytes_of_a_step,
+            "windows": self.windows,
+            "between_layers": self.between_layers,
             "trace_owners": dict(self.trace_owners),
             "devices": list(self.devices),
         }
@@ -286,6 +293,19 @@ def _forgotten(program: TraceProgram, sizes: Mapping[str, int]) -> tuple[str, ..
     return tuple(found)
 
 
+def _between_layers(program: TraceProgram) -> bool:
+    """Whether a cut ends the credit of one group in another, and exact windows, which this rule could have, would keep it."""
+    if program.window is not None or learnt_step_by_step(program) or signal_of_its_own(program):
+        return False
+    group_of = {path: g.name for g in program.header.groups for path, _ in g.states}
+    return any(
+        group_of.get(origin, cut.group) != cut.group
+        for cut in program.header.cuts
+        if not cut.for_every_rule
+        for origin in cut.origins
+    )
+
+
 def _factorised(program: TraceProgram, sites: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, int]:
     """How many decays the factorised traces of these sites have, and the bytes that they save."""
     relations = [r for name in sites for r in program.header.relations_of(name) if r.filtered]
@@ -366,6 +386,8 @@ def make_report(
         learning=tuple(name for name in program.carried if OPS[program.equation(name).op].learns),
         another=another,
         bytes_of_a_step=bytes_of_a_step,
+        windows=program.window is not None,
+        between_layers=_between_layers(program),
     )
 
 

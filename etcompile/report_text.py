@@ -35,6 +35,15 @@ def _lines(report: Report) -> Iterator[str]:
     if report.learning:
         told = short_list([_named(report, name) for name in report.learning])
         yield f"  learning   goes on at steps with a loss alone, of which it is made: {told}"
+    held = (
+        f"; each step of one holds about {bytes_text(report.bytes_of_a_step)}"
+        if report.bytes_of_a_step
+        else ""
+    )
+    if report.windows:
+        yield f"  windows    chunk= of scan_value_and_grad is their length{held}"
+    if report.between_layers:
+        yield f'  hint       within="exact" keeps credit between layers inside of windows{held}'
     yield "  hidden groups"
     for g in report.groups:
         yield f"    {g.name}  {', '.join(g.states)}  {list(g.shape)}"

@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import pytest
 
 import etcompile
+from etcompile.amounts import bytes_text
 from etcompile.paths import natural_key, short_list, short_text
 
 DEPTH = 11
 
 
 class Deep(brainstate.nn.Module):
-    def __init__(self):
+    def __init__(self, depth=DEPTH):
         super().__init__()
-        self.cells = [brainstate.nn.GRUCell(2, 2) for _ in range(DEPTH)]
+        self.cells = [brainstate.nn.GRUCell(2, 2) for _ in range(depth)]
 
     def update(self, x):
         for cell in self.cells:
@@ -50,6 +51,40 @@ def test_the_text_of_a_deep_model_is_short_and_the_record_complete(step):
         path in last.meaning for path in last.origins if "weight" in path
     )
     assert f"({len(last.origins)} in all)" in text and "cells.0.* to cells.10.*" in text
+
+
+def hints(step):
+    return [line for line in str(step.report()).splitlines() if line.startswith("  hint ")]
+
+
+def test_one_line_names_windows_where_credit_between_layers_is_cut(step):
+    report = step.report()
+    assert report.between_layers and not report.windows and report.bytes_of_a_step > 0
+    (line,) = hints(step)
+    assert 'within="exact"' in line and bytes_text(report.bytes_of_a_step) in line and len(line) < 130
+
+
+def small(**options):
+    return etcompile.compile(Deep(2), jnp.ones((1, 2)), batch_size=1, **options)
+
+
+def test_no_hint_where_windows_are_there_already_or_would_keep_nothing_more():
+    windows = small(within="exact")
+    assert windows.report().windows and "each step of one holds about" in str(windows.report())
+    for there in (
+        windows,
+        small(algo="bptt"),
+        small(algo="rtrl"),
+        small(algo="rflo"),  # a signal of its own, for which there are no exact windows
+        etcompile.compile(Deep(1), jnp.ones((1, 2)), batch_size=1),  # cuts within a layer alone
+    ):
+        assert not there.report().between_layers and not hints(there)
+
+
+@pytest.mark.parametrize("algo", ["otpe", "pp_prop", "e_prop"])
+def test_a_rule_with_the_hint_can_be_compiled_as_it_says(algo):
+    assert hints(small(algo=algo))
+    assert not hints(small(algo=algo, within="exact"))
 
 
 def test_each_trace_line_says_whose_it_is(step):

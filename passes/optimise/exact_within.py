@@ -12,7 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 
-from etcompile.pass_api import OPS, AlgorithmError, Equation, Ref, Rewriter, TraceProgram
+from etcompile.pass_api import (
+    OPS,
+    AlgorithmError,
+    Equation,
+    Ref,
+    Rewriter,
+    TraceProgram,
+    learnt_step_by_step,
+    signal_of_its_own,
+)
 
 __all__ = ["ExactWithin"]
 
@@ -33,16 +42,13 @@ class ExactWithin:
                 got=f"window={program.window or 'all'}",
                 hint="leave within='exact' out.",
             )
-        if (carried := next((e for e in program.equations if OPS[e.op].learns), None)) is not None:
+        if (carried := learnt_step_by_step(program)) is not None:
             raise AlgorithmError(
                 f"{program.name} carries a value that depends on the loss, step by step, so it has no place in a window.",
                 got=f"{carried.name} = {carried.op}(...)",
                 hint="leave within='exact' out.",
             )
-        own = next(
-            (e for kind in ("drive", "given") for e in program.equations if OPS[e.op].signal == kind), None
-        )
-        if own is not None:
+        if (own := signal_of_its_own(program)) is not None:
             raise AlgorithmError(
                 f"{program.name} makes a learning signal of its own, so credit inside a window cannot be exact.",
                 got=f"{own.name} = {own.op}(...)",
