@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["report_text"]
 
 #: Rules that follow every path within a layer at least.
-_FOLLOWING = "rtrl, ostl, snap, uoro, kf_rtrl, and bptt on whole sequences"
+_FOLLOWING = "rtrl, ostl, snap, uoro, kf_rtrl, rank_rtrl, and bptt on whole sequences"
 
 
 def report_text(report: Report) -> str:

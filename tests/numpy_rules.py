@@ -711,6 +711,30 @@ class UORO(Rule):
         return {n: t.one_step(n) + (t.past @ s) * v for n, v in theta.items()}
 
 
+class RankRTRL(Rule):
+    """J[:, y, :] for each y as A_y V_y' of rank r, the nearest to H A V' + dh/dy x; of an element-wise weight A alone, exact."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def start(self, t):
+        self.J = {n: np.zeros((*t.by_y[n].shape, t.sites[n].x.shape[1])) for n in t.traced}
+        self.before = self.J
+
+    def advance(self, t):
+        self.before, self.J = self.J, {}
+        for n, J in self.before.items():
+            site = t.sites[n]
+            pushed = np.einsum("st,tyw->ysw", t.recurrence, J)
+            whole = pushed + np.einsum("sy,yw->ysw", t.by_y[n], site.x)
+            a, d, b = np.linalg.svd(whole, full_matrices=False)
+            kept = slice(None) if site.elementwise else slice(self.rank)
+            self.J[n] = np.einsum("ysr,yr,yrw->syw", a[..., kept], d[:, kept], b[:, kept])
+
+    def values(self, t):
+        return {n: t.one_step(n) + np.einsum("s,syw->w", t.past, J) for n, J in self.before.items()}
+
+
 class KFRTRL(Rule):
     """J of a row of y (an example; a pixel of one) is estimated by u (x) A: u = c1 p1 u + c2 p2 x, A = c1/p1 H A + c2/p2 dh/dy.
 

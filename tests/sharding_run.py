@@ -30,7 +30,7 @@ from etcompile.lowering.losses import Loss
 SHAPES = [(4, 2), (8, 1), (1, 8)]
 #: Rules with each kind of carried value.
 RULES = [
-    ("e_prop", {"kappa": 0.7, "feedback": "adaptive"}), ("pp_prop", {}), ("uoro", {}), ("kf_rtrl", {}), ("snap", {}),
+    ("e_prop", {"kappa": 0.7, "feedback": "adaptive"}), ("pp_prop", {}), ("uoro", {}), ("kf_rtrl", {}), ("rank_rtrl", {}), ("snap", {}),
 ]  # fmt: skip
 
 

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy_models import MODELS, SQUARED
-from numpy_rules import RTRL, Dodge, KroneckerSum, SubsetRTRL, run
+from numpy_rules import RTRL, Dodge, KroneckerSum, RankRTRL, SubsetRTRL, run
 from oracles import relative_error
 from test_rules import QUIET, compare, compiled, grads_of, last_gradient, run_compiled, three_steps
 
 import etcompile
 from etcompile.lowering.estimates import fewer_terms
 from etcompile.lowering.layers import random_signs
+from etcompile.lowering.low_rank import nearest
 
 pytestmark = pytest.mark.usefixtures("by_numpy")
 
@@ -95,6 +96,36 @@ def test_kronecker_sums_equal_their_equations(name, rank):
 
     step = same_as(rule, name, "kf_rtrl", rank=rank, seed=1)
     assert etcompile.parse_program(str(step.program)) == step.program
+
+
+@pytest.mark.parametrize(("name", "rank"), [*((n, 1) for n in MODELS), ("rate", 2)])
+def test_a_rank_for_each_unit_equals_its_equations(name, rank):
+    step = same_as(lambda step, model: RankRTRL(rank), name, "rank_rtrl", rank=rank)
+    assert etcompile.parse_program(str(step.program)) == step.program
+
+
+def test_with_a_rank_as_high_as_there_are_inputs_nothing_is_dropped():
+    model = MODELS["rate"]()
+    _, grads = run_compiled(compiled(model, "rank_rtrl", rank=6), model, SQUARED, model.targets)
+    wanted = run(RTRL(), model, SQUARED, model.targets)[1]
+    assert all(relative_error(g, w) < TOLERANCE for g, w in zip(grads, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [float, complex])
+def test_the_nearest_sum_of_products(dtype):
+    rng = np.random.default_rng(0)
+    left, right = (
+        (rng.normal(size=(5, n, 3)) + (1j * rng.normal(size=(5, n, 3)) if dtype is complex else 0))
+        for n in (4, 6)
+    )
+    a, b = nearest(jnp.asarray(left), jnp.asarray(right))
+    assert a.shape == (5, 4, 2) and b.shape == (5, 6, 2)
+    u, d, v = np.linalg.svd(left @ right.swapaxes(1, 2), full_matrices=False)
+    assert np.allclose(a @ b.swapaxes(1, 2), (u[..., :2] * d[:, None, :2]) @ v[:, :2], atol=1e-12)
+    few = nearest(jnp.asarray(left[:, :1]), jnp.asarray(right))  # of rank one as it is
+    assert np.allclose(few[0] @ few[1].swapaxes(1, 2), left[:, :1] @ right.swapaxes(1, 2), atol=1e-12)
+    none = nearest(jnp.zeros((2, 4, 3)), jnp.zeros((2, 6, 3)))
+    assert all(not np.any(v) for v in none)
 
 
 # --- right on average -------------------------------------------------------------------------------------------------------

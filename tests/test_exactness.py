@@ -151,7 +151,7 @@ def test_d_rtrl_is_exact_if_and_only_if_the_report_names_no_loss(fn):
 
 
 @pytest.mark.parametrize(
-    "algo", ["pp_prop", "e_prop", "ottt", "otpe", "rflo", "ostl", "uoro", "kf_rtrl", "osttp"]
+    "algo", ["pp_prop", "e_prop", "ottt", "otpe", "rflo", "ostl", "uoro", "kf_rtrl", "rank_rtrl", "osttp"]
 )
 def test_a_rule_that_is_not_exact_on_two_layers_names_what_it_loses(algo):
     check(two_layers, compiled(two_layers, algo=algo))

@@ -45,7 +45,7 @@ def test_a_large_pattern_is_rtrl(case):
 
 
 SYMMETRIC = [
-    ("ostl", {}), ("snap", {}), ("uoro", {}), ("kf_rtrl", {}), ("pp_prop", {}), ("pp_prop", {"rank": 5}), ("ottt", {}), ("otpe", {}),
+    ("ostl", {}), ("snap", {}), ("uoro", {}), ("kf_rtrl", {}), ("rank_rtrl", {}), ("pp_prop", {}), ("pp_prop", {"rank": 5}), ("ottt", {}), ("otpe", {}),
     ("otpe", {"approximate": True}), ("bptt", {}), ("e_prop", {"kappa": 0.0}), ("compose", {"trace": "factored"}),
 ]  # fmt: skip
 

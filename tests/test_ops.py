@@ -28,7 +28,7 @@ pytestmark = pytest.mark.xdist_group("ops")  # they look at the same equations
 RULES = [
     ("d_rtrl", {}), ("e_prop", {"kappa": 0.7, "normalize": True, "feedback": "random"}), ("pp_prop", {"rank": 3}), ("otpe", {}),
     ("osttp", {}), ("ostl", {}), ("snap", {}), ("uoro", {}), ("kf_rtrl", {}), ("compose", {"trace": "factored", "decay": 0.5}),
-    (PRODUCTS, {}), (FILTERED, {}), ("dodge", {}), ("subset_rtrl", {"k": 2}), ("kf_rtrl", {"rank": 2}),
+    (PRODUCTS, {}), (FILTERED, {}), ("dodge", {}), ("subset_rtrl", {"k": 2}), ("kf_rtrl", {"rank": 2}), ("rank_rtrl", {"rank": 2}),
     ("reward_e_prop", {}), ("kernl", {}),
 ]  # fmt: skip
 #: What calls of some rules take beside inputs and targets.

@@ -28,7 +28,7 @@ MODELS = int(os.environ.get("ETCOMPILE_RANDOM_STEPS", "300"))
 BLOCK = 10
 #: Rules that take turns; each runs, or says why it does not.
 RULES = (
-    "pp_prop", "e_prop", "rtrl", "snap", "uoro", "kf_rtrl", "ostl", "ottt", "otpe", "rflo", "three_factor", "bptt",
+    "pp_prop", "e_prop", "rtrl", "snap", "uoro", "kf_rtrl", "rank_rtrl", "ostl", "ottt", "otpe", "rflo", "three_factor", "bptt",
 )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def test_each_trace_line_says_whose_it_is(step):
         assert line.endswith(report.to_dict()["trace_owners"][name])
 
 
-@pytest.mark.parametrize("algo", ["rtrl", "pp_prop", "uoro", "kf_rtrl"])
+@pytest.mark.parametrize("algo", ["rtrl", "pp_prop", "uoro", "kf_rtrl", "rank_rtrl"])
 def test_each_trace_of_every_kind_of_rule_has_an_owner(algo):
     cell = etcompile.compile(brainstate.nn.ValinaRNNCell(2, 2), jnp.ones((1, 2)), batch_size=1, algo=algo)
     assert all(cell.report().trace_owners[name] for name in cell.report().traces)

@@ -144,7 +144,7 @@ def test_random_estimates_stay_finite_beside_exact_zeros(what):
 # --- strict promotion ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["d_rtrl", "snap", "kf_rtrl", "otpe", "three_factor"])
+@pytest.mark.parametrize("rule", ["d_rtrl", "snap", "kf_rtrl", "rank_rtrl", "otpe", "three_factor"])
 def test_ranks_need_not_be_promoted(rule):
     def fn(p, s, x):
         spread = lambda v: jnp.broadcast_to(v, s["v"].shape)  # noqa: E731

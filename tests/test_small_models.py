@@ -64,7 +64,7 @@ RARE = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("rule", ["rtrl", "kf_rtrl", "e_prop"])
+@pytest.mark.parametrize("rule", ["rtrl", "kf_rtrl", "rank_rtrl", "e_prop"])
 @pytest.mark.parametrize("name", RARE)
 def test_other_rules_run_or_say_why_not(name, rule):
     _, _, _, xs = SMALL[name]()

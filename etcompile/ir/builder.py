@@ -136,6 +136,14 @@ class ProgramBuilder(Vocabulary):
             for k in range(len(left) - 1)
         ]
 
+    def nearest(self, left: Sequence[Value], right: Sequence[Value]) -> list[tuple[Value, Value]]:
+        """A sum of products, unit factors (x) responses of one effect, with one term less: for each element of y the nearest."""
+        args = (*left, *right)
+        return [
+            (self.op("nearest_left", k, *args), self.op("nearest_right", k, *args))
+            for k in range(len(left) - 1)
+        ]
+
     # -- equations ----------------------------------------------------------------------------------------------
 
     def recur(self, decay: Value | float, inject: Value, name: str | None = None) -> Value:

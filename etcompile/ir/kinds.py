@@ -243,6 +243,11 @@ def _row_factor(header: Header, effect: Effect) -> DtypeAndShape:
     return site.dtype, (*site.y, *(site.contracted or ()))
 
 
+@register_kind("unit_factor", "effect", "y x contracted", large=True, carried="V")
+def _unit_factor(header: Header, effect: Effect) -> DtypeAndShape:
+    return _row_factor(header, effect)
+
+
 @register_kind("rows", "effect", "the rows of x")
 def _rows(header: Header, effect: Effect) -> DtypeAndShape:
     site = header.site(effect.site)

@@ -190,17 +190,17 @@ def _map(header: Header, args: tuple[Arg, ...]) -> Type:
     return values[0]
 
 
-def _kronecker(gives: str) -> Rule:
-    """Of as many first factors, then as many second ones; ``gives`` says which of a pair the result is like."""
-    pair = rule_of("a term", f"row_factor j, response j -> {gives}")
+def _fewer_terms(factor: str, gives: str, before: int) -> Rule:
+    """Of as many first factors, then as many second ones, behind other arguments; ``gives`` says which of a pair it is like."""
+    pair = rule_of("a term", f"{factor} j, response j -> {gives}")
 
     def rule(header: Header, args: tuple[Arg, ...]) -> Type:
-        terms = args[3:]
+        terms = args[before:]
         half = len(terms) // 2
         types = {pair(header, both) for both in zip(terms[:half], terms[half:], strict=False)}
         if len(types) != 1 or len(terms) != 2 * half or args[0] not in range(half - 1):
             raise ProgramError(
-                "a sum of Kronecker products has row factors and as many responses, of one effect; one term less is left of it.",
+                f"a sum of products has {factor}s and as many responses, of one effect; one term less is left of it.",
                 got=shown(args),
             )
         return types.pop()
@@ -390,7 +390,7 @@ register_op(
 )  # fmt: skip
 register_op(
     "pullback",
-    "presynaptic or factor s, credit s -> gradient s; row_factor j, credit j.site -> gradient j.site",
+    "presynaptic or factor s, credit s -> gradient s; row_factor or unit_factor j, credit j.site -> gradient j.site",
     "pullback(x, q)", "the weight gradient of a credit: the operation transposed",
     linear=(0, 1), pulls_back=True, prefix="P",
 )  # fmt: skip
@@ -596,12 +596,28 @@ register_op(
     "kronecker_left", "int, int, count, row_factor j, any... -> row_factor j",
     "kronecker_left(0, 0, n, u, x, A, R)",
     "of a sum u (x) A + ... + x (x) R, estimated with one term less: the first factor of a term; term, seed, count of steps",
-    rule=_kronecker("row_factor j"),
+    rule=_fewer_terms("row_factor", "row_factor j", 3),
 )  # fmt: skip
 register_op(
     "kronecker_right", "int, int, count, row_factor j, any... -> response j",
     "kronecker_right(0, 0, n, u, x, A, R)", "the same: the second factor",
-    rule=_kronecker("response j"),
+    rule=_fewer_terms("row_factor", "response j", 3),
+)  # fmt: skip
+register_op(
+    "unit_factor", "effect j -> unit_factor j",
+    "unit_factor(j)", "x_t of an effect, for each element of y",
+    prefix="x",
+)  # fmt: skip
+register_op(
+    "nearest_left", "int, unit_factor j, any... -> unit_factor j",
+    "nearest_left(0, V, x, A, R)",
+    "of a sum V (x) A + ... + x (x) R for each element of y, the nearest with one term less: the first factor of a term",
+    rule=_fewer_terms("unit_factor", "unit_factor j", 1),
+)  # fmt: skip
+register_op(
+    "nearest_right", "int, unit_factor j, any... -> response j",
+    "nearest_right(0, V, x, A, R)", "the same: the second factor",
+    rule=_fewer_terms("unit_factor", "response j", 1),
 )  # fmt: skip
 register_op(
     "tick", "count -> count",

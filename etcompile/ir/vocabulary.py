@@ -268,6 +268,10 @@ class Vocabulary:
         """x_t with one row for each example, place, and whatever else x depends on."""
         return self.op("row_factor", effect)
 
+    def unit_factor(self, effect: Effect | str) -> Value:
+        """x_t for each element of y, so that each may keep another sum of them, ``[y, contracted]``."""
+        return self.op("unit_factor", effect)
+
     def row_norm(self, value: Value) -> Value:
         """The Euclidean norm of the entries that belong to each row."""
         return self.op("row_norm", value)

@@ -121,6 +121,7 @@ LAYOUTS: dict[str, Callable[[LoweredModel, Type], Entry]] = {
     "response": _by_state,
     "rows": _by_row,
     "row_factor": _by_row,
+    "unit_factor": _by_row,
     "snap": _of_pattern,
 }
 

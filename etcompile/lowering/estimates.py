@@ -1,4 +1,4 @@
-"""Ops of random estimates of the influence: directions in the space of weights, subsets of states, sums of Kronecker products."""
+"""Ops of estimates of the influence: directions in the space of weights, subsets of states, sums of products of lower rank."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from etcompile.ir.program import Equation
 from etcompile.lowering.layers import list_shapes, other_states, random_signs, rows_shape
+from etcompile.lowering.low_rank import nearest
 from etcompile.precision import accumulator
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _subset(context: Context, equation: Equation, args: Sequence[Value]) -> Valu
     return tuple(found)
 
 
-# -- sums of Kronecker products ---------------------------------------------------------------------------------------
+# -- sums of products ---------------------------------------------------------------------------------------
 
 
 def fewer_terms(left: Array, right: Array, signs: Array) -> tuple[Array, Array]:
@@ -138,6 +139,10 @@ def _probabilities(d: Array) -> tuple[Array, Array]:
     return jnp.where(place < chosen, 1, jnp.minimum(shared, 1)), limit
 
 
+#: What makes of the terms of a sum one less, from its factors row by row.
+Fewer = Callable[[Array, Array], tuple[Array, Array]]
+
+
 def _kronecker(side: int) -> Callable[[Context, Equation, Sequence[Value]], Value]:
     """One of the factors of :func:`fewer_terms`, which is computed once for all."""
 
@@ -145,18 +150,42 @@ def _kronecker(side: int) -> Callable[[Context, Equation, Sequence[Value]], Valu
         number, seed, count, *terms = args
         key = ("kronecker", seed, *equation.args[2:])
         if key not in context.reached:
-            context.reached[key] = _reduced(context, equation.type.of, int(seed), count, terms)
+            name = equation.type.of
+            first = _TERMS + [e.name for e in context.model.analysis.effects].index(name)
+
+            def fewer(left: Array, right: Array) -> tuple[Array, Array]:
+                shape = (left.shape[0], left.shape[-1])
+                real = jnp.finfo(left.dtype).dtype
+                return fewer_terms(left, right, random_signs(int(seed), count, first, shape, real))
+
+            shape = rows_shape(context.model, name)
+            context.reached[key] = _reduced(context, name, shape, terms, fewer)
+        return context.reached[key][side][number]
+
+    return rule
+
+
+def _nearest(side: int) -> Callable[[Context, Equation, Sequence[Value]], Value]:
+    """One of the factors of :func:`~etcompile.lowering.low_rank.nearest`, which is computed once for all."""
+
+    def rule(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+        number, *terms = args
+        key = ("nearest", *equation.args[1:])
+        if key not in context.reached:
+            name = equation.type.of
+            shape = context.model.sites[context.model.analysis.effect(name).site].y.shape
+            context.reached[key] = _reduced(context, name, shape, terms, nearest)
         return context.reached[key][side][number]
 
     return rule
 
 
 def _reduced(
-    context: Context, name: str, seed: int, count: Array, terms: Sequence[Value]
+    context: Context, name: str, shape: tuple[int, ...], terms: Sequence[Value], fewer: Fewer
 ) -> tuple[list[Array], list[tuple[Array, ...]]]:
+    """Both factors of each term of a sum with one less; ``shape`` is that of the rows which have a sum of their own."""
     model = context.model
     half = len(terms) // 2
-    shape = rows_shape(model, name)
     rows = math.prod(shape)
     layout = [_Rows(model, name, shape, k) for k in range(len(_states(model, name)))]
     dtype = accumulator(jnp.result_type(*jax.tree.leaves(list(terms))))
@@ -164,13 +193,12 @@ def _reduced(
     zero = [t for t in terms if t is not None]
     lefts = [jnp.zeros_like(zero[0]) if t is None else t for t in terms[:half]]
     rights = [jax.tree.map(jnp.zeros_like, zero[-1]) if t is None else t for t in terms[half:]]
-    left = jnp.stack([u.reshape(rows, -1) for u in lefts], -1).astype(dtype)
+    left = jnp.stack([u.reshape(rows, math.prod(u.shape[len(shape) :])) for u in lefts], -1).astype(dtype)
     right = jnp.stack(
         [jnp.concatenate([r.gathered(v) for r, v in zip(layout, a, strict=True)], -1) for a in rights], -1
     ).astype(dtype)
-    number = _TERMS + [e.name for e in model.analysis.effects].index(name)
-    signs = random_signs(seed, count, number, (rows, half), jnp.finfo(dtype).dtype)
-    a, b = fewer_terms(left, right, signs)
+    nothing = 0 in (*left.shape, *right.shape)
+    a, b = (left[..., :-1], right[..., :-1]) if nothing else fewer(left, right)
     ends = np.cumsum([r.size for r in layout])[:-1].tolist()
     found = []
     for k in range(half - 1):
@@ -198,7 +226,7 @@ class _Rows:
         self._order = (*first, *(k for k in range(len(whole)) if k not in first))
         self._shape = tuple(whole[k] for k in self._order)
         self._rows = math.prod(shape)
-        self.size = math.prod(whole) // self._rows
+        self.size = math.prod(whole[k] for k in self._order[len(first) :])
 
     def gathered(self, value: Array) -> Array:
         return jnp.transpose(value, self._order).reshape(self._rows, self.size)
@@ -213,4 +241,6 @@ ESTIMATES: dict[str, Callable[[Any, Equation, Sequence[Value]], Value]] = {
     "subset": _subset,
     "kronecker_left": _kronecker(0),
     "kronecker_right": _kronecker(1),
+    "nearest_left": _nearest(0),
+    "nearest_right": _nearest(1),
 }

@@ -276,7 +276,7 @@ def _outside(context: Context, equation: Equation, args: Sequence[Value]) -> Val
 def _pullback(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
     x, credit = args
     made_of = context.program.equation(_name(equation.args[0])).type
-    if made_of.kind == "row_factor" and credit is not None:
+    if made_of.kind in ("row_factor", "unit_factor") and credit is not None:
         return pull_rows(context, made_of.of, x, credit)
     return None if credit is None else context.model.sites[equation.type.of].pullback(x, credit)
 

@@ -295,6 +295,11 @@ def _row_factor(context: Context, equation: Equation, args: Sequence[Value]) -> 
     )
 
 
+def _unit_factor(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
+    rows = _row_factor(context, equation, args)
+    return jnp.broadcast_to(rows, rows_shape(context.model, equation.type.of, "unit_factor"))
+
+
 def pull_rows(context: Context, name: str, x: Array, credit: Array) -> Array:
     """The weight gradient of a credit of y where a row factor plays the part of the presynaptic value."""
     geometry = full_geometry(context.model, context.model.analysis.effect(name))
@@ -307,6 +312,8 @@ def rows_shape(model: LoweredModel, name: str, kind: str = "rows") -> tuple[int,
     site = model.sites[effect.site]
     reads = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in site.reads)
     shape = jax.eval_shape(lambda x: geometry.logical(site.factor(x)), reads).shape
+    if kind == "unit_factor":
+        return (*site.y.shape, *shape[len(site.y.shape) :])
     return shape if kind == "row_factor" else shape[: len(site.y.shape)]
 
 
@@ -420,6 +427,7 @@ LAYERS: dict[str, Callable[[Any, Equation, Sequence[Value]], Value]] = {
     "to_layer": _to_layer,
     "reach": _reach,
     "row_factor": _row_factor,
+    "unit_factor": _unit_factor,
     "row_norm": _row_norm,
     "norm": _norm,
     "dot": _dot,
