@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs links rules rl bench brain worm test quick lint format types layers check hooks clean
+.PHONY: help demo docs links rules deep rl bench brain worm test quick lint format types layers check hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ demo: $(VENV)/.installed-demo  ## learn handwritten digits online, and write pic
 
 rules: $(VENV)/.installed-rules  ## train every learning rule, and write docs/rules.md; RULES_ARGS="--quick" to try
 	$(BIN)/python tools/rules $(RULES_ARGS)
+
+deep: $(VENV)/.installed-rules  ## gradients in stacks of two to eight layers, for docs/deep.md; DEEP_ARGS="--quick" to try
+	$(BIN)/python tools/rules/deep.py $(DEEP_ARGS)
 
 rl: $(VENV)/.installed-train  ## agents that learn tasks of memory, for docs/reinforcement.md; RL_ARGS="--quick" to try
 	$(BIN)/python tools/rl $(RL_ARGS)
