@@ -15,7 +15,7 @@ from etcompile.analysis.headers import program_header
 from etcompile.compiled import Compiled
 from etcompile.errors import InputError, OptionError
 from etcompile.frontend.given import as_array, refuse_iterators
-from etcompile.frontend.step_model import step_model
+from etcompile.frontend.step_model import StepModel, step_model
 from etcompile.integers import positive_integer
 from etcompile.ir.program import TraceProgram
 from etcompile.lowering.causal import CausalProgram
@@ -24,6 +24,7 @@ from etcompile.lowering.functions import StepFunctions
 from etcompile.lowering.refused import refuse_operands
 from etcompile.pass_manager import Pass, PassManager, PassRecord
 from etcompile.paths import patterns_of
+from etcompile.precision import promoting
 from etcompile.registry import Algorithm, Mixed, pipeline
 from etcompile.runtime.executor import Executor
 from etcompile.runtime.model_states import ModelAccess, access
@@ -164,11 +165,17 @@ def lower_model(live: ModelAccess, inputs: tuple[Any, ...], request: Request) ->
 
 def analysed(live: ModelAccess, inputs: tuple[Any, ...], exclude: tuple[str, ...] = ()) -> Analysis:
     """One step of a live model for inputs of these shapes: traced and analysed, whatever the rule."""
-    analysis = analyse(step_model(live.trace(inputs)), exclude)
+    return _analysed(step_model(live.trace(inputs)), exclude)
+
+
+@promoting
+def _analysed(model: StepModel, exclude: tuple[str, ...]) -> Analysis:
+    analysis = analyse(model, exclude)
     refuse_operands(analysis)
     return analysis
 
 
+@promoting
 def lower_analysed(analysis: Analysis, request: Request) -> Compiled:
     """An analysed step, compiled: run the passes, lower."""
     empty = TraceProgram("empty", program_header(analysis, windows=request.within_exact))

@@ -447,6 +447,26 @@ def test_updates_every_k_steps_are_those_of_gradients_summed_by_hand():
         assert relative_error(getattr(net, path).value, getattr(other, path).value) < 1e-10
 
 
+def test_an_optimiser_sees_the_tree_that_the_parameters_are():
+    def fn(params, h, x):
+        h = jnp.tanh(h * params["cell"]["v"] + x @ params["cell"]["w"])
+        return h, h @ params["r"]
+
+    def step():
+        params = {"cell": {k: PARAMS[k] for k in "wv"}, "r": PARAMS["r"]}
+        return etcompile.compile(etcompile.from_function(fn, params, jnp.zeros((B, 4))), XS[0])
+
+    labels = {"cell": {"w": "learns", "v": "stays"}, "r": "learns"}
+    kinds = {"learns": optax.sgd(0.1), "stays": optax.set_to_zero()}
+    one, other = step(), step()
+    one.learn(square, optax.multi_transform(kinds, labels))(XS, YS)
+    for x, y in zip(XS, YS, strict=True):
+        _, g = other.value_and_grad(square)(x, y)
+        g["cell"]["v"] = jnp.zeros(4)
+        other.params = jax.tree.map(lambda p, g: p - 0.1 * g, other.params, g)
+    assert relative_error(one.params, other.params) < 1e-10
+
+
 def test_an_optimiser_registered_under_other_keys_learns():
     optim = pytest.importorskip("braintools.optim")
     net, other = Net(), Net()

@@ -162,6 +162,30 @@ def test_ranks_need_not_be_promoted(rule):
             compiled(parts, rule).scan_value_and_grad(loss, chunk=2)(parts[3], **call)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("rule", ["d_rtrl", "rtrl", "e_prop", "uoro"])
+def test_types_need_not_be_promoted(rule, dtype):
+    """A model of one type under the setting that forbids two to meet: sums of ours are wider, the model's are its own."""
+    draw = np.random.default_rng(0)
+    params = {k: jnp.asarray(draw.normal(size=s), dtype) for k, s in {"w": (3, 4), "u": (4,)}.items()}
+    xs, start = jnp.asarray(draw.normal(size=(5, 2, 3)), dtype), jnp.zeros((2, 4), dtype)
+
+    def fn(p, h, x):
+        h = jnp.tanh(h * p["u"] + x @ p["w"])
+        return h, h
+
+    def gradients():
+        step = etcompile.compile(etcompile.from_function(fn, params, start), xs[0], algo=rule)
+        loss = lambda out: jnp.mean(out**2)  # noqa: E731
+        found = step.scan_value_and_grad(loss)(xs)
+        step.learn(loss, optax.sgd(0.1))(xs)
+        return found
+
+    with jax.numpy_dtype_promotion("strict"):
+        found = gradients()
+    jax.tree.map(np.testing.assert_array_equal, found, gradients())
+
+
 def test_synthetic_gradients_say_nothing_of_states_without_elements():
     parts = SMALL["size_zero_axis"]()
     step = compiled(parts, "dni", window=3)

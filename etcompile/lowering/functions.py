@@ -27,6 +27,7 @@ from etcompile.lowering.schedules.choose import choose, schedules_for
 from etcompile.lowering.schedules.chunked import refuse_too_large
 from etcompile.lowering.schedules.windowed import check_end
 from etcompile.lowering.sums import Sums, by_parameters, zero_sums
+from etcompile.precision import promoting
 from etcompile.schedule import Schedule
 
 __all__ = ["Call", "Carry", "Item", "StepFunctions", "Sums"]
@@ -69,6 +70,7 @@ class StepFunctions:
 
     # -- one step -----------------------------------------------------------------------------------------------
 
+    @promoting
     def apply(
         self, params: Any, carry: Carry, inputs: tuple[Any, ...], call: Call | None = None
     ) -> tuple[Carry, Any]:
@@ -85,6 +87,7 @@ class StepFunctions:
         outputs = self.placement.hold_batch(outputs)
         return self._leave(states, traces), jax.tree.unflatten(model.output_tree, outputs)
 
+    @promoting
     def _primal(
         self, params: list, states: list, traces: Traces, inputs: list, call: Call, done: Any
     ) -> tuple[list, list, Traces]:
@@ -95,12 +98,14 @@ class StepFunctions:
         step, new_traces, _ = self.causal.forward(weights, states, traces, inputs, done, call)
         return step.outputs, step.new_states, new_traces
 
+    @promoting
     def _forward(
         self, params: list, states: list, traces: Traces, inputs: list, call: Call, done: Any
     ) -> tuple[tuple, tuple]:
         given = (params, states, traces, inputs, call, done)
         return self._primal(*given), given
 
+    @promoting
     def _backward(self, residuals: tuple, cotangents: tuple) -> tuple:
         check_end(self.causal.program)
         self.require_kept("the gradient of one step")
@@ -145,6 +150,7 @@ class StepFunctions:
 
     # -- with gradients -----------------------------------------------------------------------------------------
 
+    @promoting
     def value_and_grad(
         self, loss: Loss, params: Any, carry: Carry, inputs: tuple, item: Item, call: Call
     ) -> tuple[LossValue, Any, Carry]:
@@ -161,6 +167,7 @@ class StepFunctions:
         """How ``steps`` steps are run: see :func:`choose`."""
         return choose(self.schedules, schedule, steps, wanted)
 
+    @promoting
     def sequence(
         self,
         plan: Plan,
@@ -188,6 +195,7 @@ class StepFunctions:
             self._leave(loop.states, loop.traces),
         )
 
+    @promoting
     def zero_sums(self, loss: Loss) -> Sums:
         """The sums of no steps at all."""
         return zero_sums(self.causal, loss)
@@ -197,6 +205,7 @@ class StepFunctions:
         sizes = ((how, how.forward_size(self.causal.schedule, steps)) for how in self.schedules)
         return next((Plan(how, size) for how, size in sizes if size), None)
 
+    @promoting
     def scan(self, plan: Plan | None, params: Any, carry: Carry, xs: tuple) -> tuple[Any, Carry]:
         """Outputs of every step; the traces advance.
 
@@ -215,6 +224,7 @@ class StepFunctions:
         run.defvjp(forward, backward)
         return run(params, carry, xs)
 
+    @promoting
     def _one_by_one(self, params: Any, carry: Carry, xs: tuple) -> tuple[Any, Carry]:
         def body(loop: Carry, x: tuple) -> tuple[Carry, Any]:
             return self.apply(params, loop, x)
@@ -222,6 +232,7 @@ class StepFunctions:
         carry, outputs = lax.scan(body, carry, xs)
         return outputs, carry
 
+    @promoting
     def _in_parts(self, plan: Plan, params: Any, carry: Carry, xs: tuple) -> tuple[Any, Carry]:
         weights = self.causal.model.hoist(self._leaves(params))
 
@@ -233,6 +244,7 @@ class StepFunctions:
         outputs = jax.vmap(self.placement.hold_batch)(outputs)
         return jax.tree.unflatten(self.model.output_tree, outputs), self._leave(loop.states, loop.traces)
 
+    @promoting
     def gradients(self, params: Any, sums: Sums) -> Any:
         """Parameter gradients from the summed gradients of the sites."""
         return self._gradients(self.model.flatten_params(params), sums)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from etcompile.runtime.checkpoints import Checkpoints
+    from etcompile.runtime.model_states import ModelAccess
     from etcompile.runtime.step import Step
 
 __all__ = ["Learner"]
@@ -89,7 +90,7 @@ class Learner:
         self._step = step
         self._loss = loss
         self._every = update_every
-        self._update, self._optimizer_states = _update_function(optimizer, step.param_states)
+        self._update, self._optimizer_states = _update_function(optimizer, step.executor.live)
         zeros = jax.tree.map(jnp.zeros_like, {path: s.value for path, s in step.param_states.items()})
         self._sum = brainstate.ShortTermState(zeros)
         self._count = brainstate.ShortTermState(jnp.zeros((), jnp.int32))
@@ -376,9 +377,13 @@ def _uphill(grads: Any) -> Any:
 
 
 def _update_function(
-    optimizer: Any, params: dict[str, Any]
+    optimizer: Any, access: ModelAccess
 ) -> tuple[Callable[[Any], None], Callable[[], dict[str, Any]]]:
-    """One update of the parameters in place, for either kind of optimiser, and what finds the optimiser's states."""
+    """One update of the parameters in place, for either kind of optimiser, and what finds the optimiser's states.
+
+    An optimiser of optax sees the tree that ``step.params`` is: masks and labels of parameters have its structure.
+    """
+    params = access.param_states
     if isinstance(optimizer, type):
         raise OptionError(
             "learn needs an optimiser.",
@@ -387,11 +392,15 @@ def _update_function(
             hint=f"make one: {optimizer.__name__}(1e-3).",
         )
     if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
-        state = brainstate.ShortTermState(optimizer.init({path: s.value for path, s in params.items()}))
+        as_asked = access.of_param_states
+        state = brainstate.ShortTermState(
+            optimizer.init(as_asked({path: s.value for path, s in params.items()}))
+        )
 
         def update(grads: Any) -> None:
             values = {path: s.value for path, s in params.items()}
-            changes, new = _updated(optimizer, grads, state.value, values)
+            found, new = _updated(optimizer, as_asked(grads), state.value, as_asked(values))
+            changes = access.by_param_state(found)
             for path in params:
                 _check_change(path, values[path], changes[path])
             state.value = new

@@ -75,6 +75,8 @@ class ModelAccess(Protocol):
 
     def by_param_state(self, grads: Any) -> dict[str, Any]: ...
 
+    def of_param_states(self, values: dict[str, Any]) -> Any: ...
+
     @property
     def state_objects(self) -> dict[str, Any]: ...
 
@@ -197,6 +199,10 @@ class ModuleAccess:
 
     def by_param_state(self, grads: Any) -> dict[str, Any]:
         return grads
+
+    def of_param_states(self, values: dict[str, Any]) -> Any:
+        """What is given by parameter, with the structure of :meth:`params`."""
+        return values
 
     @property
     def state_objects(self) -> dict[str, Any]:
@@ -368,6 +374,9 @@ class FunctionAccess:
 
     def by_param_state(self, grads: Any) -> dict[str, Any]:
         return {"params": grads}
+
+    def of_param_states(self, values: dict[str, Any]) -> Any:
+        return values["params"]
 
     @property
     def state_objects(self) -> dict[str, Any]:
