@@ -117,7 +117,7 @@ def test_outside_interfaces_have_their_places(layering, tree):
 
 
 #: What only users read, on what the package returns to them.
-FOR_USERS = {"PassRecord.seconds", "Record.td_error"}
+FOR_USERS = {"Record.td_error"}
 
 
 def test_every_field_of_every_table_is_read():
