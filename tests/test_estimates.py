@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -232,3 +233,13 @@ def test_they_run_step_by_step(algo, options):
     step = compiled(model, algo, **options)
     with pytest.raises(etcompile.UnsupportedError, match=r"follows every path|counts steps"):
         step.scan_value_and_grad(SQUARED.jax, chunk=3)(jnp.asarray(model.xs), jnp.asarray(model.targets))
+
+
+def test_sums_are_shortened_without_lapack():
+    """Two of its decompositions in a loop can wait for each other's threads for ever on a processor of two cores."""
+    shapes = jnp.ones((2, 4, 3)), jnp.ones((2, 6, 3))
+    for made in (
+        jax.make_jaxpr(fewer_terms)(*shapes, jnp.ones((2, 3))),
+        jax.make_jaxpr(nearest)(*shapes),
+    ):
+        assert not {"qr", "householder_product", "geqrf", "svd", "eigh"} & set(re.findall(r"\w+", str(made)))

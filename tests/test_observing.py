@@ -130,7 +130,7 @@ def test_norms_are_of_the_gradients_that_the_optimiser_gets(name, every):
 
     def note(grads, state, params=None):
         jax.debug.callback(
-            lambda g: got.append({k: np.linalg.norm(np.asarray(v)) for k, v in g["params"].items()}),
+            lambda g: got.append({k: np.linalg.norm(np.asarray(v)) for k, v in g.items()}),
             grads,
             ordered=True,
         )

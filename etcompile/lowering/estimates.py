@@ -12,7 +12,7 @@ import numpy as np
 
 from etcompile.ir.program import Equation
 from etcompile.lowering.layers import list_shapes, other_states, random_signs, rows_shape
-from etcompile.lowering.low_rank import nearest
+from etcompile.lowering.low_rank import decomposed, nearest
 from etcompile.precision import accumulator
 
 if TYPE_CHECKING:
@@ -104,18 +104,13 @@ def fewer_terms(left: Array, right: Array, signs: Array) -> tuple[Array, Array]:
         those of S (I - z z^T) S in the space of the singular vectors, S = diag(sign_i sqrt(d_i / p_i)).
     """
     terms = left.shape[-1]
-    (q, upper), (w, lower) = jnp.linalg.qr(left), jnp.linalg.qr(right)
-    a, d, b = jnp.linalg.svd(upper @ jnp.swapaxes(lower, -1, -2), full_matrices=False)
-    a, b = q @ a, w @ jnp.swapaxes(b, -1, -2)
+    a, d, b = decomposed(left, right)
     # Singular vectors have no sign of their own: the largest entry on the left decides.
     largest = jnp.take_along_axis(a, jnp.argmax(jnp.abs(a), axis=-2)[..., None, :], axis=-2)
     phase = jnp.where(largest == 0, 1, largest / jnp.where(largest == 0, 1, jnp.abs(largest)))
     a, b = a / phase, b * phase
     # What is zero but for rounding would be mixed as its square root.
     d = jnp.where(d <= terms * jnp.finfo(d.dtype).eps * d[..., :1], 0, d)
-    missing = terms - d.shape[-1]
-    a, b = (jnp.pad(v, ((0, 0), (0, 0), (0, missing))) for v in (a, b))
-    d = jnp.pad(d, ((0, 0), (0, missing)))
     keep, limit = _probabilities(d)
     scale = signs * jnp.sqrt(jnp.where(keep < 1, limit, d))
     z = jnp.sqrt(jnp.maximum(1 - keep, 0))

@@ -1,7 +1,7 @@
-"""The nearest sum of fewer products, of many small sums at once, without a library of linear algebra.
+"""Singular values of many small sums of products at once, without a library of linear algebra.
 
-Sums have a few terms and there are as many of them as elements of y. Batches of such decompositions by LAPACK are slow, and
-inside of a loop on a processor with few threads they may wait for each other for ever.
+Sums have a few terms, and there may be as many of them as elements of y. Batches of such decompositions by LAPACK are slow, and
+two of them in a loop, on a processor of few cores, may wait for each other's threads for ever.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-__all__ = ["nearest"]
+__all__ = ["decomposed", "nearest"]
 
 Array = Any
 
@@ -21,8 +21,37 @@ Array = Any
 _ROUNDS = 6
 
 
+def decomposed(left: Array, right: Array) -> tuple[Array, Array, Array]:
+    """The singular values of sums of outer products, the largest first, and their vectors.
+
+    Parameters
+    ----------
+    left, right : array [rows, n, r], [rows, m, r]
+        For each row the sum is ``left @ right.T``.
+
+    Returns
+    -------
+    array [rows, n, r], array [rows, r], array [rows, m, r]
+        ``a``, ``d`` and ``b`` with ``left @ right.T = (a * d) @ b.T``; where a value is zero, its vectors may be.
+
+    Notes
+    -----
+    With right = W T, W of orthonormal columns, the sum is Y W^T for Y = left T^T. Turning columns of Y by pairs until all are
+    orthogonal (one-sided Jacobi, M. Hestenes 1958), and those of W with them, gives its singular vectors.
+    """
+    w, t = _orthonormal(jnp.moveaxis(right, -1, 0))
+    y = jnp.einsum("krn,ckr->crn", jnp.moveaxis(left, -1, 0), t)
+    y, w = _turned(y, w)
+    sizes = _norm(y)
+    order = jnp.argsort(-sizes, axis=0)
+    sizes = jnp.take_along_axis(sizes, order, axis=0)[..., None]
+    y, w = (jnp.take_along_axis(v, order[..., None], axis=0) for v in (y, w))
+    a = y / jnp.where(sizes > 0, sizes, 1)
+    return jnp.moveaxis(a, 0, -1), jnp.moveaxis(sizes[..., 0], 0, -1), jnp.moveaxis(w, 0, -1)
+
+
 def nearest(left: Array, right: Array) -> tuple[Array, Array]:
-    """A sum of r + 1 outer products as the nearest one of r.
+    """A sum of r + 1 outer products as the nearest one of r, which drops the smallest singular value.
 
     Parameters
     ----------
@@ -32,22 +61,9 @@ def nearest(left: Array, right: Array) -> tuple[Array, Array]:
     Returns
     -------
     array [rows, n, r], array [rows, m, r]
-
-    Notes
-    -----
-    With right = W T, W of orthonormal columns, the sum is Y W^T for Y = left T^T. Turning columns of Y by pairs until all are
-    orthogonal (one-sided Jacobi, M. Hestenes 1958), and those of W with them, gives its singular vectors; the smallest is
-    dropped.
     """
-    terms = left.shape[-1]
-    w, t = _orthonormal(jnp.moveaxis(right, -1, 0))
-    y = jnp.einsum("krn,ckr->crn", jnp.moveaxis(left, -1, 0), t)
-    y, w = _turned(y, w)
-    sizes = _norm(y)
-    order = jnp.argsort(-sizes, axis=0)[: terms - 1, :, None]
-    root = jnp.sqrt(jnp.take_along_axis(sizes, order[..., 0], axis=0))[..., None]
-    kept = jnp.take_along_axis(y, order, axis=0) / jnp.where(root > 0, root, 1)
-    return jnp.moveaxis(kept, 0, -1), jnp.moveaxis(jnp.take_along_axis(w, order, axis=0) * root, 0, -1)
+    a, d, b = decomposed(left, right)
+    return a[..., :-1], b[..., :-1] * d[..., None, :-1]
 
 
 def _orthonormal(columns: Array) -> tuple[Array, Array]:

@@ -1,7 +1,6 @@
 """Imported first: the package on the path, and jax on one thread of the CPU.
 
-Networks of this size gain nothing from threads; two processes make more of two cores. Nor is there anything to schedule side by
-side: with that, several decompositions of matrices at once (``kf_rtrl`` with a rank) wait for each other forever on two cores.
+Networks of this size gain nothing from threads; two processes make more of two cores.
 """
 
 from __future__ import annotations
@@ -15,8 +14,5 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_cpu_multi_thread_eigen=false --xla_cpu_enable_concurrency_optimized_scheduler=false",
-)
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
