@@ -227,7 +227,7 @@ def _missing(results: Results, before: Earlier) -> str:
     lines += [
         f"- `{r.label}` on {EXPERIMENTS[r.task].task.title}: {r.note}" for r in results.values() if r.note
     ]
-    told = {row[0] for row in before.rows(("rule", *_TITLES)) if any(row[1:])}
+    told = {row[0] for row in before.rows(("rule", *_TITLES)) if all(row[1:])}
     absent = [
         e.label
         for e in RULES
