@@ -2,9 +2,12 @@
 
 ``einsum("bnk,nkj->bnj", s, rotation(angle))`` reads a state as a whole, and each of its elements reaches all of its pair. The
 elements along such an axis belong to one unit, as they do where a step reads them one by one, and become its parts
-(:mod:`etcompile.frontend.state_forms`). The axis is found by following the axes of each state forwards: it is one along which
-elements come together on their way to a new state while all other axes stay apart. What goes on from such a state element by
-element to another one, a filter of it for one, makes that state one of parts as well.
+(:mod:`etcompile.frontend.state_forms`). A matrix of which every entry is trained is none of these: it is recurrent weights, which
+spread credit however few the units are, and what a rule says of them holds.
+
+The axis is found by following the axes of each state forwards: it is one along which elements come together on their way to a new
+state while all other axes stay apart. What goes on from such a state element by element to another one, a filter of it for one,
+makes that state one of parts as well.
 """
 
 from __future__ import annotations
@@ -108,7 +111,8 @@ def with_joined_axes(
     joined: set[_Axis] = set()
     taken_apart: dict[_Axis, set[int]] = collections.defaultdict(set)
     start = {states[k]: {k: _Track(tuple(range(len(shapes[k]))))} for k in numbers}
-    tracks = _followed(graph, start, set(graph.inputs[:n_params]))
+    params = set(graph.inputs[:n_params])
+    tracks = _followed(graph, start, _Matrices(params, params))
     for end in numbers:
         v = new[end]
         for k, track in tracks.get(v, {}).items() if not isinstance(v, Constant) else ():
@@ -169,17 +173,54 @@ def _connected(nodes: set[_Axis], links: Sequence[tuple[_Axis, _Axis]]) -> list[
 # --- following axes ---------------------------------------------------------------------------------------------------
 
 
-def _followed(graph: Graph, start: Mapping[int, _Tracks], params: AbstractSet[int]) -> Mapping[int, _Tracks]:
+@dataclasses.dataclass(frozen=True)
+class _Matrices:
+    """Variables that parameters alone make.
+
+    Attributes
+    ----------
+    fixed : set of int
+        All of them.
+    trained : set of int
+        Those of which each entry is one of a parameter, or made of one and of few others: weights, transformed or not.
+        Of a matrix that is put together of a few angles it is not.
+    """
+
+    fixed: AbstractSet[Any]
+    trained: AbstractSet[Any]
+
+    def within(self, graph: Graph) -> _Matrices:
+        """With what the operations of a graph make of these."""
+        fixed, trained = set(self.fixed), set(self.trained)
+        for operation in graph.operations:
+            moving = [v for v in operation.inputs if not isinstance(v, Constant)]
+            if not moving or any(v not in fixed for v in moving):
+                continue
+            fixed.update(operation.outputs)
+            entries = max((graph.avals[v].size for v in moving if v in trained), default=0)
+            trained.update(v for v in operation.outputs if graph.avals[v].size <= entries)
+        return _Matrices(fixed, trained)
+
+    def given(self, operation: Operation, variables: Sequence[int]) -> _Matrices:
+        """Those of them that are operands, as the variables that stand for these inside of a loop."""
+        pairs = list(zip(variables, operation.inputs, strict=False))
+        return _Matrices(
+            {v for v, operand in pairs if operand in self.fixed},
+            {v for v, operand in pairs if operand in self.trained},
+        )
+
+
+def _followed(graph: Graph, start: Mapping[int, _Tracks], known: _Matrices) -> Mapping[int, _Tracks]:
     """By variable what it has of each state, where some are known to have something."""
     found: dict[int, _Tracks] = dict(start)
-    fixed = _of_parameters(graph, params)
+    matrices = known.within(graph)
     walk = ForwardWalk(graph, start)
     for number in walk:
         operation = graph.operations[number]
         if operation.loop is not None:
-            results = _through_rounds(operation, found, fixed)
+            results = _through_rounds(operation, found, matrices)
         else:
-            results = {v: _through(graph, operation, v, found, fixed) for v in operation.outputs}
+            results = {v: _through(graph, operation, v, found, matrices) for v in operation.outputs}
         for result, tracks in results.items():
             if tracks and graph.avals[result].differentiable:
                 found[result] = tracks
@@ -188,7 +229,7 @@ def _followed(graph: Graph, start: Mapping[int, _Tracks], params: AbstractSet[in
 
 
 def _through(
-    graph: Graph, operation: Operation, result: int, found: Mapping[Any, _Tracks], fixed: AbstractSet[Any]
+    graph: Graph, operation: Operation, result: int, found: Mapping[Any, _Tracks], matrices: _Matrices
 ) -> _Tracks:
     """What a result of an operation has of each state."""
     rule = _rule(operation)
@@ -198,14 +239,16 @@ def _through(
             moved = rule(graph, operation, k, track, result) if rule is not None else None
             if moved is None:
                 continue
-            if operation.name == "dot_general" and operation.inputs[1 - k] in fixed:
+            if operation.name == "dot_general" and (other := operation.inputs[1 - k]) in matrices.fixed:
+                if other in matrices.trained:
+                    continue
                 moved = moved.moved(moved.axes, apart=_each_its_own(operation, k, track))
             tracks[state] = moved if state not in tracks else tracks[state].with_other(moved)
     return tracks
 
 
 def _through_rounds(
-    operation: Operation, found: Mapping[Any, _Tracks], fixed: AbstractSet[Any]
+    operation: Operation, found: Mapping[Any, _Tracks], matrices: _Matrices
 ) -> dict[int, _Tracks]:
     """What a loop carries on has after a few rounds; what has an entry for each round is not followed."""
     loop = operation.loop
@@ -222,7 +265,7 @@ def _through_rounds(
         for k, operand in enumerate(operation.inputs[first:][: loop.carried])
         if operand in found
     }
-    same = {v for v, operand in zip(body.inputs[:first], operation.inputs, strict=False) if operand in fixed}
+    same = matrices.given(operation, body.inputs[:first])
     for _ in range(_ROUNDS):
         inside = _followed(body, start | {carried[k]: t for k, t in tracks.items()}, same)
         for k, v in enumerate(body.outputs[: loop.carried]):
@@ -234,16 +277,6 @@ def _through_rounds(
                     **{s: t.with_other(before[s]) if s in before else t for s, t in more.items()},
                 }
     return {operation.outputs[k]: t for k, t in tracks.items()}
-
-
-def _of_parameters(graph: Graph, params: AbstractSet[int]) -> set[Any]:
-    """Variables that parameters alone make."""
-    found: set[Any] = set(params)
-    for operation in graph.operations:
-        moving = [v for v in operation.inputs if not isinstance(v, Constant)]
-        if moving and all(v in found for v in moving):
-            found.update(operation.outputs)
-    return found
 
 
 def _each_its_own(operation: Operation, operand: int, track: _Track) -> bool:
