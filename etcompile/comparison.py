@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from etcompile.cost.cost import Cost
-from etcompile.errors import DependencyError
+from etcompile.extras import from_extra
 from etcompile.report import Report
 
 if TYPE_CHECKING:
@@ -137,13 +137,7 @@ class Comparison:
         DependencyError
             Where pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise DependencyError(
-                "a DataFrame needs pandas, which is not installed.",
-                hint="pip install 'etcompile[table]'; or use to_dict().",
-            ) from error
+        pandas = from_extra("table", "pandas", "a DataFrame needs pandas; to_dict() needs nothing.")
         return pandas.DataFrame([row.to_dict() for row in self.rows]).set_index("rule")
 
     def __str__(self) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
 from functools import cached_property
 
 from jax import lax
@@ -17,7 +16,7 @@ from etcompile.analysis.dependence import Dependence
 from etcompile.analysis.influence import spreads
 from etcompile.analysis.loops import everywhere
 from etcompile.errors import ModelError
-from etcompile.frontend.jaxpr import Constant, Graph, Operand, Operation, short_dtype
+from etcompile.frontend.jaxpr import Constant, Graph, Operand, Operation, needed_operations, short_dtype
 from etcompile.frontend.loops import Use
 from etcompile.frontend.step_model import StepModel
 from etcompile.ir import header as ir
@@ -98,21 +97,13 @@ def split_step(model: StepModel, dep: Dependence) -> SplitStep:
             body.append(operation)  # what depends on constants alone is computed wherever it is needed
     used = [v for operation in body for v in operation.inputs] + list(graph.outputs)
     weights = tuple(dict.fromkeys(v for v in used if not isinstance(v, Constant) and parameter_only(v)))
-    hoisted_graph = Graph(graph.avals, model.param_vars, _needed(hoisted, weights), weights)
+    # What is called for its effects alone belongs to the step.
+    needed = needed_operations(hoisted, weights)
+    hoisted_graph = Graph(graph.avals, model.param_vars, needed, weights)
     body_graph = Graph(
         graph.avals, (*weights, *model.state_vars, *model.input_vars), tuple(body), graph.outputs
     )
     return SplitStep(hoisted_graph, body_graph, weights, _find_sites(model, body_graph, weights, dep))
-
-
-def _needed(operations: list[Operation], results: Sequence[int]) -> tuple[Operation, ...]:
-    """The operations that these results need: what is called for its effects alone belongs to the step."""
-    needed, kept = set(results), []
-    for operation in reversed(operations):
-        if needed.intersection(operation.outputs):
-            kept.append(operation)
-            needed.update(v for v in operation.inputs if not isinstance(v, Constant))
-    return tuple(reversed(kept))
 
 
 def separate_opaque_uses(model: StepModel, dep: Dependence) -> StepModel:

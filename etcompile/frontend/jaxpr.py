@@ -53,6 +53,7 @@ __all__ = [
     "is_staged",
     "is_traced",
     "jvp_graph",
+    "needed_operations",
     "run_jaxpr",
     "run_operations",
     "staged",
@@ -264,6 +265,20 @@ def run_operations(operations: Iterable[Operation], env: dict[int, Any]) -> dict
         results = bind(operation, [read(env, v) for v in operation.inputs])
         env.update(zip(operation.outputs, results, strict=True))
     return env
+
+
+def needed_operations(
+    operations: Sequence[Operation],
+    results: Iterable[Operand],
+    kept: Callable[[Operation], bool] = lambda operation: False,
+) -> tuple[Operation, ...]:
+    """Those that make results, or what they are made of; and those that are ``kept`` in any case, with what these read."""
+    needed, found = set(variables(results)), []
+    for operation in reversed(operations):
+        if kept(operation) or not needed.isdisjoint(operation.outputs):
+            found.append(operation)
+            needed.update(variables(operation.inputs))
+    return tuple(reversed(found))
 
 
 def variables(operands: Iterable[Operand]) -> list[int]:
@@ -907,13 +922,9 @@ def without_derivative(operation: Operation) -> bool:
 
 
 def _without_dead(graph: Graph) -> Graph:
-    needed = {v for v in graph.outputs if not isinstance(v, Constant)}
-    kept = []
-    for operation in reversed(graph.operations):
-        if has_effects(operation) or any(v in needed for v in operation.outputs):
-            kept.append(operation)
-            needed.update(v for v in operation.inputs if not isinstance(v, Constant))
-    return dataclasses.replace(graph, operations=tuple(reversed(kept)))
+    return dataclasses.replace(
+        graph, operations=needed_operations(graph.operations, graph.outputs, has_effects)
+    )
 
 
 def with_copies(graph: Graph, positions: Sequence[int]) -> Graph:

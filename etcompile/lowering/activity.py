@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.groups import HiddenGroup
-from etcompile.frontend.jaxpr import Graph, Operation, variables
+from etcompile.frontend.jaxpr import Graph, needed_operations, variables
 from etcompile.lowering.derivatives import LoweredModel
 
 __all__ = ["Activity"]
@@ -45,7 +45,9 @@ class Activity:
         seen = [_shown(model, group) for group in analysis.groups]
         results = tuple(dict.fromkeys(v for shown in seen for v in shown))
         new = step.new_state_vars
-        graph = _needed(dataclasses.replace(step.graph, outputs=(*results, *new)))
+        outputs = (*results, *new)
+        needed = needed_operations(step.graph.operations, outputs)
+        graph = dataclasses.replace(step.graph, operations=needed, outputs=outputs)
         names = [_name(analysis, group) for group in analysis.groups]
         return cls(tuple(names), graph, tuple(tuple(results.index(v) for v in shown) for shown in seen))
 
@@ -82,14 +84,3 @@ def _name(analysis: Analysis, group: HiddenGroup) -> str:
         return paths[0]
     within = posixpath.commonpath([path.replace(".", "/") for path in paths])
     return within.replace("/", ".") or "+".join(paths)
-
-
-def _needed(graph: Graph) -> Graph:
-    """The graph without what its results do not need."""
-    needed = set(variables(graph.outputs))
-    kept: list[Operation] = []
-    for operation in reversed(graph.operations):
-        if not needed.isdisjoint(operation.outputs):
-            kept.append(operation)
-            needed.update(variables(operation.inputs))
-    return dataclasses.replace(graph, operations=tuple(reversed(kept)))

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from etcompile.errors import DependencyError, OptionError
+from etcompile.errors import OptionError
+from etcompile.extras import from_extra
 
 __all__ = ["obgd", "optax_module"]
 
@@ -91,13 +92,4 @@ def obgd(learning_rate: Any = 1.0, kappa: float = 2.0) -> Any:
 
 def optax_module(what: str) -> Any:
     """The package optax, or an error that says what needs it."""
-    try:
-        import optax
-    except ImportError as error:
-        raise DependencyError(
-            f"{what} needs optax.",
-            got=str(error),
-            expected="the extra 'train' of etcompile",
-            hint="pip install 'etcompile[train]'",
-        ) from error
-    return optax
+    return from_extra("train", "optax", f"{what} needs optax.")

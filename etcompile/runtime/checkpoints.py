@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from etcompile.compiled import Compiled
-from etcompile.errors import CheckpointError, DependencyError, OptionError
+from etcompile.errors import CheckpointError, OptionError
+from etcompile.extras import from_extra
 from etcompile.frontend.jaxpr import Constant
 from etcompile.frontend.step_model import leaf_names
 from etcompile.integers import as_integer, positive_integer
@@ -496,16 +497,7 @@ def _compare(where: str, there: dict[str, Any], here: dict[str, Any]) -> None:
 
 
 def _orbax() -> Any:
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError as error:
-        raise DependencyError(
-            "checkpoints need orbax-checkpoint.",
-            got=str(error),
-            expected="the extra 'checkpoint' of etcompile",
-            hint="pip install 'etcompile[checkpoint]'",
-        ) from error
-    return ocp
+    return from_extra("checkpoint", "orbax.checkpoint", "checkpoints need orbax-checkpoint.")
 
 
 def _read(manager: Any, at: int, where: str, **item: Any) -> Any:

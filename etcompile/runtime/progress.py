@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from etcompile.errors import DependencyError, InputError, OptionError
+from etcompile.errors import InputError, OptionError
+from etcompile.extras import from_extra
 from etcompile.frontend.jaxpr import is_traced
 from etcompile.lowering.functions import Carry
 from etcompile.lowering.losses import Loss, LossValue
@@ -233,16 +234,8 @@ def _own_progress() -> Progress:
 def _check_progress(progress: Any) -> None:
     if progress is False:
         return
-    try:
-        from rich.progress import Progress
-    except ImportError as error:
-        raise DependencyError(
-            "a progress bar needs rich.",
-            got=str(error),
-            expected="the extra 'train' of etcompile",
-            hint="pip install 'etcompile[train]'",
-        ) from error
-    if progress is not True and not isinstance(progress, Progress):
+    rich = from_extra("train", "rich.progress", "a progress bar needs rich.")
+    if progress is not True and not isinstance(progress, rich.Progress):
         raise OptionError(
             "progress must be True, False or a rich.progress.Progress.", got=f"progress={progress!r}"
         )

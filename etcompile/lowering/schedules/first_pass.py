@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from etcompile.analysis.index_rules import CHEAP
-from etcompile.frontend.jaxpr import Operation, has_effects, read, run_operations, variables
+from etcompile.frontend.jaxpr import (
+    Operation,
+    has_effects,
+    needed_operations,
+    read,
+    run_operations,
+    variables,
+)
 from etcompile.lowering.derivatives import LoweredModel
 from etcompile.lowering.mapped import mapped
 from etcompile.lowering.schedules.split import expands
@@ -182,14 +189,11 @@ class FirstPass:
 
         Also those that read something wide and make less of it: it is there, and need not be read again for all steps.
         """
-        needed = {v for v in self._after if isinstance(v, int)}
-        found: list[Operation] = []
-        for operation in reversed(self._graph.operations):
-            wanted = has_effects(operation) or (operation.loop is None and self._narrows(operation))
-            if wanted or not needed.isdisjoint(operation.outputs):
-                needed.update(variables(operation.inputs))
-                found.append(operation)
-        return tuple(reversed(found))
+
+        def kept(operation: Operation) -> bool:
+            return has_effects(operation) or (operation.loop is None and self._narrows(operation))
+
+        return needed_operations(self._graph.operations, self._after, kept)
 
     @cached_property
     def _costly(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from etcompile.errors import DependencyError
+from etcompile.extras import from_extra
 from etcompile.integers import positive_integer
 from etcompile.runtime.observing.observer import Observation, Observer
 
@@ -64,16 +64,8 @@ class Dashboard(Observer):
     draws = True
 
     def __init__(self, title: str = "learning", rows: int = 12, console: Console | None = None) -> None:
-        try:
-            from rich.live import Live
-        except ImportError as error:
-            raise DependencyError(
-                "a dashboard needs rich.",
-                got=str(error),
-                expected="the extra 'train' of etcompile",
-                hint="pip install 'etcompile[train]'",
-            ) from error
-        self._live_of = lambda: Live(self._drawn(), console=console, refresh_per_second=8)
+        live = from_extra("train", "rich.live", "a dashboard needs rich.")
+        self._live_of = lambda: live.Live(self._drawn(), console=console, refresh_per_second=8)
         self._title = title
         self._rows = positive_integer("rows", rows)
         self._live: Any = None

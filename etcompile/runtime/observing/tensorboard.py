@@ -6,7 +6,8 @@ import itertools
 import os
 from typing import Any
 
-from etcompile.errors import DependencyError, OptionError
+from etcompile.errors import OptionError
+from etcompile.extras import from_extra
 from etcompile.runtime.observing.observer import Observation, Observer
 
 __all__ = ["TensorBoard"]
@@ -97,14 +98,6 @@ class TensorBoard(Observer):
 
 
 def _writer(logdir: str) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise DependencyError(
-            "TensorBoard's files need tensorboardX.",
-            got=str(error),
-            expected="the extra 'tensorboard' of etcompile",
-            hint="pip install 'etcompile[tensorboard]'",
-        ) from error
+    package = from_extra("tensorboard", "tensorboardX", "TensorBoard's files need tensorboardX.")
     # The file's own name has the second: two runs of one second would write over each other.
-    return SummaryWriter(logdir, filename_suffix=f".{os.getpid()}.{next(_NUMBERS)}")
+    return package.SummaryWriter(logdir, filename_suffix=f".{os.getpid()}.{next(_NUMBERS)}")
