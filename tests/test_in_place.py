@@ -108,3 +108,17 @@ def test_no_trace_is_copied_that_need_not_be(name, options):
     assert updates
     for dims, kernel in updates:  # D and f, once for each unit and not for each weight
         assert not smaller_work(kernel, dims), kernel
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts what XLA does on a CPU")
+@pytest.mark.parametrize("name", ["leaky", "gated"])
+def test_a_trace_is_read_before_the_end_of_a_chunk_takes_its_place(name):
+    fn, states, _ = MODELS[name]
+    step = compiled(fn, states)
+    run = step.scan_value_and_grad(lambda out, y: jnp.mean((out - y) ** 2), chunk=STEPS // 2)
+    xs, ys = jnp.ones((2 * STEPS, BATCH, INPUTS)), jnp.zeros((2 * STEPS, BATCH, OUT))
+    text = brainstate.transform.jit(run).lower(xs, ys).compile().as_text()
+    (shape,) = {v.shape for v in jax.tree.leaves(step.traces) if v.ndim == 3}
+    trace = "f64[" + ",".join(map(str, shape)) + "]"
+    bodies = [body for body in loops(text) if f"= {trace}" in body]
+    assert bodies and not any(re.search(re.escape(f"= {trace}") + r"\S* copy\(", body) for body in bodies)

@@ -26,8 +26,9 @@ from etcompile.lowering.feedback import FEEDBACK
 from etcompile.lowering.layers import LAYERS, Operator, args_by_rows, contract_layer, operate, pull_rows
 from etcompile.lowering.sensitivities import SENSITIVITIES
 from etcompile.lowering.snap import advance, contract_snap, snap_immediate
+from etcompile.sites.operation import Span
 
-__all__ = ["EVALUATE", "Context", "Loss", "evaluate", "register_evaluator", "resolve_function"]
+__all__ = ["EVALUATE", "Context", "Loss", "covered", "evaluate", "register_evaluator", "resolve_function"]
 
 Value = Any
 
@@ -278,7 +279,20 @@ def _pullback(context: Context, equation: Equation, args: Sequence[Value]) -> Va
     made_of = context.program.equation(_name(equation.args[0])).type
     if made_of.kind in ("row_factor", "unit_factor") and credit is not None:
         return pull_rows(context, made_of.of, x, credit)
-    return None if credit is None else context.model.sites[equation.type.of].pullback(x, credit)
+    if credit is None:
+        return None
+    site, span = context.model.sites[equation.type.of], covered(context, equation.args[1])
+    return site.pullback(x, credit) if span is None else site.pulled_within(x, credit, span, steps=False)
+
+
+def covered(context: Context, credit: Argument) -> Span | None:
+    """The span of y outside of which a credit is zero, if it is known: what a relation's trace covers."""
+    if not isinstance(credit, Ref):
+        return None
+    e = context.program.equation(credit.name)
+    if e.op != "back" or not isinstance(e.args[1], Ref):
+        return None
+    return context.model.traces[context.program.equation(e.args[1].name).type.of].relation.span
 
 
 def _map(context: Context, equation: Equation, args: Sequence[Value]) -> Value:

@@ -215,11 +215,11 @@ class TraceGeometry:
         spread = jnp.squeeze(spread, narrow)
         if self.relation.fan:  # products with as many axes have no 16-bit form on every device
             credits, spread = credits.astype(dtype), spread.astype(dtype)
+        # Examples before time: XLA multiplies them where they lie, and would turn each of them around else.
+        both = [a for a in wide if a <= n_y]
         return jnp.einsum(
-            credits,
-            [0, *axes[:n_y]],
-            spread,
-            [0, *wide],
+            *_led_by(both, spread, [0, *wide]),
+            *_led_by(both, credits, [0, *axes[:n_y]]),
             out,
             preferred_element_type=dtype,
         )
@@ -276,6 +276,12 @@ class TraceGeometry:
         for of_y, of_weight in self.site.shared:
             slices[of_weight] = slice(*self.relation.span[of_y])
         return gradient[tuple(slices)]
+
+
+def _led_by(first: Sequence[int], value: Array, axes: Sequence[int]) -> tuple[Array, list[int]]:
+    """An array with these of its axes in front, and its axes then."""
+    order = [*first, *(a for a in axes if a not in first)]
+    return jnp.transpose(value, [axes.index(a) for a in order]), order
 
 
 def _folded(value: Array, first: int, last: int, sizes: tuple[int, ...]) -> Array:

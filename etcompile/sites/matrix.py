@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cached_property
 
 import jax.numpy as jnp
 
-from etcompile.sites.operation import Array, Product, WeightUse
+from etcompile.sites.operation import Array, Presynaptic, Product, Span, WeightUse
 
 __all__ = ["Matrix"]
 
@@ -58,3 +59,59 @@ class Matrix(Product):
         ones = (1,) * len(self._axes[1])
         shape = (*head, *middle, *ones, *tail) if other == 0 else (*head, *ones, *middle, *tail)
         return moved.reshape(shape).astype(self.y.dtype)
+
+    def narrowed(self, span: Span) -> Matrix | None:
+        sizes, weight = [stop - start for start, stop in span], list(self.weight.shape)
+        batch = len(self._axes[0])
+        for of_y, of_weight in self.shared[batch:]:
+            weight[of_weight] = sizes[of_y]
+        cut = [
+            of_y for of_y, n in enumerate(self.y.shape) if of_y not in self.kept[batch:] and sizes[of_y] < n
+        ]
+        if cut:
+            return None
+        return dataclasses.replace(
+            self,
+            weight=dataclasses.replace(self.weight, shape=tuple(weight)),
+            y=dataclasses.replace(self.y, shape=tuple(sizes)),
+        )
+
+    def _pulled_at_once(self, x: Presynaptic | Array, credit: Array) -> Array:
+        # What linear_transpose makes of a product over time and batch turns the credit around first; with its operands in the
+        # order of the weight's axes nothing large is turned around.
+        assert self.operation is not None
+        params = self.operation.params
+        if params.get("out_sharding") is not None:
+            return super()._pulled_at_once(x, credit)
+        (factor,) = x if isinstance(x, tuple) else self.presynaptic_of(x)
+        of_factor, of_y = self._labels
+        operands = [(factor, of_factor), (credit.astype(self.y.dtype), of_y)]
+        batch, _, contracted = self._axes
+        first_of_own = next((a for a in range(len(self.weight.shape)) if a not in batch), None)
+        if first_of_own not in contracted:
+            operands.reverse()
+        return jnp.einsum(
+            *(part for operand in operands for part in operand),
+            list(range(len(self.weight.shape))),
+            precision=params["precision"],
+            preferred_element_type=params["preferred_element_type"],
+        ).astype(self.weight.dtype)
+
+    @cached_property
+    def _labels(self) -> tuple[list[int], list[int]]:
+        """Axes of the factor and of y, one for steps in front: those of the weight by number, others by numbers behind."""
+        assert self.operation is not None
+        own = len(self.weight.shape)
+        steps, first = own, own + 1
+        (contracted, batch), (of_batch, free, of_contracted) = (
+            [pair[1 - self.operand] for pair in self.operation.params["dimension_numbers"]],
+            self._axes,
+        )
+        known = {
+            **dict(zip(batch, of_batch, strict=True)),
+            **dict(zip(contracted, of_contracted, strict=True)),
+        }
+        labels = [known.get(axis, first + axis) for axis in range(len(self.others[0].shape))]
+        alone = [label for label in labels if label >= first]
+        halves = (list(free), alone) if self.operand == 0 else (alone, list(free))
+        return [steps, *labels], [steps, *of_batch, *halves[0], *halves[1]]

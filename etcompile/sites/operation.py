@@ -30,6 +30,8 @@ Array = Any
 TRACE_LIMIT = 1 << 26
 #: What an operation reads beside the weight; an array alone is a factor.
 Presynaptic = tuple[Array, ...]
+#: Where along each axis of y a part of it begins and ends.
+Span = tuple[tuple[int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -254,6 +256,24 @@ class WeightOperation(SiteKind):
         weight = jax.ShapeDtypeStruct(self.weight.shape, self.weight.dtype)
         pull = jax.linear_transpose(lambda v: jax.vmap(lambda now: self.respond(v, now))(x), weight)
         return pull(credit.astype(self.y.dtype))[0]
+
+    def narrowed(self, span: Span) -> WeightOperation | None:
+        """The operation that makes this part of y alone, of a part of the weight; None where there is none of the kind."""
+        return None
+
+    def pulled_within(self, x: Presynaptic | Array, credit: Array, span: Span, steps: bool) -> Array:
+        """:meth:`pullback`, or with ``steps`` :meth:`pullback_of_steps`, of a credit that is zero outside of a span of y."""
+        part = self if span == tuple((0, n) for n in self.y.shape) else self.narrowed(span)
+        if part is None or part is self:
+            return self.pullback_of_steps(x, credit) if steps else self.pullback(x, credit)
+        inside = tuple(slice(*ends) for ends in span)
+        inner = credit[(slice(None), *inside)] if steps else credit[inside]
+        found = part.pullback_of_steps(x, inner) if steps else part.pullback(x, inner)
+        pads = [(0, 0, 0)] * found.ndim
+        for of_y, of_weight in self.shared:
+            start, stop = span[of_y]
+            pads[of_weight] = (start, self.y.shape[of_y] - stop, 0)
+        return lax.pad(found, jnp.zeros((), found.dtype), pads)
 
     # -- size -----------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ The states of all steps come from a first pass that does nothing else. Derivativ
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +29,7 @@ from etcompile.ir.kinds import KINDS
 from etcompile.ir.ops import OPS
 from etcompile.ir.program import Argument, Ref
 from etcompile.lowering.causal import CausalProgram, Traces
-from etcompile.lowering.evaluate import Context, evaluate
+from etcompile.lowering.evaluate import Context, covered, evaluate
 from etcompile.lowering.losses import LossValue, loss_and_cotangents, replaced
 from etcompile.lowering.mapped import mapped
 from etcompile.lowering.schedules.base import Found, Loop, Run, SequenceSchedule, Steps
@@ -42,6 +42,7 @@ from etcompile.lowering.schedules.split import Blocks
 from etcompile.lowering.schedules.traffic import chunks_pay_off
 from etcompile.lowering.sums import added, by_name
 from etcompile.schedule import Schedule
+from etcompile.sites.operation import Span
 
 __all__ = ["Chunked", "refuse_too_large"]
 
@@ -135,12 +136,12 @@ class Chunked(SequenceSchedule):
         values = self._after_filters(values)
         recurrences = self._recurrences(values, traces)
         if self._pulled is None:
-            sites = self._gradients(recurrences, values, traces)
+            sites, starts = self._gradients(recurrences, values, traces)
         else:
             seen = (passed.before, passed.costly, inputs, *asked)
             pulled = self._pulled(run.weights, seen, self._blocks(run.weights, passed, inputs))
-            sites = self._gradients_of_pulled(self._pulled, pulled, values, traces)
-        traces = self.causal.stored({**filters, **self._ends(recurrences, values, traces)})
+            sites, starts = self._gradients_of_pulled(self._pulled, pulled, values, traces)
+        traces = self.causal.stored({**filters, **self._ends(recurrences, values, traces, starts)})
         sums = added(loop.sums, by_name(sites, own))
         return Loop(passed.states, traces, sums, found.carried), (found.value, found.aux)
 
@@ -180,7 +181,7 @@ class Chunked(SequenceSchedule):
             return dataclasses.replace(loop, states=passed.states), outputs
         traces = self.causal.carried.wide(loop.traces)
         values, filters = self._filtered(values, traces)
-        ends = self._ends(self._recurrences(values, traces), values, traces)
+        ends = self._ends(self._recurrences(values, traces), values, traces, {})
         return Loop(passed.states, self.causal.stored({**filters, **ends}), loop.sums, loop.carried), outputs
 
     def _at_all_steps(
@@ -265,35 +266,46 @@ class Chunked(SequenceSchedule):
         """The traces of the chunk, class by class."""
         return [self._recurrence(one, values, traces) for one in self._equations.classes]
 
-    def _traces_of(self, recurrence: Recurrence) -> Iterator[tuple[str, RelationTraces]]:
-        """The traces of each relation of a class, with the site whose weight they are for."""
+    def _traces_of(self, recurrence: Recurrence) -> Iterator[RelationTraces]:
+        """The traces of each relation of a class."""
         for relation, equations in recurrence.traces.traces.items():
-            geometry = self.causal.model.traces[relation]
             lent = [(e, first.name) for e, first in zip(equations, recurrence.traces.first, strict=True)]
-            yield geometry.relation.site, RelationTraces(geometry, lent)
+            yield RelationTraces(self.causal.model.traces[relation], lent)
 
     def _gradients(
         self, recurrences: list[Recurrence], values: dict[str, Value], traces: Traces
-    ) -> dict[str, Array]:
-        """Gradients of the sites, summed over the chunk."""
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Gradients of the sites, summed over the chunk; and what of them came from the traces before it, by relation."""
         weight = self._weights(values)
         credits: dict[tuple[str, str], Array] = {}  # of y for all steps, by the x that meets it and the site
+        spans: dict[tuple[str, str], set[Span | None]] = {}  # outside of which such a credit is zero
         gradients: dict[str, Array] = {}
+        starts: dict[str, Array] = {}
         for e in self._equations.gradients:  # q_t, which needs no trace
             if OPS[e.op].pulls_back and e.name in weight:
                 x, q = map(referred, e.args)
                 if values[value_key(q)] is not None:
                     q_t = weighted(values[value_key(q)], weight[e.name])
-                    _add(credits, (value_key(x), self._equation(x.name).type.of), q_t)
+                    key = (value_key(x), self._equation(x.name).type.of)
+                    _add(credits, key, q_t)
+                    spans.setdefault(key, set()).add(covered(self._quiet, q))
         for recurrence in recurrences:
             a_t, a_0 = recurrence.asked(weight)
-            for site, own in self._traces_of(recurrence):
+            for own in self._traces_of(recurrence):
                 for x, credit in own.credits(values, a_t):
-                    _add(credits, (x, site), credit)  # f_t a_t
-                _add(gradients, site, own.gradient_of_start(traces, a_0))  # a_0 e_0
+                    _add(credits, (x, own.site), credit)  # f_t a_t
+                    spans.setdefault((x, own.site), set()).add(own.geometry.relation.span)
+                _add(starts, own.relation, own.gradient_of_start(traces, a_0))  # a_0 e_0
+                _add(gradients, own.site, starts.get(own.relation))
         for (x, site), credit in credits.items():  # sum_t pullback(x_t, q_t + f_t a_t)
-            _add(gradients, site, self.causal.model.sites[site].pullback_of_steps(values[x], credit))
-        return gradients
+            does, (span, *others) = self.causal.model.sites[site], spans[x, site]
+            found = (
+                does.pullback_of_steps(values[x], credit)
+                if span is None or others
+                else does.pulled_within(values[x], credit, span, steps=True)
+            )
+            _add(gradients, site, found)
+        return gradients, starts
 
     def _blocks(self, weights: list[Array], passed: Passed, inputs: list[Array]) -> Blocks | None:
         """Blocks of the first pass, in which wide states are made again where the loop of credits needs them."""
@@ -311,10 +323,11 @@ class Chunked(SequenceSchedule):
 
     def _gradients_of_pulled(
         self, loop: PulledCredit, pulled: Pulled, values: dict[str, Value], traces: Traces
-    ) -> dict[str, Array]:
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
         """The same where one loop finds all credits of y."""
         model = self.causal.model
         gradients: dict[str, Array] = {}
+        starts: dict[str, Array] = {}
         for site, gradient in pulled.gradients.items():
             _add(gradients, site, gradient)
         for site, credit in pulled.credits.items():
@@ -322,19 +335,34 @@ class Chunked(SequenceSchedule):
             _add(gradients, site, model.sites[site].pullback_of_steps(x, credit))
         for one in self._equations.classes:
             for relation, equations in one.traces.items():
-                geometry = model.traces[relation]
-                own = RelationTraces(geometry, [(e, e.name) for e in equations])
+                own = RelationTraces(model.traces[relation], [(e, e.name) for e in equations])
                 asked = {e.name: pulled.start[one.group] for e in equations if e.name in self._carried}
-                _add(gradients, geometry.relation.site, own.gradient_of_start(traces, asked))
-        return gradients
+                _add(starts, relation, own.gradient_of_start(traces, asked))
+                _add(gradients, own.site, starts.get(relation))
+        return gradients, starts
 
-    def _ends(self, recurrences: list[Recurrence], values: dict[str, Value], traces: Traces) -> Traces:
-        """The traces after the chunk: r_0 e_0 + sum_t (r_t f_t) (x) x_t."""
+    def _ends(
+        self,
+        recurrences: list[Recurrence],
+        values: dict[str, Value],
+        traces: Traces,
+        starts: Mapping[str, Array],
+    ) -> Traces:
+        """The traces after the chunk: r_0 e_0 + sum_t (r_t f_t) (x) x_t.
+
+        ``starts`` is what of the gradients is made of e_0, by relation: each trace is overwritten after it was read.
+        """
         ends: Traces = {}
+        before: list[
+            Array
+        ] = []  # one trace after the other, or what each is made of would be held for all at a time
         for recurrence in recurrences:
             r = recurrence.left()
-            for _, own in self._traces_of(recurrence):
-                ends.update(own.at_end(values, traces, r))
+            for own in self._traces_of(recurrence):
+                done = [*before, *([starts[own.relation]] if own.relation in starts else [])]
+                found = own.at_end(values, traces, r, done)
+                ends.update(found)
+                before = list(jax.tree.leaves(found))
         return ends
 
     def _weights(self, values: dict[str, Value]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The first pass over a chunk: its states, and with them what was computed at a price; no derivatives.
 
 What reads no state (encoders, embeddings, convolutions of the input) leaves the loop: it is computed for all steps at once.
+So does the part of a product that reads none (:mod:`etcompile.lowering.schedules.divided`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from etcompile.frontend.jaxpr import (
 )
 from etcompile.lowering.derivatives import LoweredModel
 from etcompile.lowering.mapped import mapped
+from etcompile.lowering.schedules.divided import divided_products
 from etcompile.lowering.schedules.split import expands
 
 __all__ = ["FirstPass", "Passed", "in_blocks"]
@@ -78,11 +80,14 @@ class _Parts:
         What they make that the loop reads.
     inside : tuple of Operation
         The loop's; some that are cheap stand in both.
+    once : tuple of Operation
+        Parts of weights, which both read.
     """
 
     ahead: tuple[Operation, ...]
     across: tuple[int, ...]
     inside: tuple[Operation, ...]
+    once: tuple[Operation, ...]
 
 
 class FirstPass:
@@ -93,12 +98,15 @@ class FirstPass:
         self._wide = wide
         self._model = model
         self._graph = model.analysis.split.body
+        self._weights = self._graph.inputs[: len(model.weight_vars)]
         self._states = model.analysis.model.state_vars
+        self._divided_graph = divided_products(self._graph, self._weights, self._states)
+        self._avals = self._divided_graph.avals
         self._after = model.analysis.model.new_state_vars
 
     def __call__(self, weights: list[Array], states: list[Array], inputs: list[Array]) -> Passed:
         """Run it; ``inputs`` have time on axis 0."""
-        parts, values = self._parts, partial(self._values, weights)
+        parts, values = self._parts, partial(self._values, self._once(weights))
 
         def first(x: list[Array]) -> dict[int, Array]:
             env = run_operations(parts.ahead, values(None, x))
@@ -130,20 +138,26 @@ class FirstPass:
 
     def again(self, weights: list[Array], start: list[Array], given: Any) -> list[Array]:
         """States before each step of a block; ``given`` has the inputs of its steps and what of them is known."""
+        once = self._once(weights)
 
         def forward(now: list[Array], given: Any) -> tuple[list[Array], list[Array]]:
             x, known = given
             left = [
                 operation for operation in self._parts.inside if not set(operation.outputs) <= known.keys()
             ]
-            env = run_operations(left, {**self._values(weights, now, x), **known})
+            env = run_operations(left, {**self._values(once, now, x), **known})
             return [read(env, v) for v in self._after], now
 
         return lax.scan(forward, start, given)[1]
 
-    def _values(self, weights: list[Array], now: list[Array] | None, x: list[Array]) -> dict[int, Array]:
+    def _once(self, weights: list[Array]) -> dict[int, Array]:
+        """Weights, and what the same parts of them are in every step."""
+        return run_operations(self._parts.once, dict(zip(self._weights, weights, strict=True)))
+
+    def _values(self, once: dict[int, Array], now: list[Array] | None, x: list[Array]) -> dict[int, Array]:
         own = [None] * len(self._states) if now is None else now
-        return dict(zip(self._graph.inputs, [*weights, *own, *x], strict=True))
+        given = zip(self._graph.inputs[len(self._weights) :], [*own, *x], strict=True)
+        return {**once, **dict(given)}
 
     @cached_property
     def remade(self) -> tuple[int, ...]:
@@ -172,10 +186,10 @@ class FirstPass:
         return {v for operation in nonlinear for v in variables(operation.inputs)}
 
     def _bytes(self, variables: Iterable[int]) -> int:
-        return sum(a.size * a.dtype.itemsize for a in (self._graph.avals[v] for v in variables))
+        return sum(a.size * a.dtype.itemsize for a in (self._avals[v] for v in variables))
 
     def _is_wide(self, variable: int) -> bool:
-        return self._wide is not None and self._graph.avals[variable].size > self._wide
+        return self._wide is not None and self._avals[variable].size > self._wide
 
     def _narrows(self, operation: Operation) -> bool:
         """Whether an operation makes of something wide what is not."""
@@ -185,6 +199,9 @@ class FirstPass:
 
     @cached_property
     def _needed(self) -> tuple[Operation, ...]:
+        return self._needed_of(self._graph.operations)
+
+    def _needed_of(self, operations: Sequence[Operation]) -> tuple[Operation, ...]:
         """Operations on the way to the new states, and those that do something beside their results.
 
         Also those that read something wide and make less of it: it is there, and need not be read again for all steps.
@@ -193,7 +210,7 @@ class FirstPass:
         def kept(operation: Operation) -> bool:
             return has_effects(operation) or (operation.loop is None and self._narrows(operation))
 
-        return needed_operations(self._graph.operations, self._after, kept)
+        return needed_operations(operations, self._after, kept)
 
     @cached_property
     def _costly(self) -> tuple[int, ...]:
@@ -207,17 +224,18 @@ class FirstPass:
         return (costly or self._narrows(operation)) and all(map(self._is_plain, operation.outputs))
 
     def _expands(self, operation: Operation) -> bool:
-        return self._wide is not None and expands(operation, self._graph.avals, self._wide)
+        return self._wide is not None and expands(operation, self._avals, self._wide)
 
     def _is_plain(self, variable: int) -> bool:
-        return not jnp.issubdtype(self._graph.avals[variable].dtype, jax.dtypes.extended)
+        return not jnp.issubdtype(self._avals[variable].dtype, jax.dtypes.extended)
 
     @cached_property
     def _parts(self) -> _Parts:
+        once, needed = self._divided
         still = set(self._model.analysis.model.input_vars)  # made of inputs, and of no state
         moving = set(self._states)
         costly: set[int] = set()  # of what is still: made by a costly operation, or of what one makes
-        for operation in self._needed:
+        for operation in needed:
             reads = set(variables(operation.inputs))
             if has_effects(operation) or not moving.isdisjoint(reads):
                 moving.update(operation.outputs)
@@ -227,17 +245,32 @@ class FirstPass:
                     continue
                 if self._is_costly(operation) or not costly.isdisjoint(reads):
                     costly.update(operation.outputs)
-        away = [not costly.isdisjoint(operation.outputs) for operation in self._needed]
-        inside = [operation for operation, leaves in zip(self._needed, away, strict=True) if not leaves]
+        away = [not costly.isdisjoint(operation.outputs) for operation in needed]
+        inside = [operation for operation, leaves in zip(needed, away, strict=True) if not leaves]
         wanted = {v for operation in inside for v in variables(operation.inputs)} | set(self._after)
         ahead: list[Operation] = []
         needs: set[int] = set()
-        for operation, leaves in zip(reversed(self._needed), reversed(away), strict=True):
+        for operation, leaves in zip(reversed(needed), reversed(away), strict=True):
             if leaves or not needs.isdisjoint(operation.outputs):  # what is cheap before them is done twice
                 needs.update(variables(operation.inputs))
                 ahead.append(operation)
         across = tuple(v for v in costly if v in wanted)
-        return _Parts(tuple(reversed(ahead)), across, tuple(inside))
+        return _Parts(tuple(reversed(ahead)), across, tuple(inside), once)
+
+    @cached_property
+    def _divided(self) -> tuple[tuple[Operation, ...], tuple[Operation, ...]]:
+        """The needed operations with products divided: those that take parts of weights, and all others."""
+        of_weights, once, others = set(self._weights), [], []
+        for operation in self._needed_of(self._divided_graph.operations):
+            own = any(
+                v < len(self._graph.avals) for v in operation.outputs
+            )  # the model's, not one that was added
+            if not own and of_weights.issuperset(variables(operation.inputs)):
+                of_weights.update(operation.outputs)
+                once.append(operation)
+            else:
+                others.append(operation)
+        return tuple(once), tuple(others)
 
 
 def in_blocks(tree: Any, size: int) -> Any:

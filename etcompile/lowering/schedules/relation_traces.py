@@ -17,6 +17,7 @@ from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation, Ref
 from etcompile.lowering.causal import Traces
 from etcompile.lowering.geometry import TraceGeometry
+from etcompile.lowering.in_place import known_after
 from etcompile.lowering.schedules.recurrence import Left, Rows, referred, value_key
 
 __all__ = ["RelationTraces"]
@@ -38,6 +39,15 @@ class RelationTraces:
 
     geometry: TraceGeometry
     equations: Sequence[tuple[Equation, str]]
+
+    @property
+    def relation(self) -> str:
+        return self.geometry.relation.name
+
+    @property
+    def site(self) -> str:
+        """The site whose weight they are for."""
+        return self.geometry.relation.site
 
     @property
     def _added(self) -> Iterator[tuple[Ref, Ref, str]]:
@@ -67,19 +77,33 @@ class RelationTraces:
         return self.geometry.contract(pairs) if pairs else None
 
     def at_end(
-        self, values: Mapping[str, Value], traces: Traces, left: Mapping[str, Sequence[Left]]
+        self,
+        values: Mapping[str, Value],
+        traces: Traces,
+        left: Mapping[str, Sequence[Left]],
+        done: Sequence[Array] = (),
     ) -> Traces:
-        """e_C = r_0 e_0 + sum_t (r_t f_t) (x) x_t, for each trace that is carried."""
+        """e_C = r_0 e_0 + sum_t (r_t f_t) (x) x_t, for each trace that is carried; ``done`` is what is known before.
+
+        Who reads e_0 besides belongs there: then e_C takes its place, and no copy is made.
+        """
         return {
             e.name: tuple(
-                None if e_0 is None else self._row(e_0, values, traces, of_row)
+                None if e_0 is None else self._row(e_0, values, traces, of_row, done)
                 for e_0, of_row in zip(traces[e.name], left[lent], strict=True)
             )
             for e, lent in self.equations
             if lent in left
         }
 
-    def _row(self, like: Array, values: Mapping[str, Value], traces: Traces, left: Left) -> Array:
+    def _row(
+        self,
+        like: Array,
+        values: Mapping[str, Value],
+        traces: Traces,
+        left: Left,
+        done: Sequence[Array],
+    ) -> Array:
         """One row of a trace at the end: of all rows of all traces, and of all that was added, what is left in it."""
         assert left is not None
         r_t, r_0 = left
@@ -89,7 +113,7 @@ class RelationTraces:
         for e, lent in self.equations:
             for r, e_0 in zip(r_0[lent], traces[e.name], strict=True) if lent in r_0 else ():
                 if r is not None and e_0 is not None:
-                    kept = self.geometry.spread(self.geometry.from_positions(r))
+                    kept = self.geometry.spread(self.geometry.from_positions(known_after(r, done)))
                     total = total + (kept * e_0).astype(like.dtype)
             if lent in added:
                 f, x = map(value_key, added[lent])
@@ -98,5 +122,5 @@ class RelationTraces:
                         part = jax.vmap(self.geometry.from_positions)(r) * f_t
                         credits[x] = credits[x] + part if x in credits else part
         for x, credit in credits.items():
-            total = total + self.geometry.accumulate(credit, values[x]).astype(like.dtype)
+            total = total + self.geometry.accumulate(known_after(credit, done), values[x]).astype(like.dtype)
         return total
