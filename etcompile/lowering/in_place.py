@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["computed_once", "in_rows", "known_after", "sum_products", "undivided_sums"]
+__all__ = ["all_known_after", "computed_once", "in_rows", "known_after", "sum_products", "undivided_sums"]
 
 Array = Any
 
@@ -42,6 +42,11 @@ def known_after(value: Array, results: Sequence[Array]) -> Array:
                 value.dtype
             )
     return value
+
+
+def all_known_after(tree: Any, results: Sequence[Array]) -> Any:
+    """:func:`known_after` for each array of a tree."""
+    return jax.tree.map(lambda value: known_after(value, results), tree)
 
 
 def computed_once(value: Array, other: Array) -> Array:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import jax.numpy as jnp
@@ -77,22 +79,22 @@ class Matrix(Product):
         )
 
     def _pulled_at_once(self, x: Presynaptic | Array, credit: Array) -> Array:
-        # What linear_transpose makes of a product over time and batch turns the credit around first; with its operands in the
-        # order of the weight's axes nothing large is turned around.
+        # One product of matrices as they lie in memory: what linear_transpose makes of it turns the credit around first.
         assert self.operation is not None
         params = self.operation.params
         if params.get("out_sharding") is not None:
             return super()._pulled_at_once(x, credit)
         (factor,) = x if isinstance(x, tuple) else self.presynaptic_of(x)
         of_factor, of_y = self._labels
-        operands = [(factor, of_factor), (credit.astype(self.y.dtype), of_y)]
+        own = len(self.weight.shape)
+        summed = [label for label in of_factor if label >= own]
+        operands = [_folded(factor, of_factor, summed), _folded(credit.astype(self.y.dtype), of_y, summed)]
         batch, _, contracted = self._axes
-        first_of_own = next((a for a in range(len(self.weight.shape)) if a not in batch), None)
-        if first_of_own not in contracted:
+        if next((a for a in range(own) if a not in batch), None) not in contracted:
             operands.reverse()
         return jnp.einsum(
             *(part for operand in operands for part in operand),
-            list(range(len(self.weight.shape))),
+            list(range(own)),
             precision=params["precision"],
             preferred_element_type=params["preferred_element_type"],
         ).astype(self.weight.dtype)
@@ -115,3 +117,11 @@ class Matrix(Product):
         alone = [label for label in labels if label >= first]
         halves = (list(free), alone) if self.operand == 0 else (alone, list(free))
         return [steps, *labels], [steps, *of_batch, *halves[0], *halves[1]]
+
+
+def _folded(value: Array, labels: Sequence[int], summed: Sequence[int]) -> tuple[Array, list[int]]:
+    """An array with the summed axes as one in front, and its labels then."""
+    left = [label for label in labels if label not in summed]
+    moved = jnp.transpose(value, [labels.index(label) for label in (*summed, *left)])
+    shape = moved.shape[len(summed) :]
+    return moved.reshape(math.prod(moved.shape[: len(summed)]), *shape), [summed[0], *left]

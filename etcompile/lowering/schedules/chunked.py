@@ -16,7 +16,7 @@ The states of all steps come from a first pass that does nothing else. Derivativ
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +30,7 @@ from etcompile.ir.ops import OPS
 from etcompile.ir.program import Argument, Ref
 from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.evaluate import Context, covered, evaluate
+from etcompile.lowering.in_place import all_known_after
 from etcompile.lowering.losses import LossValue, loss_and_cotangents, replaced
 from etcompile.lowering.mapped import mapped
 from etcompile.lowering.schedules.base import Found, Loop, Run, SequenceSchedule, Steps
@@ -51,6 +52,25 @@ Value = Any
 
 #: Steps after which a longer chunk gains little: with traces to be made at its end, and without, where a cache should hold it.
 _ENOUGH, _ENOUGH_WITHOUT_TRACES = 128, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gradients:
+    """Gradients of a chunk.
+
+    Attributes
+    ----------
+    sites : dict of str to array
+        Of the sites' weights.
+    starts : dict of str to array
+        What of them is made of the traces before the chunk, by relation.
+    last : list of arrays
+        The last product: all others were made before it.
+    """
+
+    sites: dict[str, Array]
+    starts: dict[str, Array] = dataclasses.field(default_factory=dict)
+    last: list[Array] = dataclasses.field(default_factory=list)
 
 
 class Chunked(SequenceSchedule):
@@ -136,13 +156,13 @@ class Chunked(SequenceSchedule):
         values = self._after_filters(values)
         recurrences = self._recurrences(values, traces)
         if self._pulled is None:
-            sites, starts = self._gradients(recurrences, values, traces)
+            gradients = self._gradients(recurrences, values, traces)
         else:
             seen = (passed.before, passed.costly, inputs, *asked)
             pulled = self._pulled(run.weights, seen, self._blocks(run.weights, passed, inputs))
-            sites, starts = self._gradients_of_pulled(self._pulled, pulled, values, traces)
-        traces = self.causal.stored({**filters, **self._ends(recurrences, values, traces, starts)})
-        sums = added(loop.sums, by_name(sites, own))
+            gradients = self._gradients_of_pulled(self._pulled, pulled, values, traces)
+        traces = self.causal.stored({**filters, **self._ends(recurrences, values, traces, gradients)})
+        sums = added(loop.sums, by_name(gradients.sites, own))
         return Loop(passed.states, traces, sums, found.carried), (found.value, found.aux)
 
     def over(self, run: Run, loop: Loop, steps: Steps, size: int) -> tuple[Loop, Found]:
@@ -181,7 +201,7 @@ class Chunked(SequenceSchedule):
             return dataclasses.replace(loop, states=passed.states), outputs
         traces = self.causal.carried.wide(loop.traces)
         values, filters = self._filtered(values, traces)
-        ends = self._ends(self._recurrences(values, traces), values, traces, {})
+        ends = self._ends(self._recurrences(values, traces), values, traces, _Gradients({}))
         return Loop(passed.states, self.causal.stored({**filters, **ends}), loop.sums, loop.carried), outputs
 
     def _at_all_steps(
@@ -274,8 +294,8 @@ class Chunked(SequenceSchedule):
 
     def _gradients(
         self, recurrences: list[Recurrence], values: dict[str, Value], traces: Traces
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Gradients of the sites, summed over the chunk; and what of them came from the traces before it, by relation."""
+    ) -> _Gradients:
+        """Gradients of the sites, summed over the chunk."""
         weight = self._weights(values)
         credits: dict[tuple[str, str], Array] = {}  # of y for all steps, by the x that meets it and the site
         spans: dict[tuple[str, str], set[Span | None]] = {}  # outside of which such a credit is zero
@@ -297,15 +317,18 @@ class Chunked(SequenceSchedule):
                     spans.setdefault((x, own.site), set()).add(own.geometry.relation.span)
                 _add(starts, own.relation, own.gradient_of_start(traces, a_0))  # a_0 e_0
                 _add(gradients, own.site, starts.get(own.relation))
+        last: list[Array] = []  # one product after the other, as at the end of the chunk
         for (x, site), credit in credits.items():  # sum_t pullback(x_t, q_t + f_t a_t)
             does, (span, *others) = self.causal.model.sites[site], spans[x, site]
+            given, credit = all_known_after((values[x], credit), last)
             found = (
-                does.pullback_of_steps(values[x], credit)
+                does.pullback_of_steps(given, credit)
                 if span is None or others
-                else does.pulled_within(values[x], credit, span, steps=True)
+                else does.pulled_within(given, credit, span, steps=True)
             )
             _add(gradients, site, found)
-        return gradients, starts
+            last = [found]
+        return _Gradients(gradients, starts, last)
 
     def _blocks(self, weights: list[Array], passed: Passed, inputs: list[Array]) -> Blocks | None:
         """Blocks of the first pass, in which wide states are made again where the loop of credits needs them."""
@@ -323,7 +346,7 @@ class Chunked(SequenceSchedule):
 
     def _gradients_of_pulled(
         self, loop: PulledCredit, pulled: Pulled, values: dict[str, Value], traces: Traces
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
+    ) -> _Gradients:
         """The same where one loop finds all credits of y."""
         model = self.causal.model
         gradients: dict[str, Array] = {}
@@ -339,30 +362,28 @@ class Chunked(SequenceSchedule):
                 asked = {e.name: pulled.start[one.group] for e in equations if e.name in self._carried}
                 _add(starts, relation, own.gradient_of_start(traces, asked))
                 _add(gradients, own.site, starts.get(relation))
-        return gradients, starts
+        return _Gradients(gradients, starts)
 
     def _ends(
         self,
         recurrences: list[Recurrence],
         values: dict[str, Value],
         traces: Traces,
-        starts: Mapping[str, Array],
+        gradients: _Gradients,
     ) -> Traces:
         """The traces after the chunk: r_0 e_0 + sum_t (r_t f_t) (x) x_t.
 
-        ``starts`` is what of the gradients is made of e_0, by relation: each trace is overwritten after it was read.
+        Each is overwritten after it was read, and one after the other: what each is made of would be held for all at a time else.
         """
         ends: Traces = {}
-        before: list[
-            Array
-        ] = []  # one trace after the other, or what each is made of would be held for all at a time
+        before = gradients.last
         for recurrence in recurrences:
             r = recurrence.left()
             for own in self._traces_of(recurrence):
-                done = [*before, *([starts[own.relation]] if own.relation in starts else [])]
-                found = own.at_end(values, traces, r, done)
+                read = [gradients.starts[own.relation]] if own.relation in gradients.starts else []
+                found = own.at_end(values, traces, r, [*before, *read])
                 ends.update(found)
-                before = list(jax.tree.leaves(found))
+                before = jax.tree.leaves(found)
         return ends
 
     def _weights(self, values: dict[str, Value]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation, Ref
 from etcompile.lowering.causal import Traces
 from etcompile.lowering.geometry import TraceGeometry
-from etcompile.lowering.in_place import known_after
+from etcompile.lowering.in_place import all_known_after, known_after
 from etcompile.lowering.schedules.recurrence import Left, Rows, referred, value_key
 
 __all__ = ["RelationTraces"]
@@ -122,5 +122,6 @@ class RelationTraces:
                         part = jax.vmap(self.geometry.from_positions)(r) * f_t
                         credits[x] = credits[x] + part if x in credits else part
         for x, credit in credits.items():
-            total = total + self.geometry.accumulate(known_after(credit, done), values[x]).astype(like.dtype)
+            credit, given = all_known_after((credit, values[x]), done)
+            total = total + self.geometry.accumulate(credit, given).astype(like.dtype)
         return total
