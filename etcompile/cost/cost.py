@@ -9,6 +9,7 @@ from typing import Any
 
 from etcompile.amounts import bytes_text, count_text
 from etcompile.cost.graph import Graph, flatten
+from etcompile.cost.invariant import made_before_loops
 from etcompile.cost.totals import totals
 from etcompile.shown import html_of
 
@@ -94,7 +95,7 @@ def measured(closed: Any, donated: Sequence[int]) -> Measured:
         found = waiting.get((v.aval.shape, v.aval.dtype))
         if found:
             given[found.popleft()] = target
-    graph = flatten(closed)
+    graph = made_before_loops(flatten(closed))
     return Measured(graph, given, sum(graph.sizes[graph.inputs[k]] for k in donated))
 
 

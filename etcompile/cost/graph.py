@@ -220,6 +220,9 @@ class _Builder:
                 for a, s in zip(outs, each, strict=True)
             ]
         if name in ("slice", "dynamic_slice", "gather"):
+            if name == "gather" and operands[1] not in self.uniform:
+                read = (min(size, self.sizes[operands[0]]), self.sizes[operands[1]])
+                return self.node(name, "light", operands[:2], outs, read=read, expensive=True)
             if operands[0] in self.uniform:
                 return [self._same(operands[0], outs[0])]
             return self.node(name, "light", operands[:1], outs, read=(min(size, self.sizes[operands[0]]),))

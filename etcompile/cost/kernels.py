@@ -82,6 +82,21 @@ def _stored(
 ) -> dict[int, bool]:
     """Values that are written to memory; and whether their light readers compute them again nevertheless."""
     stored: dict[int, bool] = dict.fromkeys((*graph.inputs, *graph.constants), False)
+    #: Kernels that a light value is part of, by their last nodes; of two, more make no difference.
+    homes: dict[int, set[int]] = {}
+
+    def kernels_of(readers: list[Node]) -> set[int]:
+        found: set[int] = set()
+        for u in readers:
+            v = u.outputs[0]
+            if u.kind != "light" or v in stored:
+                found.add(id(u))
+            if u.kind == "light" and stored.get(v, True):  # part of what reads it
+                found |= homes[v]
+            if len(found) > 1:
+                break
+        return found
+
     for node in reversed(graph.nodes):
         for v in node.outputs:
             if v < 0:
@@ -90,12 +105,13 @@ def _stored(
                 stored[v] = False
                 continue
             readers = users.get(v, [])
+            homes[v] = kernels_of(readers)
             hard = v in results or any(u.kind in ("whole", "loop") for u in readers)
             if hard:
                 stored[v] = _cheap_again(graph, node, made)
                 continue
             shared = len(readers) > 1 and any(_in_library(u, users, stored) for u in readers)
-            again = node.expensive and (len(readers) > 1 or any(u.spreads for u in readers))
+            again = node.expensive and (len(homes[v]) > 1 or any(u.spreads for u in readers))
             if shared or again:
                 stored[v] = False
     return stored

@@ -27,17 +27,19 @@ _UNDIVIDED: ContextVar[bool] = ContextVar("undivided_sums", default=False)
 _TOGETHER = 32
 #: More rows than this go to XLA's own reduction.
 _MOST = 2048
+#: Numbers of a result that what must come after it reads: of a sparse weight a row is all of it.
+_FIRST = 16
 
 
 def known_after(value: Array, results: Sequence[Array]) -> Array:
     """``value`` itself, but made so that no compiler can know it before ``results``, each made by :func:`computed_once`.
 
-    What is added is zero, taken from a product with the first row of each result: products are computed from finished arrays.
+    What is added is zero, taken from a product with the first numbers of each result: products are computed from finished arrays.
     On a CPU only.
     """
     for result in results if _orders(value) else ():
         if result.ndim and result.size and _orders(result):
-            row = result.reshape(-1, result.shape[-1])[:1]
+            row = result.reshape(-1, result.shape[-1])[:1, :_FIRST]
             value = value + _hidden_zero(jnp.dot(row, jnp.ones(row.shape[1], row.dtype))[0]).astype(
                 value.dtype
             )

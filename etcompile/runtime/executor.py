@@ -280,7 +280,7 @@ class Executor:
         """What the jitted function under a key gives beside the carry, where all but these data is as the last call left it.
 
         None where it is not, or where the function has not seen such data: the call is then made in full, and says what is wrong
-        if anything is. It is for functions ``(params, states, traces, inputs, *data) -> (..., (states, traces))``.
+        if anything is. It is for functions ``(params, states, traces, inputs, *data) -> ((traces, states), ...)``.
         """
         unchanged = self._unchanged
         carry = None if unchanged is None else unchanged.carry()
@@ -290,7 +290,7 @@ class Executor:
         if fn is None:
             return None
         try:
-            *found, (states, traces) = fn.again(*carry, unchanged.with_environment(inputs), *data)
+            (traces, states), *found = fn.again(*carry, unchanged.with_environment(inputs), *data)
         except NotSeen:
             return None
         except BaseException as error:

@@ -39,8 +39,8 @@ def _one_step(run: Executor, inputs: tuple[Any, ...], target: Any, modulator: An
     call = given_with(run.compiled.program, target, modulator)
     params, carry, data = run.placed(carry, (run.with_environment(inputs), call))
     fn = run.jit("apply", apply_apart(run.functions))
-    out, carry = run.call(fn, params, carry.states, carry.traces, *data, given=inputs)
-    run.commit(Carry(*carry))
+    (traces, states), out = run.call(fn, params, carry.states, carry.traces, *data, given=inputs)
+    run.commit(Carry(states, traces))
     return out
 
 

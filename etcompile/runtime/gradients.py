@@ -154,8 +154,8 @@ def _advanced(
     params, carry, data = run.placed(carry, data, time)
     inputs, *items = data
     args = params, carry.states, carry.traces, inputs, (loss.fixed, loss.carried), *items
-    (value, aux, carried), grads, new = run.call(fn, *args, loss=loss, given=given)
-    run.commit(Carry(*new))
+    (traces, states), (value, aux, carried), grads = run.call(fn, *args, loss=loss, given=given)
+    run.commit(Carry(states, traces))
     bound.write(carried)
     return LossValue(value, aux, carried), grads
 

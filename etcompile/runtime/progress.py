@@ -155,9 +155,15 @@ def gradients_in_pieces(
     written after every piece, and what the loss carries is given to ``wrote``: an interrupted call leaves them as they were
     after its last whole one.
     """
+
+    def from_piece_to_piece(p: Any, s: Any, t: Any, g: Any, n: Any, i: Any, y: Any, c: Any) -> Any:
+        """What is given away comes first and in its order: see :func:`etcompile.runtime.calls.apart`."""
+        found, sums, carry = fn(p, Carry(s, t), n, i, y, c, g)
+        return carry.traces, sums, carry.states, found
+
     run = executor.jit(
         (*key, "pieces"),
-        lambda p, s, t, g, n, i, y, c: fn(p, Carry(s, t), n, i, y, c, g),
+        from_piece_to_piece,
         donate=(3,) if executor.asks_host(loss.program) else (2, 3),
     )
     sums, now = executor.functions.zero_sums(loss), loss
@@ -165,10 +171,10 @@ def gradients_in_pieces(
     def piece(inputs: Any, items: Any, call: Any) -> tuple[Array, Any]:
         nonlocal sums, now
         carry = executor.carry(give_away=True)
-        found, sums, carry = executor.call(
+        traces, sums, states, found = executor.call(
             run, executor.live.params(), carry.states, carry.traces, sums, now, inputs, items, call, loss=now
         )
-        executor.commit(carry)
+        executor.commit(Carry(states, traces))
         wrote(found.carried)
         now = dataclasses.replace(now, carried=found.carried)
         return found.value, found.aux
