@@ -102,3 +102,15 @@ def test_equations_of_a_step_with_gradients_grow_with_the_model(name):
         return len(jax.make_jaxpr(jax.grad(loss))(step.params, step.init_carry(), EXAMPLE).jaxpr.eqns)
 
     assert growth(equations, 3) < 2.1
+
+
+@pytest.mark.parametrize("name", ["populations", "leaky populations"])
+def test_calls_to_trace_a_step_with_gradients_grow_with_the_model(name, monkeypatch):
+    # A cost is found by tracing what value_and_grad runs; what is counted here ends there.
+    monkeypatch.setattr("etcompile.runtime.cost.priced", lambda *_: None)
+
+    def run(n):
+        return calls(compiled(name, n).cost)
+
+    run(4)
+    assert growth(run, 4) < 2.2

@@ -22,7 +22,7 @@ from etcompile.analysis.relations import Relation
 from etcompile.analysis.visible import Visible, visible_of
 from etcompile.frontend.jaxpr import Constant, calls_out, has_effects
 from etcompile.lowering.geometry import TraceGeometry, trace_geometry
-from etcompile.lowering.places import added_at, taken
+from etcompile.lowering.places import added_at, as_places, taken
 from etcompile.lowering.tape import Tape
 from etcompile.sites.operation import WeightOperation
 
@@ -100,13 +100,14 @@ class LoweredModel:
             weights = self.hoist(full)
             return [weights[k] for k in live]
 
+        found: dict[int, list[Array]] = {}
+        for site in analysis.sites:
+            if gradients.get(site.name) is not None:
+                found.setdefault(site.weight, []).append(gradients[site.name])
         weights, pull = jax.vjp(fn, [params[k] for k in moving])
         cotangents = []
         for k, weight in zip(live, weights, strict=True):
-            total = jnp.zeros_like(weight)
-            for site in analysis.sites:
-                if site.weight == self.weight_vars[k] and gradients.get(site.name) is not None:
-                    total = total + gradients[site.name]
+            total = sum(found.get(self.weight_vars[k], ()), jnp.zeros_like(weight))
             cotangents.append(total.astype(weight.dtype))  # sums over steps may be wider
         (pulled,) = pull(cotangents)
         result = [jnp.zeros_like(p) for p in params]
@@ -267,7 +268,7 @@ class StepDerivatives:
         total: dict[int, Array] = {}
         for seen in self.model.visible(name):
             aval = self.tape.graph.avals[seen.variable]
-            flat = taken(drive, np.maximum(seen.position, 0))
+            flat = taken(drive, as_places(np.maximum(seen.position, 0), drive.size))
             seed = jnp.where(seen.position >= 0, flat, jnp.zeros((), flat.dtype)).astype(aval.dtype)
             for variable, value in self.pull_to_states(name, {seen.variable: seed}, seen.cuts).items():
                 total[variable] = value if variable not in total else total[variable] + value
@@ -424,6 +425,6 @@ def _at_positions(group: HiddenGroup, k: int, value: Array, mask: np.ndarray | N
     if elements is None:
         value = value.reshape(group.shape)
     else:
-        there = taken(value, np.maximum(elements, 0))
+        there = taken(value, as_places(np.maximum(elements, 0), value.size))
         value = jnp.where(elements >= 0, there, jnp.zeros((), value.dtype)).reshape(group.shape)
     return value if mask is None else jnp.where(mask, value, jnp.zeros((), value.dtype))

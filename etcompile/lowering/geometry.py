@@ -25,7 +25,7 @@ from jax import lax
 from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.relations import Relation
 from etcompile.lowering.in_place import computed_once, in_rows, sum_products
-from etcompile.lowering.places import columns_taken, taken
+from etcompile.lowering.places import as_places, columns_taken, taken
 from etcompile.precision import accumulator
 from etcompile.sites.operation import WeightOperation
 
@@ -40,11 +40,11 @@ def gather_positions(position: np.ndarray, shape: tuple[int, ...]) -> Callable[[
     if found is not None:
         return found
     columns = _columns(position, shape)
-    return (
-        (lambda v: columns_taken(v, columns))
-        if columns is not None
-        else (lambda v: taken(v, np.maximum(position, 0)))
-    )
+    if columns is not None:
+        places = as_places(columns, shape[-1])  # one array for all calls: it may be large
+        return lambda v: columns_taken(v, places)
+    places = as_places(np.maximum(position, 0), int(np.prod(shape)))
+    return lambda v: taken(v, places)
 
 
 def _in_whole_axes(position: np.ndarray, shape: tuple[int, ...]) -> Callable[[Array], Array] | None:
@@ -162,7 +162,11 @@ class TraceGeometry:
 
     def from_positions(self, value: Array) -> Array:
         """An array over the group's positions as one over y's span."""
-        return gather_positions(self.relation.position, self.group_shape)(value)
+        return self._gather(value)
+
+    @cached_property
+    def _gather(self) -> Callable[[Array], Array]:
+        return gather_positions(self.relation.position, self.group_shape)
 
     @cached_property
     def scattered(self) -> bool:

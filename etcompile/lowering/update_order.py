@@ -12,6 +12,7 @@ where it cannot. The old values of a trace row are read
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -36,16 +37,20 @@ def updated_in_order(
     it. Traces of rules that read them otherwise than by contractions are left out.
     """
     found: dict[str, Value] = {}
+    equations = context.program.equations
+    traces_of: defaultdict[str, list[Equation]] = defaultdict(list)
+    readers_of: defaultdict[str, set[int]] = defaultdict(set)
+    for k, e in enumerate(equations):
+        if KINDS[e.type.kind].trace:
+            traces_of[e.type.of].append(e)
+        for r in e.refs:
+            readers_of[r.name].add(k)
+    read_now = {r.name for e in equations for r in e.refs if not r.delay}
     for relation in context.program.header.relations:
-        traces = [
-            e for e in context.program.equations if KINDS[e.type.kind].trace and e.type.of == relation.name
-        ]
+        traces = traces_of[relation.name]
         names = {e.name for e in traces}
-        readers = [
-            e
-            for e in context.program.equations
-            if e.name not in names and any(r.name in names for r in e.refs)
-        ]
+        numbers = sorted(set().union(*(readers_of[name] for name in names)))
+        readers = [equations[k] for k in numbers if equations[k].name not in names]
         if (
             not traces
             or not _row_by_row(traces, names, values)
@@ -55,7 +60,7 @@ def updated_in_order(
         done = {e.name: values[e.name] for e in readers if values.get(e.name) is not None}
         found.update(done)
         spans = map(context.model.traces[relation.name].of_span, done.values())
-        found.update(_rows_in_order(context, traces, values, old, list(spans)))
+        found.update(_rows_in_order(context, traces, values, old, list(spans), read_now))
     return found
 
 
@@ -75,11 +80,11 @@ def _rows_in_order(
     values: Mapping[str, Value],
     old: Mapping[str, Value],
     done: list[Value],
+    read_now: Collection[str],
 ) -> dict[str, Value]:
-    """The traces of one relation, where ``done`` is what must be known before."""
+    """The traces of one relation, where ``done`` is what must be known before; ``read_now`` are read in the step they are of."""
     added = {e.refs[0].name for e in traces if OPS[e.op].injects}
     decays = {e.refs[0].name for e in traces if OPS[e.op].couples}
-    read_now = {r.name for e in context.program.equations for r in e.refs if not r.delay}
     count = traces[0].type.shape[0]
     order = _readers_first(count, [values[name] for name in decays])
     rows: dict[str, list[Value]] = {e.name: [None] * count for e in traces}

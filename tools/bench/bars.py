@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cases import MANY_AXES
+from cases import LARGE, MANY_AXES
 from results import AUTO, BPTT, BRAINTRACE, CAUSAL, FORWARD, HAND, Found, found_cases, ratio
 
 __all__ = ["BARS", "Bar", "Verdict"]
@@ -194,7 +194,7 @@ def _compiling(results: Mapping[str, Any]) -> Values:
             ratio(f.seconds(AUTO, n), f.seconds(BPTT, n)),
         )
         for f in found_cases(results, "first")
-        if f.model in ("deep", "substeps")
+        if f.model in LARGE
         for n in f.steps
     ]
 

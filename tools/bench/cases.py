@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["CASES", "MANY_AXES", "TITLES", "Case"]
+__all__ = ["CASES", "LARGE", "MANY_AXES", "TITLES", "Case"]
 
 #: The models, as the page calls them.
 TITLES = {
@@ -15,6 +15,7 @@ TITLES = {
     "conv": "convolutional",
     "sparse": "sparse spiking",
     "deep": "40 layers of",
+    "populations": "50 populations of",
     "substeps": "1000 sub-steps of",
     "gla": "gated linear attention",
     "mamba": "Mamba-like",
@@ -22,6 +23,9 @@ TITLES = {
 }
 #: Those whose states have more axes than what a weight makes: an element of its result reaches many of their elements.
 MANY_AXES = ("gla", "mamba", "delays")
+
+#: Those whose programs are large.
+LARGE = ("deep", "populations", "substeps")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,6 @@ CASES = (
     *(Case("update", *one) for one in (*(gru for gru in _GRUS if gru[2] > 1), *_OTHERS)),
     *(Case("sparse", "sparse", neurons, 1) for neurons in (1_000, 10_000, 100_000)),
     Case("first", "gru", 256, 8),
-    *(Case("first", model, 16, 4) for model in ("deep", "substeps")),
+    *(Case("first", model, 16, 4) for model in LARGE),
     *(Case("call", "gru", units, 4) for units in (8, 64)),
 )

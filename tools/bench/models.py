@@ -24,6 +24,8 @@ INPUTS, OUTPUTS = 64, 10
 IMAGE = (8, 8, 2)
 #: Synapses of a neuron with few, layers of the deep network, and sub-steps of a step.
 SYNAPSES, LAYERS, SUBSTEPS = 100, 40, 1000
+#: Populations, and those that each of them hears: 300 projections.
+POPULATIONS, HEARD = 50, 6
 #: Heads of linear attention, states of a channel of the selective state space, and the longest delay of a neuron.
 HEADS, STATES, SLOTS = 4, 16, 20
 
@@ -187,6 +189,37 @@ class DeepNet(brainstate.nn.Module):
         return self.readout(x)
 
 
+class PopulationsNet(brainstate.nn.Module):
+    """Fifty populations of leaky neurons, each of which hears six others with a delay of one step, and a readout.
+
+    With potentials v[p], and populations q from which p hears::
+
+        v[p][t] = 0.9 v[p][t-1] + 0.1 (sum over q of W[p, q] tanh(v[q][t-1]) + x[t] W_in, for the first)
+        out     = W_out v[0][t] + c
+    """
+
+    def __init__(self, layers: ModuleType, units: int):
+        super().__init__()
+        self.units = units
+        self.enter, self.readout = layers.Linear(INPUTS, units), layers.Linear(units, OUTPUTS)
+        random = np.random.default_rng(0)
+        self.heard = [random.choice(POPULATIONS, HEARD, replace=False).tolist() for _ in range(POPULATIONS)]
+        self.projections = [[layers.Linear(units, units) for _ in range(HEARD)] for _ in self.heard]
+
+    def init_state(self, batch_size: int | None = None) -> None:
+        zeros = jnp.zeros((self.units,) if batch_size is None else (batch_size, self.units))
+        self.v = [brainstate.HiddenState(zeros) for _ in range(POPULATIONS)]
+
+    def update(self, x: jax.Array) -> jax.Array:
+        potentials: Any = [v.value for v in self.v]
+        sent: Any = [jnp.tanh(v) for v in potentials]
+        drive: Any = self.enter(x)
+        for p, v in enumerate(self.v):
+            arrived = sum(w(sent[q]) for w, q in zip(self.projections[p], self.heard[p], strict=True))
+            v.value = 0.9 * potentials[p] + 0.1 * (arrived + drive if p == 0 else arrived)
+        return self.readout(self.v[0].value)
+
+
 class SubstepNet(brainstate.nn.Module):
     """Neurons whose potential is integrated in a thousand sub-steps, one after the other in a loop.
 
@@ -340,6 +373,7 @@ MODELS = {
     "conv": Spec(ConvNet, IMAGE),
     "sparse": Spec(SparseNet, spikes=True, peer=False),
     "deep": Spec(DeepNet, peer=False),
+    "populations": Spec(PopulationsNet, peer=False),
     "substeps": Spec(SubstepNet, peer=False),
     "gla": Spec(AttentionNet, peer=False, keep_traces=False),
     "mamba": Spec(StateSpaceNet, peer=False, keep_traces=False),
