@@ -64,7 +64,7 @@ class Constants:
         if id(value) in self._known:
             return self._known[id(value)][1]
         array = np.ascontiguousarray(value)
-        key = array.shape, str(array.dtype), hashlib.sha256(array.view(np.uint8)).digest()
+        key = array.shape, str(array.dtype), hashlib.sha256(array.view(np.uint8).data).digest()
         if key not in self._arrays:
             free = isinstance(value, jax.Array) and not value.committed
             with (
