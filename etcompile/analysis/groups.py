@@ -50,6 +50,9 @@ class HiddenGroup:
         Entries (k, j) of the transition of which many positions read the same element of state j.
     counted : mapping of int to array
         In a group with such entries, per state whose elements are at many positions the ones at which they are counted.
+    pushed : bool
+        The elements of a unit are at positions of their own (:mod:`etcompile.analysis.large_units`): the transition has a block
+        for each unit, which is not written down but pushed through the step.
     """
 
     name: str
@@ -60,6 +63,7 @@ class HiddenGroup:
     masks: Mapping[tuple[int, int], Array]
     shared: frozenset[tuple[int, int]] = frozenset()
     counted: Mapping[int, Array] = dataclasses.field(default_factory=dict)
+    pushed: bool = False
 
     @property
     def size(self) -> int:

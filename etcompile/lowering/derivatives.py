@@ -23,6 +23,7 @@ from etcompile.analysis.visible import Visible, visible_of
 from etcompile.frontend.jaxpr import Constant, calls_out, has_effects
 from etcompile.lowering.geometry import TraceGeometry, trace_geometry
 from etcompile.lowering.places import added_at, as_places, taken
+from etcompile.lowering.pushed import PushedTransition, by_cuts
 from etcompile.lowering.tape import Tape
 from etcompile.sites.operation import WeightOperation
 
@@ -167,10 +168,12 @@ class StepDerivatives:
     def presynaptic(self, site: str) -> tuple[Array, ...]:
         return self.model.sites[site].presynaptic(self.tape.values)
 
-    def transition(self, name: str) -> tuple[Row, ...]:
+    def transition(self, name: str) -> tuple[Row, ...] | PushedTransition:
         """D of a group: per new state a row over old states, each an array over positions or None."""
         analysis = self.model.analysis
         group = analysis.group(name)
+        if group.pushed:
+            return PushedTransition(self, group)
         rows = []
         forwards = {j: self._of_shared(group, j) for j in sorted({j for _, j in group.shared})}
         for k in range(len(group.states)):
@@ -224,8 +227,11 @@ class StepDerivatives:
         y, aval = analysis.site(relation.site).y, self.tape.graph.avals[analysis.site(relation.site).y]
         ones = jnp.asarray(fan_out.elements, aval.dtype)
         variables = analysis.model.new_state_vars
-        targets = [variables[s] for s, reached in zip(group.states, relation.rows, strict=True) if reached]
-        found = self.tape.push({y: ones}, targets, cuts=fan_out.cuts)
+        every = list(range(len(group.states)))
+        found: dict[int, Array] = {}
+        for cuts, of in by_cuts(group, analysis.uses_cut) if group.pushed else [(fan_out.cuts, every)]:
+            targets = [variables[group.states[k]] for k in of if relation.rows[k]]
+            found.update(self.tape.push({y: ones}, targets, cuts=cuts))
         rows = self.model.rows_of(group.name, [found.get(variables[s]) for s in group.states])
         from_positions = self.model.traces[relation.name].from_positions
         return tuple(None if row is None else from_positions(row) for row in rows)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from etcompile.errors import ProgramError
+from etcompile.errors import ProgramError, UnsupportedError
 from etcompile.frontend.jaxpr import full_dtype
 from etcompile.ir.kinds import KINDS
 from etcompile.ir.program import Argument, Equation, Ref, Symbol, TraceProgram
@@ -24,6 +24,7 @@ from etcompile.lowering.derivatives import LoweredModel, StepDerivatives
 from etcompile.lowering.estimates import ESTIMATES
 from etcompile.lowering.feedback import FEEDBACK
 from etcompile.lowering.layers import LAYERS, Operator, args_by_rows, contract_layer, operate, pull_rows
+from etcompile.lowering.pushed import PushedTransition
 from etcompile.lowering.sensitivities import SENSITIVITIES
 from etcompile.lowering.snap import advance, contract_snap, snap_immediate
 from etcompile.sites.operation import Span
@@ -123,6 +124,8 @@ def _mul(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
         factor, value = (a, b) if numbers[0] else (b, a)
         if factor is None:
             return None
+        if isinstance(value, PushedTransition):
+            return value.scaled(factor)
         return each(lambda v: None if v is None else v * jnp.asarray(factor, _of_number(v, equation)), value)
     return rows(lambda x, y: None if x is None or y is None else x * y, a, b)
 
@@ -131,6 +134,8 @@ def _div(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
     value, number = args_by_rows(context, equation, args)
     if not _is_number(context, equation.args[1]):
         return rows(lambda x, y: None if x is None else x / y, value, number)
+    if isinstance(value, PushedTransition):
+        return value.scaled(1.0 / number)
     return each(lambda v: None if v is None else v / jnp.asarray(number, _of_number(v, equation)), value)
 
 
@@ -170,6 +175,8 @@ def _matmul(context: Context, equation: Equation, args: Sequence[Value]) -> Valu
     if b is None:
         return None
     kind = context.program.equation(right.name).type.kind
+    if isinstance(a, PushedTransition) or isinstance(b, PushedTransition):
+        return _pushed(context, equation, a, b)
     if isinstance(a, Operator) or isinstance(b, Operator):
         if equation.type.kind == "snap":
             return None if b is None else advance(context, equation, a.step, a.layer, b)
@@ -190,6 +197,20 @@ def _matmul(context: Context, equation: Equation, args: Sequence[Value]) -> Valu
     return tuple(
         _dot([to_row(d) if v is not None else None for d, v in zip(line, b, strict=True)], b) for line in a
     )
+
+
+def _pushed(context: Context, equation: Equation, a: Value, b: Value) -> Value:
+    """A product with a transition that is not written down."""
+    if not isinstance(a, PushedTransition):
+        return None if a is None else b.of_signal(a)
+    if isinstance(b, PushedTransition):
+        raise UnsupportedError(
+            f"{equation.name} is a product of two transitions between units of many elements, which are not written down.",
+            got=f"{equation.name} = {equation.op}(...) : {equation.type}",
+            expected="a transition times a trace, or a signal times a transition",
+        )
+    geometry = context.model.traces[equation.type.of]
+    return a.of_trace(geometry, b) if equation.type.kind == "trace" else a.of_immediate(geometry, b)
 
 
 def _scale(context: Context, equation: Equation, args: Sequence[Value]) -> Value:

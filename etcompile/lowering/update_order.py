@@ -21,6 +21,7 @@ from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation
 from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.in_place import computed_once, known_after
+from etcompile.lowering.pushed import PushedTransition
 
 __all__ = ["updated_in_order"]
 
@@ -68,6 +69,7 @@ def _row_by_row(traces: Sequence[Equation], names: Collection[str], values: Mapp
     """Whether every row follows from its own values of this step and the old ones of any row."""
     return all(
         OPS[e.op].by_row
+        and not any(isinstance(values.get(r.name), PushedTransition) for r in e.refs)
         and all(r.delay or r.name in names or r.name in values for r in e.refs)
         and not (OPS[e.op].couples and not e.refs[1].delay)
         for e in traces

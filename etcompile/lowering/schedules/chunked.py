@@ -33,6 +33,7 @@ from etcompile.lowering.evaluate import Context, covered, evaluate
 from etcompile.lowering.in_place import all_known_after
 from etcompile.lowering.losses import LossValue, loss_and_cotangents, replaced
 from etcompile.lowering.mapped import mapped
+from etcompile.lowering.pushed import PushedTransition
 from etcompile.lowering.schedules.base import Found, Loop, Run, SequenceSchedule, Steps
 from etcompile.lowering.schedules.first_pass import FirstPass, Passed, in_blocks
 from etcompile.lowering.schedules.linear import ChunkEquations, chunk_equations
@@ -81,6 +82,10 @@ class Chunked(SequenceSchedule):
     def __init__(self, causal: CausalProgram) -> None:
         super().__init__(causal)
         self._pulled = pulled_credit(causal)
+        #: Whether traces advance by pushes through the step: then those at the end of a chunk are found step by step.
+        self._pushes = any(
+            causal.model.analysis.group(r.group).pushed for r in causal.program.header.relations
+        )
         self._first_pass = FirstPass(causal.model, self._pulled.wide if self._pulled else None)
         self._carried = set(causal.program.carried)
         self._quiet = Context(causal.program, causal.model, None, None, causal.functions)
@@ -105,11 +110,14 @@ class Chunked(SequenceSchedule):
     def size(self, schedule: Schedule, steps: int, wanted: int | str | None) -> int:
         """What is asked for; of ``"auto"`` as many as pay off, if any do, and all where a trace is too large to be stored."""
         wanted = schedule.chunk if wanted is None else wanted
+        by_pushes = self._pushes and self._pulled is None  # step by step alone
         if self.causal.carried.too_large:
-            if isinstance(wanted, int) and wanted < steps:
+            if by_pushes or (isinstance(wanted, int) and wanted < steps):
                 site = next(iter(self.causal.carried.too_large.values()))
                 raise site.cannot_store("chunk='auto': the whole sequence is one chunk.")
             return steps
+        if by_pushes:
+            return 0
         if not isinstance(wanted, int):
             pays = self.refusal() is None and self._pay_off
             wanted = self._that_pay_off(steps, schedule.memory) if pays else 1
@@ -154,14 +162,17 @@ class Chunked(SequenceSchedule):
         )  # D_t, f_t, x_t, L_t, K_t
         values, filters = self._filtered(values, traces)
         values = self._after_filters(values)
-        recurrences = self._recurrences(values, traces)
+        recurrences = [] if self._pushes else self._recurrences(values, traces)
         if self._pulled is None:
             gradients = self._gradients(recurrences, values, traces)
         else:
             seen = (passed.before, passed.costly, inputs, *asked)
             pulled = self._pulled(run.weights, seen, self._blocks(run.weights, passed, inputs))
             gradients = self._gradients_of_pulled(self._pulled, pulled, values, traces)
-        traces = self.causal.stored({**filters, **self._ends(recurrences, values, traces, gradients)})
+        if self._pushes:
+            traces = self._advanced(run.weights, passed, inputs, loop.traces)
+        else:
+            traces = self.causal.stored({**filters, **self._ends(recurrences, values, traces, gradients)})
         sums = added(loop.sums, by_name(gradients.sites, own))
         return Loop(passed.states, traces, sums, found.carried), (found.value, found.aux)
 
@@ -194,11 +205,14 @@ class Chunked(SequenceSchedule):
         ) -> tuple[list[Array], dict[str, Value]]:
             step = model.step(weights, old, x, costly, quiet=True)
             context = Context(self.causal.program, model, step, None, self.causal.functions)
-            return step.outputs, evaluate(context, self._equations.alone, {}, {}) if keeps else {}
+            return step.outputs, _written(evaluate(context, self._equations.alone, {}, {})) if keeps else {}
 
         outputs, values = mapped(at_step, passed.before, passed.costly, inputs)
         if not keeps:
             return dataclasses.replace(loop, states=passed.states), outputs
+        if self._pushes:
+            advanced = self._advanced(weights, passed, inputs, loop.traces)
+            return Loop(passed.states, advanced, loop.sums, loop.carried), outputs
         traces = self.causal.carried.wide(loop.traces)
         values, filters = self._filtered(values, traces)
         ends = self._ends(self._recurrences(values, traces), values, traces, _Gradients({}))
@@ -241,7 +255,7 @@ class Chunked(SequenceSchedule):
             after = step.with_loss(cotangents.outputs, cotangents.states, run.call(*given))
             context = Context(self.causal.program, model, step, after, self.causal.functions)
             asked = (cotangents.outputs, cotangents.states) if self._pulled else None
-            return (found.value, found.aux), evaluate(context, equations, {}, {}), asked
+            return (found.value, found.aux), _written(evaluate(context, equations, {}, {})), asked
 
         (losses, aux), values, asked = mapped(at_step, *seen, given, before)
         own = _by_params(run, made, given, before) if reads.params else {}
@@ -386,6 +400,22 @@ class Chunked(SequenceSchedule):
                 before = jax.tree.leaves(found)
         return ends
 
+    def _advanced(self, weights: list[Array], passed: Passed, inputs: list[Array], traces: Traces) -> Traces:
+        """The traces after the chunk, step by step; nothing where none are asked for."""
+        if not jax.tree.leaves(traces):
+            return self.causal.stored(dict.fromkeys(traces))
+
+        causal = self.causal
+
+        def one(now: Traces, given: Any) -> tuple[Traces, None]:
+            step = causal.model.step(weights, *given, quiet=True)
+            context = Context(causal.program, causal.model, step, None, causal.functions)
+            values = evaluate(context, causal.early, {}, now)
+            return {name: causal.kept(name, values[name]) for name in now}, None
+
+        wide = causal.carried.wide(traces)
+        return causal.stored(lax.scan(one, wide, (passed.before, inputs, passed.costly))[0])
+
     def _weights(self, values: dict[str, Value]) -> dict[str, Any]:
         """What each value that gradients are made of counts in them: a number, or one for each step."""
         weight: dict[str, Any] = {}
@@ -452,6 +482,11 @@ def _by_params(run: Run, made: Any, given: Any, before: Any) -> dict[int, Array]
         return jnp.sum(mapped(at_step, made, given, before))
 
     return dict(zip(reads.params, jax.grad(total)([run.params[k] for k in reads.params]), strict=True))
+
+
+def _written(values: dict[str, Value]) -> dict[str, Value]:
+    """Values that can be kept for all steps: transitions that are not written down cannot."""
+    return {name: v for name, v in values.items() if not isinstance(v, PushedTransition)}
 
 
 def _add(total: dict[Any, Any], key: Any, value: Any) -> None:

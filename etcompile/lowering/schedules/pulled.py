@@ -32,6 +32,7 @@ from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation, Ref, TraceProgram
 from etcompile.lowering.causal import CausalProgram
 from etcompile.lowering.derivatives import LoweredModel, StepDerivatives
+from etcompile.lowering.pushed import same_cuts
 from etcompile.lowering.schedules.split import Blocks, transposed
 
 __all__ = ["Pulled", "PulledCredit", "pulled_credit"]
@@ -178,7 +179,7 @@ class PulledCredit:
                 relation = self.model.traces[name].relation
                 if relation.group == group.name and relation.rows[k]:
                     y = analysis.site(relation.site).y  # classes of its elements are pushed together
-                    fan_out = relation.fan_out
+                    fan_out = None if group.pushed else relation.fan_out
                     sources[y] = (y, fan_out.cuts if fan_out is not None else analysis.uses_cut[s])
             self._push(step, sources.values(), of_y, analysis.model.new_state_vars[s], found)
         return found
@@ -195,8 +196,8 @@ class PulledCredit:
         left = list(sources)
         while left:
             cuts = left[0][1]
-            alike = [v for v, c in left if _same(c, cuts)]
-            left = [(v, c) for v, c in left if not _same(c, cuts)]
+            alike = [v for v, c in left if same_cuts(c, cuts)]
+            left = [(v, c) for v, c in left if not same_cuts(c, cuts)]
             pushed = step.tape.push({v: tangents[v] for v in alike}, [target], cuts=cuts, onto=True)
             if target in pushed:
                 found[target] = found[target] + pushed[target] if target in found else pushed[target]
@@ -329,10 +330,6 @@ def _derivative(e: Equation | None, of: str, which: str) -> bool:
 def _made(program: TraceProgram, argument: Any) -> Equation | None:
     """The equation of an argument of the same step."""
     return program.equation(argument.name) if isinstance(argument, Ref) and not argument.delay else None
-
-
-def _same(a: Cuts, b: Cuts) -> bool:
-    return a is b or (a.keys() == b.keys() and all((a[use] == b[use]).all() for use in a))
 
 
 def _or_zero(found: Mapping[int, Array], variable: Any, like: Array) -> Array:
