@@ -16,7 +16,7 @@ import numpy as np
 
 from etcompile.analysis.groups import HiddenGroup
 from etcompile.lowering.geometry import TraceGeometry
-from etcompile.lowering.places import taken
+from etcompile.lowering.places import as_places, taken
 
 __all__ = ["PushedTransition", "by_cuts", "same_cuts"]
 
@@ -123,7 +123,7 @@ class PushedTransition:
         elements = self.group.maps[k]
         if elements is None:
             return value.reshape(shape)
-        return taken(value, _inverse(elements)).reshape(shape)
+        return taken(value, as_places(_inverse(elements), value.size)).reshape(shape)
 
 
 def _inverse(elements: np.ndarray) -> np.ndarray:
