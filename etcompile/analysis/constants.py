@@ -88,9 +88,10 @@ def find_constant_responses(
 ) -> dict[str, ConstantResponses]:
     """For each relation whose f is constant in time its classes; D is among them where it is constant as well.
 
-    Where a site takes rows one by one, so are the rows of D and f that are constant beside others that are not.
+    So are rows of D and f that are constant beside others that are not. Where an element of y reaches many positions rows stay
+    together: all credits of a chunk are then pulled through the step in one loop, which is for whole traces.
     """
-    walk = _Walk(model, split, groups, uses_cut, dep)
+    walk = _Walk(model, split, groups, uses_cut, dep, by_rows=all(r.fan_out is None for r in relations))
     relations = [r for r in relations if r.fan_out is None and walk.of_one_dtype(r)]
     wanted = {r.name: (r, entries) for r in relations if (entries := walk.entries(r))}
     if not wanted:
@@ -114,7 +115,9 @@ class _Walk:
         groups: Sequence[HiddenGroup],
         uses_cut: Mapping[int, Mapping[Use, Array]],
         dep: Dependence,
+        by_rows: bool,
     ) -> None:
+        self.by_rows = by_rows
         self.model, self.body, self.uses_cut, self.frozen = model, split.body, uses_cut, split.frozen
         self.groups = {g.name: g for g in groups}
         self.sites = {s.name: s for s in split.sites}
@@ -143,20 +146,18 @@ class _Walk:
         group = self.groups[relation.group]
         inject = self._immediate(relation)
         whole = (True,) * len(inject)
-        if inject != whole and not self.sites[relation.site].does.row_by_row:
+        if inject != whole and not self.by_rows:
             return []
         decay = self._transition(group)
         if inject == whole and all(map(all, decay)):
             return [_Entries(inject, decay)]
         found = []
-        if self.sites[relation.site].does.row_by_row:
-            closed = _closed_rows(group, relation, inject, decay)
-            if any(closed):
-                of_closed = tuple(
-                    tuple(known and (closed[j] or not reaches) for j, (known, reaches) in enumerate(line))
-                    for line in map(zip, decay, group.pattern)
-                )
-                found.append(_Entries(inject, of_closed))
+        if self.by_rows and any(closed := _closed_rows(group, relation, inject, decay)):
+            of_closed = tuple(
+                tuple(known and (closed[j] or not reaches) for j, (known, reaches) in enumerate(line))
+                for line in map(zip, decay, group.pattern)
+            )
+            found.append(_Entries(inject, of_closed))
         return [*found, _Entries(inject, None)] if inject == whole else found
 
     def _transition(self, group: HiddenGroup) -> tuple[tuple[bool, ...], ...]:

@@ -87,7 +87,6 @@ class SiteKind:
     """What programs know of a kind of sites: each weight operation is a subclass."""
 
     closed: ClassVar[bool] = True
-    row_by_row: ClassVar[bool] = False
 
     @staticmethod
     def factor_shape(site: Site) -> Shape:
@@ -104,7 +103,7 @@ class Response:
     """How a group answers to some elements of y, the same at every step and for all values of states and parameters.
 
     ``inject`` is f, up to a factor for each element; ``decay`` is D, or None where D is not constant. Single entries of both may
-    be None, at sites whose rows are taken one by one.
+    be None.
     """
 
     inject: tuple[float | None, ...]

@@ -46,7 +46,6 @@ class Gathered(WeightOperation):
 
     name = "gathered"
     by_element = True
-    row_by_row = True
 
     origin: _Origin | None = None
     negated: bool = False

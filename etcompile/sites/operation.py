@@ -95,9 +95,6 @@ class WeightOperation(SiteKind):
         Whether the weight itself plays the part of y: one site for all of its uses.
     by_element : bool
         Whether each element of the weight makes one of y. In a loop the weight itself then plays the part of y.
-    row_by_row : bool
-        Whether filters take the place of single rows of a trace, and not of whole traces alone. Where nothing becomes a matrix
-        product, one more for each such row is no loss in chunks.
     params : tuple of str
         Paths of the parameters in the weight.
     weight, y : Aval

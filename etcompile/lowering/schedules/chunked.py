@@ -35,6 +35,7 @@ from etcompile.lowering.losses import LossValue, loss_and_cotangents, replaced
 from etcompile.lowering.mapped import mapped
 from etcompile.lowering.pushed import PushedTransition
 from etcompile.lowering.schedules.base import Found, Loop, Run, SequenceSchedule, Steps
+from etcompile.lowering.schedules.filter_credits import FilterCredits
 from etcompile.lowering.schedules.first_pass import FirstPass, Passed, in_blocks
 from etcompile.lowering.schedules.linear import ChunkEquations, chunk_equations
 from etcompile.lowering.schedules.pulled import Pulled, PulledCredit, pulled_credit
@@ -303,7 +304,11 @@ class Chunked(SequenceSchedule):
     def _traces_of(self, recurrence: Recurrence) -> Iterator[RelationTraces]:
         """The traces of each relation of a class."""
         for relation, equations in recurrence.traces.traces.items():
-            lent = [(e, first.name) for e, first in zip(equations, recurrence.traces.first, strict=True)]
+            joined = recurrence.traces.joined
+            lent = [
+                (e, joined.get(first.name, first.name))
+                for e, first in zip(equations, recurrence.traces.first, strict=True)
+            ]
             yield RelationTraces(self.causal.model.traces[relation], lent)
 
     def _gradients(
@@ -311,7 +316,7 @@ class Chunked(SequenceSchedule):
     ) -> _Gradients:
         """Gradients of the sites, summed over the chunk."""
         weight = self._weights(values)
-        credits: dict[tuple[str, str], Array] = {}  # of y for all steps, by the x that meets it and the site
+        credits: dict[str, dict[str, Array]] = {}  # of y for all steps, by the site and the x that meets it
         spans: dict[tuple[str, str], set[Span | None]] = {}  # outside of which such a credit is zero
         gradients: dict[str, Array] = {}
         starts: dict[str, Array] = {}
@@ -320,28 +325,33 @@ class Chunked(SequenceSchedule):
                 x, q = map(referred, e.args)
                 if values[value_key(q)] is not None:
                     q_t = weighted(values[value_key(q)], weight[e.name])
-                    key = (value_key(x), self._equation(x.name).type.of)
-                    _add(credits, key, q_t)
-                    spans.setdefault(key, set()).add(covered(self._quiet, q))
+                    site = self._equation(x.name).type.of
+                    _add(credits.setdefault(site, {}), value_key(x), q_t)
+                    spans.setdefault((site, value_key(x)), set()).add(covered(self._quiet, q))
         for recurrence in recurrences:
             a_t, a_0 = recurrence.asked(weight)
             for own in self._traces_of(recurrence):
                 for x, credit in own.credits(values, a_t):
-                    _add(credits, (x, own.site), credit)  # f_t a_t
-                    spans.setdefault((x, own.site), set()).add(own.geometry.relation.span)
+                    _add(credits.setdefault(own.site, {}), x, credit)  # f_t a_t
+                    spans.setdefault((own.site, x), set()).add(own.geometry.relation.span)
                 _add(starts, own.relation, own.gradient_of_start(traces, a_0))  # a_0 e_0
                 _add(gradients, own.site, starts.get(own.relation))
         last: list[Array] = []  # one product after the other, as at the end of the chunk
-        for (x, site), credit in credits.items():  # sum_t pullback(x_t, q_t + f_t a_t)
-            does, (span, *others) = self.causal.model.sites[site], spans[x, site]
-            given, credit = all_known_after((values[x], credit), last)
-            found = (
-                does.pullback_of_steps(given, credit)
-                if span is None or others
-                else does.pulled_within(given, credit, span, steps=True)
-            )
-            _add(gradients, site, found)
-            last = [found]
+        for site, of_site in credits.items():  # sum_t pullback(x_t, q_t + f_t a_t)
+            does = self.causal.model.sites[site]
+            (met,) = FilterCredits(self._quiet, site)([of_site])
+            for x, credit in met.steps.items():
+                span, *others = spans[site, x] if of_site.get(x) is credit else (None,)
+                given, credit = all_known_after((values[x], credit), last)
+                found = (
+                    does.pullback_of_steps(given, credit)
+                    if span is None or others
+                    else does.pulled_within(given, credit, span, steps=True)
+                )
+                _add(gradients, site, found)
+                last = [found]
+            for z, credit in met.start.items():
+                _add(gradients, site, does.pullback(traces[z], credit))
         return _Gradients(gradients, starts, last)
 
     def _blocks(self, weights: list[Array], passed: Passed, inputs: list[Array]) -> Blocks | None:
@@ -395,7 +405,8 @@ class Chunked(SequenceSchedule):
             r = recurrence.left()
             for own in self._traces_of(recurrence):
                 read = [gradients.starts[own.relation]] if own.relation in gradients.starts else []
-                found = own.at_end(values, traces, r, [*before, *read])
+                filters = FilterCredits(self._quiet, own.site)
+                found = own.at_end(values, traces, r, filters, [*before, *read])
                 ends.update(found)
                 before = jax.tree.leaves(found)
         return ends
@@ -446,16 +457,19 @@ class Chunked(SequenceSchedule):
                 found.append(jax.ShapeDtypeStruct((*lead, *shape), dtype) if dtypes else None)
             return tuple(found)
 
-        additions: dict[str, Any] = {}
+        injected: dict[str, list[Value]] = {}
         start: dict[str, Any] = {}
         for k, e in enumerate(one.first):
             alike = [equations[k] for equations in one.traces.values()]
             if OPS[e.op].injects:
                 f = [values[value_key(referred(a.args[0]))] for a in alike]
-                steps = next(r.shape[0] for of_relation in f for r in of_relation if r is not None)
-                additions[e.name] = rows(f, (steps,))
+                injected.setdefault(one.joined[e.name], []).extend(f)
             if e.name in self._carried:
                 start[e.name] = rows([traces[a.name] for a in alike], ())
+        additions: dict[str, Any] = {}
+        for name, f in injected.items():
+            steps = next((r.shape[0] for of_relation in f for r in of_relation or () if r is not None), 0)
+            additions[name] = rows(f, (steps,))  # no row where f is zero for every input
         return Recurrence(self._quiet, one, values, additions, start)
 
     def _equation(self, name: str) -> Any:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from typing import Any
 
@@ -60,6 +60,21 @@ class TraceClass:
     @property
     def first(self) -> tuple[Equation, ...]:
         return next(iter(self.traces.values()))
+
+    @cached_property
+    def joined(self) -> dict[str, str]:
+        """For each addition of the first relation the first one that goes into the same sum and nowhere else: its answers."""
+        firsts: dict[str, str] = {}
+        return {e.name: firsts.setdefault(self._sum(e.name), e.name) for e in self.first if OPS[e.op].injects}
+
+    def _sum(self, name: str) -> str:
+        """The last sum that a value goes into unchanged, with no other reader before."""
+        reads = [(e, ref) for e in (*self.first, *self.contracts) for ref in e.refs if ref.name == name]
+        if len(reads) != 1:
+            return name
+        ((e, ref),) = reads
+        plain = not ref.delay and OPS[e.op].terms and OPS[e.op].terms[e.args.index(ref)] == 1
+        return self._sum(e.name) if plain else name
 
 
 def trace_classes(program: TraceProgram) -> tuple[TraceClass, ...]:
@@ -109,7 +124,8 @@ class Recurrence:
     plain : mapping of str to value
         What the equations read beside traces, for all steps, by :func:`value_key`.
     added : mapping of str to tuple of arrays
-        Per ``outer`` equation of the class's first relation the shape and dtype of its rows, ``(C, *group shape)``.
+        Per ``outer`` equation of the class's first relation the shape and dtype of its rows, ``(C, *group shape)``; one for
+        those that are :attr:`TraceClass.joined`.
     start : mapping of str to tuple of arrays
         Per carried trace of the first relation the shape and dtype of its rows, over the group's positions.
     """
@@ -193,11 +209,16 @@ class Recurrence:
             added, plain, signal = now
             found: dict[str, Rows] = {}
             for e in self.traces.first:
-                found[e.name] = added[e.name] if OPS[e.op].injects else self._value(e, plain, found, before)
+                found[e.name] = (
+                    added.get(e.name) if OPS[e.op].injects else self._value(e, plain, found, before)
+                )
             kept = {name: _kept(rows, found[name]) for name, rows in before.items()}
             return kept, contracted(found, before, signal) if contracted else None
 
-        return lax.scan(one, start, (added, plain, signals))
+        steps = (added, plain, signals)
+        return lax.scan(
+            one, start, steps, length=None if jax.tree.leaves(steps) else 0
+        )  # 0: all of it is zero
 
     def _value(
         self, e: Equation, plain: dict[str, Value], found: dict[str, Rows], before: dict[str, Rows]

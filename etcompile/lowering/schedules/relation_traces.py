@@ -18,6 +18,7 @@ from etcompile.ir.program import Equation, Ref
 from etcompile.lowering.causal import Traces
 from etcompile.lowering.geometry import TraceGeometry
 from etcompile.lowering.in_place import all_known_after, known_after
+from etcompile.lowering.schedules.filter_credits import FilterCredits, Met
 from etcompile.lowering.schedules.recurrence import Left, Rows, referred, value_key
 
 __all__ = ["RelationTraces"]
@@ -81,47 +82,59 @@ class RelationTraces:
         values: Mapping[str, Value],
         traces: Traces,
         left: Mapping[str, Sequence[Left]],
+        filters: FilterCredits,
         done: Sequence[Array] = (),
     ) -> Traces:
         """e_C = r_0 e_0 + sum_t (r_t f_t) (x) x_t, for each trace that is carried; ``done`` is what is known before.
 
         Who reads e_0 besides belongs there: then e_C takes its place, and no copy is made.
         """
-        return {
-            e.name: tuple(
-                None if e_0 is None else self._row(e_0, values, traces, of_row, done)
-                for e_0, of_row in zip(traces[e.name], left[lent], strict=True)
-            )
+        wanted = [
+            (e.name, e_0, of_row)
             for e, lent in self.equations
             if lent in left
-        }
+            for e_0, of_row in zip(traces[e.name], left[lent], strict=True)
+        ]
+        met = iter(filters([self._credits(values, of_row) for _, e_0, of_row in wanted if e_0 is not None]))
+        rows: dict[str, list[Array | None]] = {name: [] for name, _, _ in wanted}
+        for name, e_0, of_row in wanted:
+            rows[name].append(
+                None if e_0 is None else self._row(e_0, traces, of_row, next(met), values, done)
+            )
+        return {name: tuple(found) for name, found in rows.items()}
+
+    def _credits(self, values: Mapping[str, Value], left: Left) -> dict[str, Array]:
+        """r_t f_t by x_t: summed before anything is as large as a trace."""
+        assert left is not None
+        found: dict[str, Array] = {}
+        for f, x, lent in self._added:
+            for r, f_t in zip(left[0][lent], values[value_key(f)], strict=True):
+                if r is not None and f_t is not None:
+                    part = jax.vmap(self.geometry.from_positions)(r) * f_t
+                    found[value_key(x)] = found[value_key(x)] + part if value_key(x) in found else part
+        return found
 
     def _row(
         self,
         like: Array,
-        values: Mapping[str, Value],
         traces: Traces,
         left: Left,
+        met: Met,
+        values: Mapping[str, Value],
         done: Sequence[Array],
     ) -> Array:
         """One row of a trace at the end: of all rows of all traces, and of all that was added, what is left in it."""
         assert left is not None
-        r_t, r_0 = left
         total = jnp.zeros(like.shape, like.dtype)
-        added = {lent: (f, x) for f, x, lent in self._added}
-        credits: dict[str, Array] = {}  # by x, since they are summed before anything is as large as a trace
         for e, lent in self.equations:
-            for r, e_0 in zip(r_0[lent], traces[e.name], strict=True) if lent in r_0 else ():
+            for r, e_0 in zip(left[1][lent], traces[e.name], strict=True) if lent in left[1] else ():
                 if r is not None and e_0 is not None:
                     kept = self.geometry.spread(self.geometry.from_positions(known_after(r, done)))
                     total = total + (kept * e_0).astype(like.dtype)
-            if lent in added:
-                f, x = map(value_key, added[lent])
-                for r, f_t in zip(r_t[lent], values[f], strict=True):
-                    if r is not None and f_t is not None:
-                        part = jax.vmap(self.geometry.from_positions)(r) * f_t
-                        credits[x] = credits[x] + part if x in credits else part
-        for x, credit in credits.items():
+        for z, credit in met.start.items():
+            before = self.geometry.presynaptic(traces[z])
+            total = total + (self.geometry.spread(credit) * before).astype(like.dtype)
+        for x, credit in met.steps.items():
             credit, given = all_known_after((credit, values[x]), done)
             total = total + self.geometry.accumulate(credit, given).astype(like.dtype)
         return total
