@@ -262,10 +262,8 @@ class FirstPass:
         """The needed operations with products divided: those that take parts of weights, and all others."""
         of_weights, once, others = set(self._weights), [], []
         for operation in self._needed_of(self._divided_graph.operations):
-            own = any(
-                v < len(self._graph.avals) for v in operation.outputs
-            )  # the model's, not one that was added
-            if not own and of_weights.issuperset(variables(operation.inputs)):
+            added = min(operation.outputs, default=-1) >= len(self._graph.avals)  # by dividing a product
+            if added and of_weights.issuperset(variables(operation.inputs)):
                 of_weights.update(operation.outputs)
                 once.append(operation)
             else:
