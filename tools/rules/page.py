@@ -213,12 +213,11 @@ def _chosen(results: Results, before: Earlier) -> str:
     rows = []
     for e in RULES:
         found = [results.get((t, e.label)) for t in EXPERIMENTS]
-        dates = {r.measured for r in found if r}
+        said = [r.measured for r in found if r]
         # What is not measured anew keeps its date.
-        dates |= {row[-1] for row in before.rows(head) if row[0] == e.label and not all(found)} - {""}
-        rows.append(
-            (e.label, *(f"{r.rate:g}" if r and r.rate else "" for r in found), "; ".join(sorted(dates)))
-        )
+        said += [row[-1] for row in before.rows(head) if row[0] == e.label and not all(found)]
+        dates = sorted({date for one in said for date in one.split("; ")} - {""})
+        rows.append((e.label, *(f"{r.rate:g}" if r and r.rate else "" for r in found), "; ".join(dates)))
     return _filled(head, rows, before)
 
 
