@@ -117,6 +117,19 @@ def relative_error(got: Tree, wanted: Tree) -> float:
 # --- Backpropagation through time -----------------------------------------------------------------------------------
 
 
+def summed_losses(fn, state, xs, targets, loss_fn):
+    """The sum of the losses over time as a function of the parameters of a plain step, for autodiff."""
+
+    def total(params):
+        def body(state, item):
+            state, out = fn(params, state, item[0])
+            return state, loss_fn(out, item[1])
+
+        return jnp.sum(jax.lax.scan(body, state, (xs, targets))[1])
+
+    return total
+
+
 def bptt(step, params, state, xs, targets, loss_fn) -> tuple[jax.Array, Tree]:
     """Losses (T,) and the gradient of their sum by full autodiff through time."""
 

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
-from oracles import relative_error
+from oracles import relative_error, summed_losses
 
 import etcompile
 from etcompile import parse_program
@@ -25,14 +24,7 @@ def square(out, target):
 
 
 def bptt(fn, params, state, xs, ys):
-    def total(params):
-        def body(state, item):
-            state, out = fn(params, state, item[0])
-            return state, square(out, item[1])
-
-        return jnp.sum(lax.scan(body, state, (xs, ys))[1])
-
-    return jax.jit(jax.grad(total))(params)
+    return jax.jit(jax.grad(summed_losses(fn, state, xs, ys, square)))(params)
 
 
 def check(model, steps, chunks, exact=True, **options):
@@ -247,12 +239,16 @@ def test_what_reads_slots_of_others_is_cut():
 
 @pytest.mark.parametrize("algo", ["e_prop", "pp_prop", "decolle"])
 def test_other_rules_run_step_by_step(algo):
-    """The same numbers whatever is asked for: their traces are no sums that a chunk could take at once."""
+    """Their traces are no sums that a chunk could take at once: whoever asks for chunks is told so."""
     fn, params, state = lif(40, 2)
     xs, ys = draw(7, 9, 2, I), draw(8, 9, 2, N)
     step = etcompile.compile(etcompile.from_function(fn, params, state), xs[0], algo=algo)
     found = []
-    for chunk in (1, 4):
+    for options in ({}, {"chunk": 1}):
         step.reset()
-        found.append(step.scan_value_and_grad(square, chunk=chunk)(xs, ys)[1])
+        found.append(step.scan_value_and_grad(square, **options)(xs, ys)[1])
     assert relative_error(*found) < TOLERANCE
+    with pytest.raises(
+        etcompile.UnsupportedError, match=f"{algo} cannot run in chunks: units of this model have many"
+    ):
+        step.scan_value_and_grad(square, chunk=4)(xs, ys)

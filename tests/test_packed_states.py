@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy_gradients import grad
-from oracles import relative_error
+from oracles import relative_error, summed_losses
 
 import etcompile
 
@@ -71,14 +71,7 @@ def compiled(fn, params, state):
 
 
 def bptt(fn, params, state):
-    def total(params):
-        def body(state, item):
-            state, out = fn(params, state, item[0])
-            return state, square(out, item[1])
-
-        return jnp.sum(jax.lax.scan(body, state, (XS, YS))[1])
-
-    return grad(total, params)
+    return grad(summed_losses(fn, state, XS, YS, square), params)
 
 
 @pytest.mark.parametrize("how", ["at", "slice"])

@@ -21,6 +21,7 @@ from etcompile.analysis.relations import Relation, relate
 from etcompile.analysis.shared_states import SharedLink, find_shared, with_shared
 from etcompile.analysis.sites import Site, SplitStep
 from etcompile.analysis.unfollowed import Unfollowed
+from etcompile.frontend.joined_axes import MOST_JOINED
 from etcompile.frontend.loops import Use
 from etcompile.frontend.step_model import StepModel
 from etcompile.ir.header import Cut
@@ -29,9 +30,6 @@ from etcompile.paths import natural_key
 __all__ = ["Grouped", "find_groups"]
 
 Array = Any
-
-#: Elements of an axis up to which the frontend makes parts of them.
-_MOST_JOINED = 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,7 +119,7 @@ def _cut_otherwise(split: SplitStep, parts: Grouped, hidden: Sequence[int]) -> l
 
 def _larger(walk: _Walks, parts: Grouped, members: Sequence[int]) -> Iterator[LargeUnits]:
     """Ways to see these states, and those that reach them then, as units of many elements."""
-    if not any(n > _MOST_JOINED for s in members for n in walk.model.states[s].aval.shape):
+    if not any(n > MOST_JOINED for s in members for n in walk.model.states[s].aval.shape):
         return
     cut = of_weights(walk.split)
     wider: set[int] = set()

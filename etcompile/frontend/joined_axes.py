@@ -31,7 +31,7 @@ __all__ = ["with_joined_axes"]
 Shape = tuple[int, ...]
 
 #: Elements that come together by anything but constants: a unit has a trace row for each, and a large axis is of many units.
-_MOST_JOINED = 4
+MOST_JOINED = 4
 #: No axis of the state.
 _NEW = -1
 #: Results of one shape with an operand, of which an element is not about the same place.
@@ -157,7 +157,7 @@ def _kept(track: _Track, shape: Shape) -> Iterator[int]:
 
 def _made(track: _Track, shape: Shape) -> Iterator[int]:
     """The small axes of a new state that are none of the old one's, as where a product with a matrix has joined one."""
-    return (d for d, of in enumerate(track.axes) if of == _NEW and 1 < shape[d] <= _MOST_JOINED)
+    return (d for d, of in enumerate(track.axes) if of == _NEW and 1 < shape[d] <= MOST_JOINED)
 
 
 def _connected(nodes: set[_Axis], links: Sequence[tuple[_Axis, _Axis]]) -> list[set[_Axis]]:
@@ -316,20 +316,20 @@ def _in_place(graph: Graph, operation: Operation, operand: int, track: _Track, r
 
 def _reduced(graph: Graph, operation: Operation, operand: int, track: _Track, result: int) -> _Track | None:
     axes = operation.params["axes"]
-    joined = _joins(graph, operation, operand, track, axes, _MOST_JOINED)
+    joined = _joins(graph, operation, operand, track, axes, MOST_JOINED)
     kept = [a for d, a in enumerate(track.axes) if d not in axes]
     return None if joined is None else track.moved(kept, joined)
 
 
 def _along(graph: Graph, operation: Operation, operand: int, track: _Track, result: int) -> _Track | None:
-    joined = _joins(graph, operation, operand, track, [operation.params["axis"]], _MOST_JOINED)
+    joined = _joins(graph, operation, operand, track, [operation.params["axis"]], MOST_JOINED)
     return None if joined is None else track.moved(track.axes, joined)
 
 
 def _dot(graph: Graph, operation: Operation, operand: int, track: _Track, result: int) -> _Track | None:
     contracted, batch = operation.params["dimension_numbers"]
     other = 1 - operand
-    most = MOST_PARTS if isinstance(operation.inputs[other], Constant) else _MOST_JOINED
+    most = MOST_PARTS if isinstance(operation.inputs[other], Constant) else MOST_JOINED
     joined = _joins(graph, operation, operand, track, contracted[operand], most)
     if joined is None:
         return None
@@ -367,7 +367,7 @@ def _transposed(
 def _sliced(graph: Graph, operation: Operation, operand: int, track: _Track, result: int) -> _Track | None:
     before, after = graph.aval(operation.inputs[operand]).shape, graph.avals[result].shape
     cut = [d for d, (n, m) in enumerate(zip(before, after, strict=True)) if n != m]
-    joined = _joins(graph, operation, operand, track, cut, _MOST_JOINED)
+    joined = _joins(graph, operation, operand, track, cut, MOST_JOINED)
     if joined is not None:
         return track.moved([_NEW if d in cut else a for d, a in enumerate(track.axes)], joined)
     if len(cut) != 1:
@@ -379,7 +379,7 @@ def _sliced(graph: Graph, operation: Operation, operand: int, track: _Track, res
         stop = sum(operation.params["sizes"][: operation.outputs.index(result) + 1])
         start = stop - after[d]
     width = math.gcd(start, stop, before[d])
-    if stop - start != after[d] or before[d] // width > _MOST_JOINED:
+    if stop - start != after[d] or before[d] // width > MOST_JOINED:
         return None
     places = range(0, before[d] + 1, width)
     return track.moved(track.axes, bounds=frozenset((track.axes[d], b) for b in places))
@@ -387,7 +387,7 @@ def _sliced(graph: Graph, operation: Operation, operand: int, track: _Track, res
 
 def _unstacked(graph: Graph, operation: Operation, operand: int, track: _Track, result: int) -> _Track | None:
     axis = operation.params["axis"]
-    joined = _joins(graph, operation, operand, track, [axis], _MOST_JOINED)
+    joined = _joins(graph, operation, operand, track, [axis], MOST_JOINED)
     return None if joined is None else track.moved([a for d, a in enumerate(track.axes) if d != axis], joined)
 
 
@@ -408,7 +408,7 @@ def _put_together(
 
 
 def _reversed(graph: Graph, operation: Operation, operand: int, track: _Track, result: int) -> _Track | None:
-    joined = _joins(graph, operation, operand, track, operation.params["dimensions"], _MOST_JOINED)
+    joined = _joins(graph, operation, operand, track, operation.params["dimensions"], MOST_JOINED)
     return None if joined is None else track.moved(track.axes, joined)
 
 

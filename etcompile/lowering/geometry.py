@@ -216,9 +216,7 @@ class TraceGeometry:
         wide = [a for a in axes if spread.shape[a] > 1 or a > n_y]
         narrow = tuple(a for a in axes if a not in wide)
         dtype = accumulator(credits.dtype)
-        if (
-            len(narrow) == n_y + n_c
-        ):  # one number for each step: as a product XLA would turn the credits around
+        if not wide:  # one number for each step: as a product XLA would turn the credits around
             return self.store(jnp.sum(credits * spread, axis=0, dtype=dtype))
         spread = jnp.squeeze(spread, narrow)
         if self.relation.fan:  # products with as many axes have no 16-bit form on every device

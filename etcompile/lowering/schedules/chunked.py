@@ -98,6 +98,15 @@ class Chunked(SequenceSchedule):
 
     @cached_property
     def _sorted(self) -> ChunkEquations | UnsupportedError:
+        if self._pushes and self._pulled is None:
+            program = self.causal.program
+            return UnsupportedError(
+                f"{program.name} cannot run in chunks: units of this model have many elements, "
+                "and what becomes of a trace is known from step to step alone.",
+                got=f"{program.name}, of a model whose delays feed back over many slots",
+                expected="d_rtrl, whose gradients in a chunk need no trace",
+                hint="run it step by step: chunk=1.",
+            )
         try:
             return chunk_equations(self.causal.program)
         except UnsupportedError as error:
@@ -111,14 +120,11 @@ class Chunked(SequenceSchedule):
     def size(self, schedule: Schedule, steps: int, wanted: int | str | None) -> int:
         """What is asked for; of ``"auto"`` as many as pay off, if any do, and all where a trace is too large to be stored."""
         wanted = schedule.chunk if wanted is None else wanted
-        by_pushes = self._pushes and self._pulled is None  # step by step alone
         if self.causal.carried.too_large:
-            if by_pushes or (isinstance(wanted, int) and wanted < steps):
+            if isinstance(wanted, int) and wanted < steps:
                 site = next(iter(self.causal.carried.too_large.values()))
                 raise site.cannot_store("chunk='auto': the whole sequence is one chunk.")
             return steps
-        if by_pushes:
-            return 0
         if not isinstance(wanted, int):
             pays = self.refusal() is None and self._pay_off
             wanted = self._that_pay_off(steps, schedule.memory) if pays else 1

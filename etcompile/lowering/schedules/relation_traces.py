@@ -99,7 +99,7 @@ class RelationTraces:
         rows: dict[str, list[Array | None]] = {name: [] for name, _, _ in wanted}
         for name, e_0, of_row in wanted:
             rows[name].append(
-                None if e_0 is None else self._row(e_0, traces, of_row, next(met), values, done)
+                None if e_0 is None else self._row(e_0, values, traces, of_row, next(met), done)
             )
         return {name: tuple(found) for name, found in rows.items()}
 
@@ -117,10 +117,10 @@ class RelationTraces:
     def _row(
         self,
         like: Array,
+        values: Mapping[str, Value],
         traces: Traces,
         left: Left,
         met: Met,
-        values: Mapping[str, Value],
         done: Sequence[Array],
     ) -> Array:
         """One row of a trace at the end: of all rows of all traces, and of all that was added, what is left in it."""
