@@ -85,13 +85,13 @@ def compile(
 
     Notes
     -----
-    The model is traced here, once. Of what its step reads, trained parameters and states are what they are at each call, and
-    so is ``brainstate.environ``: arrays there, and ``t`` and ``i``, are inputs of the step (in a sequence ``t`` counts up by
-    ``dt`` and ``i`` by 1, see :meth:`Step.scan_value_and_grad`); where another entry that it read has changed (``fit``, ``dt``,
-    a number), the step is compiled for the new value, and both are kept; one that the model cannot do without and that is no
-    longer set stays what it was. A plain attribute (``net.decay = 0.1``) and a global
-    variable stay what they were: compile again, or keep the value in a ``brainstate`` state. An attribute that changed is said by
-    :class:`etcompile.errors.PlainAttributeWarning` at the next call; an array changed in place and a global variable are not.
+    The model is traced here, once. Each call reads its trained parameters and states as they are then, and
+    ``brainstate.environ`` as it is around the call. Arrays there, ``t`` and ``i`` are inputs of the step; in a sequence ``t``
+    counts up by ``dt`` and ``i`` by 1, see :meth:`Step.scan_value_and_grad`. If another entry that the step read has changed
+    (``fit``, ``dt``, a number), the step is compiled for the new value, and both are kept. An entry that the model needs and
+    that is no longer set stays what it was. A plain attribute (``net.decay = 0.1``) and a global variable stay what they were:
+    compile again, or keep the value in a ``brainstate`` state. After a change of an attribute the next call warns
+    (``etcompile.errors.PlainAttributeWarning``); a change of a global variable, or of an array in place, goes unnoticed.
 
     Raises
     ------

@@ -77,14 +77,37 @@ class Report:
     """The analysis and the program in a form to read, or to query with :meth:`to_dict`.
 
     The text is short: where a cut ends the credit of many states and parameters it names their modules, and of a source line the
-    user's part; the attributes and :meth:`to_dict` hold all. ``exact`` is False if and only if something says where credit
-    ends: ``cuts``, or ``leaves_out``, what the rule loses beside them. ``verdict`` says what the gradient is, ``another`` that
-    it is none of the loss, by intent; ``forgotten`` names the hidden groups of which the rule keeps nothing from step to step;
-    ``trace_owners`` whose each trace is; ``learning`` those that depend on the loss and go on at steps with one alone;
-    ``devices`` where arrays lie on a mesh: the mesh, then each array with the mesh axes behind the sizes that they split;
-    ``bytes_of_a_step`` what each of many steps handled together holds, about, in place of the traces (0: they cannot be);
-    ``windows`` that credit inside of windows is exact; ``between_layers`` that a cut ends credit from one layer to another which
-    ``within="exact"`` would keep there.
+    user's part. The attributes and :meth:`to_dict` hold all.
+
+    Attributes
+    ----------
+    model, algorithm : str
+    exact : bool
+        False if and only if ``cuts`` or ``leaves_out`` say what is lost.
+    leaves_out : str
+        What the rule loses beside the cuts.
+    groups, states, parameters, cuts : tuple
+        Hidden groups; states; parameters, with how each gradient is made; and where credit ends.
+    traces : mapping of str to int
+        Bytes of each carried value.
+    devices : tuple of str
+        The mesh, then each array with the mesh axes along which it is split.
+    trace_owners : mapping of str to str
+        The parameter or group of each trace.
+    verdict : str
+        What the gradient is.
+    forgotten : tuple of str
+        Hidden groups of which the rule keeps nothing from step to step.
+    learning : tuple of str
+        Traces that depend on the loss, and so go on only at steps with one.
+    another : bool
+        By intent the result is not the gradient of the loss.
+    bytes_of_a_step : int
+        About what each step holds in place of traces where many are handled together; 0 where they cannot be.
+    windows : bool
+        Credit inside of windows is exact.
+    between_layers : bool
+        A cut ends credit from one layer to another that ``within="exact"`` would keep.
     """
 
     model: str

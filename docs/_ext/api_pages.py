@@ -29,6 +29,18 @@ SECTIONS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
         ("Step", "Executor", "Carry", "Report", "Cost", "Comparison", "TraceProgram", "Checkpoints"),
     ),
     (
+        "Learners",
+        "What ``step.learn`` returns.",
+        "etcompile.runtime.learn",
+        ("Learner",),
+    ),
+    (
+        "Learners from rewards",
+        "What ``step.learn_td`` returns; see :doc:`reinforcement`.",
+        "etcompile.runtime.td_learner",
+        ("TDLearner",),
+    ),
+    (
         "Watching a run",
         "See :doc:`long_runs`.",
         "etcompile",

@@ -27,7 +27,7 @@ class Net(brainstate.nn.Module):
 
 
 # %%
-# ``compile`` wants the model and an example of its input at one step. D-RTRL is the rule by default.
+# ``compile`` takes the model and an example of its input at one step. D-RTRL is the default rule.
 
 net = Net()
 step = etcompile.compile(net, jnp.zeros((4, 3)), algo="d_rtrl", batch_size=4)
@@ -41,7 +41,7 @@ print(step.report())
 picture = etcompile.viz.draw(step)
 
 # %%
-# What will run is a program that one can read. A letter with ``[t]`` is a value of this step, ``[t-1]`` of the last one.
+# What will run can be read as a program. A name with ``[t]`` is a value of this step, with ``[t-1]`` of the last one.
 
 print(step.program)
 
@@ -61,15 +61,15 @@ value, grads = step.value_and_grad(loss)(xs[0], ys[0])
 print(value, {path: jax.tree.map(jnp.shape, g) for path, g in grads.items()})
 
 # %%
-# A whole sequence is handled in chunks, with the same numbers in less time. ``reset`` starts a new one.
+# A whole sequence runs in chunks, with the same numbers in less time. ``reset`` starts a new sequence.
 
 step.reset()
 losses, grads = step.scan_value_and_grad(loss)(xs, ys)
 print("mean loss", losses.mean())
 
 # %%
-# Is it right? The rule that follows every path, ``rtrl``, is exact: it must give what backpropagation through
-# time gives. Between D-RTRL's gradient and that one lies what was cut.
+# Is it right? The rule ``rtrl`` follows every path and is exact: it must give what backpropagation through
+# time gives. The gradient of D-RTRL differs from that by what was cut.
 
 
 def flat(tree):

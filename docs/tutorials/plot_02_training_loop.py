@@ -70,8 +70,8 @@ def one_epoch(learn, rng):
 
 
 # %%
-# To evaluate, run the sequence forward: ``scan`` changes no weight. Another number of examples is another
-# compilation, which is kept: going back and forth compiles nothing again.
+# To evaluate, run the sequence forward: ``scan`` changes no weight. Another number of examples is compiled for
+# once, and kept: going back and forth compiles nothing again.
 
 
 def accuracy(step):
@@ -82,7 +82,8 @@ def accuracy(step):
 
 
 # %%
-# The loop stops when three epochs have brought nothing new, and keeps the best weights. Every epoch is saved.
+# The loop stops after three epochs without a better accuracy, and keeps the best weights. Every epoch is saved, with the
+# optimiser, which is the learner's, and with what the loop itself needs as ``extra``.
 
 directory = tempfile.mkdtemp()
 
@@ -90,16 +91,15 @@ directory = tempfile.mkdtemp()
 def train(epochs):
     learn = new_run()
     saves = etcompile.Checkpoints(directory, every=1, keep=2)
-    done, kept = saves.restore(learn.step, extra={"best": 0.0, "waited": 0})
-    curve, best = [], (kept["best"], learn.step.params)
-    waited = int(kept["waited"])
+    done, kept = saves.restore(learn, extra={"best": 0.0, "weights": learn.step.params, "waited": 0})
+    curve, best, waited = [], (float(kept["best"]), kept["weights"]), int(kept["waited"])
     for epoch in range(done, epochs):
         loss = one_epoch(learn, np.random.default_rng(epoch))
         found = accuracy(learn.step)
         curve.append((epoch, loss, found))
         waited = 0 if found > best[0] else waited + 1
         best = max(best, (found, learn.step.params), key=lambda pair: pair[0])
-        saves.save(learn.step, epoch + 1, extra={"best": best[0], "waited": waited})
+        saves.save(learn, epoch + 1, extra={"best": best[0], "weights": best[1], "waited": waited})
         if waited == 3:
             break
     return learn.step, curve, best

@@ -21,7 +21,8 @@ def report_of(fn, params, state, algo="d_rtrl"):
 # Nothing is cut
 # --------------
 #
-# Each unit remembers itself alone: ``h`` is decayed element by element. The gradient equals backpropagation through time.
+# Each unit's new state depends on its own old state alone: ``h`` decays element by element. The gradient equals
+# backpropagation through time.
 
 
 def leaky(params, state, x):
@@ -53,7 +54,7 @@ for cut in report.cuts:
 assert not report.exact
 
 # %%
-# A rule that follows every path has nothing to cut, at a price that the cost tells:
+# A rule that follows every path cuts nothing. The table shows its price:
 
 costs = etcompile.compare(
     etcompile.from_function(recurrent, {"w": jnp.ones((3, 4)), "r": jnp.ones((4, 4))}, jnp.zeros((2, 4))),

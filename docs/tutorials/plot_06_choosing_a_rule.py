@@ -33,8 +33,8 @@ table = etcompile.compare(Net(), jnp.zeros((16, 2)), rules=RULES, batch_size=16)
 table
 
 # %%
-# By accuracy: among random values, remember the one that came with a flag, and say it seven steps later. A rule
-# without memory of the past (``sltt``) has no credit for what the flag did; the others have.
+# By accuracy: among random values, remember the one that came with a flag, and output it seven steps later. A rule
+# without traces (``sltt``) gives no credit to the step with the flag; the others do.
 
 STEPS = 8
 

@@ -22,7 +22,7 @@ from etcompile import extend
 #    e_t = D_t\, e_{t-1} + f_t \otimes x_t \qquad \bar e_t = \kappa\, \bar e_{t-1} + e_t
 #    \qquad g_t = \operatorname{sign}(L_t)\, \bar e_t
 #
-# ``sign`` is no word of the language. A new word is a row: what it takes and gives, and how it is evaluated.
+# No op for ``sign`` ships. A new op is a row of the table of ops: what it takes and gives, and how it is evaluated.
 
 if "sign_of" not in extend.OPS:
     extend.register_op(
@@ -49,7 +49,7 @@ def sign_e_prop(p, kappa=0.8):
 
 
 # %%
-# It is compiled like any other, its options are arguments of ``compile``, and its program can be read.
+# It is compiled like any other rule; its options are arguments of ``compile``, and its program can be read.
 
 
 class Net(brainstate.nn.Module):
@@ -69,7 +69,7 @@ print(step.program)
 # Its oracle
 # ----------
 #
-# A rule needs a second opinion: its equations in plain numpy, on a model that can be differentiated by hand.
+# A rule is tested against its equations in plain numpy, on a model that can be differentiated by hand.
 # Here h' = 0.9 h + x w, so D = 0.9, f = 1, and L is the derivative of the loss by h.
 
 rng = np.random.default_rng(0)

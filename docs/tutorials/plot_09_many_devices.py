@@ -2,7 +2,7 @@
 Many devices
 ============
 
-A mesh says how examples and units are split. The same program, the same numbers. This page was built with four
+A mesh says how examples and units are split; program and numbers stay the same. This page was built with four
 devices that are threads of one processor: ``XLA_FLAGS=--xla_force_host_platform_device_count=4``, set before
 Python starts.
 """

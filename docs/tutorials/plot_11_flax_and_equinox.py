@@ -27,7 +27,7 @@ def square(out, y):
 # Equinox
 # -------
 #
-# A module of one's own says how a step is taken. Gradients are a module of arrays.
+# For a module of your own say how a step is taken. Gradients are a module of arrays.
 
 
 class Net(eqx.Module):

@@ -29,8 +29,7 @@ class LeakyRateReadout(brainstate.nn.Module):
         Sizes of input and output without the batch axis; all but the last axis must be equal.
     tau : Quantity, ParamState or Param
         Time constant with a unit of time: one, or one per output unit. In a ``ParamState`` or ``brainstate.nn.Param`` it is
-        trained. dt is ``brainstate.environ``'s at the time of
-        each call; in a compiled step, that of the compilation.
+        trained. dt is that of ``brainstate.environ`` at each call.
     w_init, r_init : callable or array
         Initial weights and state; ``brainstate.nn`` initialisers. Default: Kaiming normal, zero.
     name : str, optional

@@ -438,7 +438,27 @@ class Step:
         has_aux: bool = False,
         outputs: bool = False,
     ) -> Learner:
-        """A driver that updates the weights while the sequence runs; see :class:`etcompile.runtime.learn.Learner`."""
+        """A learner: a function ``(xs, *targets) -> losses`` that updates the weights while the sequence runs.
+
+        It takes ``modulator=``, ``mask=``, ``progress=``, ``checkpoints=`` and ``callback=`` as well, see
+        :class:`etcompile.runtime.learn.Learner`. ``learner.step`` is this step.
+
+        Parameters
+        ----------
+        loss_fn : callable
+            ``loss_fn(out, *targets) -> scalar``, as for :meth:`value_and_grad`.
+        optimizer : optax.GradientTransformation or braintools optimiser
+        update_every : int
+            Steps between updates. The weights are fixed in between, so these steps run as a chunk where the rule has chunks.
+        has_aux : bool
+            ``loss_fn`` returns ``(loss, aux)``; a call then returns the aux values after the losses.
+        outputs : bool
+            A call returns the outputs of all steps after the losses, before aux values.
+
+        Returns
+        -------
+        Learner
+        """
         from etcompile.runtime.learn import Learner
 
         loss = self._loss(loss_fn, has_aux, "learn", outputs=outputs)
