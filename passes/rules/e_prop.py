@@ -9,7 +9,7 @@ The filter stands for a leaky readout with decay κ that is not part of the mode
 states, κ = 0 is the consistent choice with ``feedback="symmetric"`` only if credit through the readout's memory is given up. It
 advances on every step, whether a gradient is taken or not.
 
-With ``rate=f*`` each unit is drawn to that mean of what it shows, of a spike its firing rate, with the unfiltered trace;
+With ``rate=f*`` each unit is drawn towards that mean of what it shows (for spikes the firing rate), with the unfiltered trace;
 ``rate_weight`` is c and ``rate_decay`` μ.
 
 Memory O(B I O) twice per weight (the trace and its filter), time O(B I O) per step.

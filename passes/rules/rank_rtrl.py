@@ -5,10 +5,10 @@
     grad_t = one_step_t + sum over h of (L_t H_t + K_t)[h] Σ_k A^k_{t-1}[h, y] V^k_{t-1}[y]
 
 The weights that lead to one element y of an operation's result act on the network's states by a matrix, states x inputs. A step
-moves its rows on by H and adds a product of a column and a row. What is kept is the best approximation by r such
-products, by its singular values; nothing is random. Where y acts on all states with one time course, rank 1 is all there is;
-each other one, as of units above that forget at another rate, adds one. H follows every path, so credit passes between units and
-from layer to layer.
+multiplies it by H and adds a product of a column and a row. What is kept is the best approximation by r such
+products, from its singular values; nothing is random. Where y acts on all states with one time course, rank 1 is exact; each
+other time course, such as that of units above that forget at another rate, adds one to the rank. H follows every path, so credit
+passes between units and from layer to layer.
 
 A weight without inputs (a bias, an element-wise weight) has A alone, and is exact.
 
@@ -16,8 +16,8 @@ Memory B r O (N + I) per weight of I x O with N hidden units, time that of r O s
 r + 1 columns.
 
 The nearest matrix of a rank: C. Eckart and G. Young, "The approximation of one matrix by another of lower rank", Psychometrika
-1, 1936. Kin: KF-RTRL (``kf_rtrl``) has one factor of inputs for all units, and is random so as to be right on average; F. Benzing
-et al., "Optimal Kronecker-sum approximation of real time recurrent learning", ICML 2019, arXiv 1902.03993.
+1, 1936. Related: KF-RTRL (``kf_rtrl``) has one factor of inputs for all units, and random signs that make it right on average;
+F. Benzing et al., "Optimal Kronecker-sum approximation of real time recurrent learning", ICML 2019, arXiv 1902.03993.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reward-based e-prop: what the loss asks of the traces is filtered, and a reward, or its error, meets the filter later.
+"""Reward-based e-prop: the learning signal times the trace is filtered, and a reward, or its error, multiplies that later.
 
     e_t    = D_t e_{t-1} + f_t (x) x_t
     ē_t    = κ ē_{t-1} + e_t

@@ -1,4 +1,4 @@
-"""Random-subset RTRL: RTRL's influence goes on through a few units alone, drawn at random.
+"""Random-subset RTRL: RTRL's influence passes from step to step through a few units alone, drawn at random.
 
     J_t    = H_t P J_{t-1} + F_t              P: 1 for k units of each group, else 0
     grad_t = one_step_t + (L_t H_t + K_t) J_{t-1}
@@ -7,8 +7,8 @@ With ``redraw=True`` units are drawn anew at every step and P has n / k in place
 then right on average, with a variance that grows with n / k at each step of its way. By default they are drawn once, for good,
 and P J is smaller than J: a biased estimate that is stable where RTRL's would grow. With k of n units or more it is RTRL.
 
-Memory B N P for P weights and N hidden units, time B N² P, as ``rtrl``: H is one operator for all units here, so that what is
-saved of them is not saved in time; the rule is to see what a subset is enough for.
+Memory B N P for P weights and N hidden units, time B N² P, as ``rtrl``: H is one operator for all units here, so a subset saves
+no time. The rule is there to see for what a subset is enough.
 
 Reference: A. Shalev Merin, "Massive redundancy in gradient transport enables sparse online learning", 2026, arXiv 2603.15195,
 which keeps k = 4 of 64 to 256 units, drawn once. Departures: this follows its account of paths through k units, not code;

@@ -1,17 +1,17 @@
-"""SuperSpike: the error of a unit meets a filter of its surrogate derivative times filtered presynaptic spikes.
+"""SuperSpike: the error of a unit times a filter of its surrogate derivative times filtered presynaptic spikes.
 
     a_t    = α a_{t-1} + x_t            x̄_t = β x̄_{t-1} + a_t           (synapse and membrane)
     e_t    = γ e_{t-1} + (ψ_t f_t) (x) x̄_t
     grad_t = E_t e_t,   E_t = err_t B by random feedback, or dloss_t/dshown_t
 
-ψ is the derivative of what the unit shows by its states, for a spike the surrogate, at the time of the trace: unlike e-prop's, a
-trace keeps it, and E meets no derivative of its own time.
+ψ is the derivative of what the unit shows by its states, for a spike the surrogate. Unlike in e-prop, the trace holds ψ of
+the steps at which it was formed, and E is not multiplied by the current one.
 
 Memory O(B (I O + 2 I)) per weight of I x O at batch B, time O(B I O) per step.
 
 Reference: F. Zenke and S. Ganguli, "SuperSpike: supervised learning in multilayer spiking neural networks", Neural Computation
 30, 2018, arXiv 1705.11146. Departures: the filter over the product is one exponential; the error is dloss/dout of any
-loss, so that the filter of van Rossum's distance is the loss's affair; rates per synapse (r_ij) are the optimiser's.
+loss, so that the filter of van Rossum's distance is left to the loss; rates per synapse (r_ij) are left to the optimiser.
 """
 
 from __future__ import annotations
