@@ -25,6 +25,7 @@ from etcompile.frontend.jaxpr import in_transformation, scan_signature
 __all__ = [
     "as_array",
     "by_numpy",
+    "by_table",
     "called",
     "chosen_branch",
     "evaluate",
@@ -139,13 +140,19 @@ def run_equation(eqn: Any, values: list[Any]) -> Sequence[Any]:
         return evaluate(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values)
     if name == "optimization_barrier":
         return values
+    found = by_table(eqn, values)
+    return _by_jax(eqn, values) if found is None else found
+
+
+def by_table(eqn: Any, values: list[Any]) -> list[np.ndarray] | None:
+    """What one equation gives, where numpy has it."""
     avals = [v.aval for v in eqn.outvars]
-    found = _by_table(name, params, values, avals) if all(map(_is_number, (*values, *avals))) else None
-    if found is not None:
-        for v, aval in zip(found, avals, strict=True):
-            assert v.shape == aval.shape, (eqn, v.shape)
-        return found
-    return _by_jax(eqn, values)
+    if not all(map(_is_number, (*values, *avals))):
+        return None
+    found = _by_table(eqn.primitive.name, eqn.params, values, avals)
+    for v, aval in zip(found or (), avals, strict=found is not None):
+        assert v.shape == aval.shape, (eqn, v.shape)
+    return found
 
 
 def _by_jax(eqn: Any, values: list[Any]) -> list[Any]:

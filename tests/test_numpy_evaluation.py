@@ -71,6 +71,35 @@ def test_numpy_gives_what_xla_gives(fn, arguments):
     agree(op_by_op(fn, *arguments), wanted)
 
 
+def moved(a, b):
+    """What outside of a jit is done without a program."""
+    where = jnp.asarray([2, 0, 2])
+    return [
+        *(a + b, a - b, a * b, -a, abs(a), jnp.maximum(a, b), jnp.minimum(a, b), a[1], a[1:, ::2], a[where], a.T[::-1]),
+        *(a < b, a == a.T[0, 0], jnp.where(a > b, a, 0), jnp.full((2, 3), a[0, 0]), jnp.arange(5) + a[0, 0], jnp.pad(a, 1)),
+        *(a.at[1].set(b[0]), jnp.concatenate([a, b]), jnp.stack([a, b], 1), jnp.ones((2, 1)) * a[0], a.reshape(-1), a[..., None]),
+        *(a.astype(jnp.float32), a.max(1), a.min(), (a > b).any(0), jnp.zeros_like(a), a.astype(bool), jnp.squeeze(a[:1]), 2 * a),
+        *((a / b, jnp.sqrt(abs(a)), jnp.floor(a)) if jnp.issubdtype(a.dtype, jnp.floating) else ()),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "int32", "bfloat16"])
+def test_numbers_that_are_moved_without_a_program_are_those_of_xla_to_the_last_bit(dtype):
+    rng = np.random.default_rng(1)
+    a, b = (jnp.asarray(5 * rng.normal(size=(3, 4))).astype(dtype) for _ in range(2))
+    for found, wanted in zip(moved(a, b), jax.jit(moved)(a, b), strict=True):
+        assert (found.shape, found.dtype, found.weak_type) == (wanted.shape, wanted.dtype, wanted.weak_type)
+        assert np.asarray(found).tobytes() == np.asarray(wanted).tobytes()
+
+
+def test_what_is_moved_without_a_program_shares_no_memory_and_stays_on_its_device():
+    a = jnp.arange(6.0).reshape(2, 3) + 0
+    row, device = a[1], jax.devices()[0]
+    jax.jit(lambda v: v * 2, donate_argnums=0)(a).block_until_ready()
+    assert np.array_equal(row, [3, 4, 5]) and not row.committed
+    assert (jax.device_put(row, device) + 1).committed
+
+
 def branching(p):
     """Loops that weights reach or not, conditions, declared derivatives, complex numbers and results that are no numbers, in a row."""
 
