@@ -471,6 +471,37 @@ def _gathered(p: Params, v: np.ndarray, indices: np.ndarray) -> np.ndarray | Non
     return np.moveaxis(found, range(len(batch), found.ndim), how.offset_dims)
 
 
+def _scattered(add: bool) -> Callable:
+    """`v` with rows put, or added, at `indices`, all of them inside."""
+
+    def run(p: Params, v: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
+        how = p["dimension_numbers"]
+        if how.operand_batching_dims or indices.size == 0 or not (add or _takes_the_new(p["update_jaxpr"])):
+            return None
+        sizes = np.ones(v.ndim, int)
+        kept = [d for d in range(v.ndim) if d not in how.inserted_window_dims]
+        sizes[kept] = [rows.shape[d] for d in how.update_window_dims]
+        places = indices.reshape(-1, indices.shape[-1])
+        starts = np.zeros((len(places), v.ndim), int)
+        starts[:, list(how.scatter_dims_to_operand_dims)] = places
+        if (starts < 0).any() or (starts + sizes > v.shape).any():
+            return None
+        batch = [d for d in range(rows.ndim) if d not in how.update_window_dims]
+        rows = np.moveaxis(rows, batch, range(len(batch))).reshape((len(places), *sizes))
+        found = v.copy()
+        for at, row in zip(starts, rows, strict=True):
+            window = tuple(slice(a, a + n) for a, n in zip(at, sizes, strict=True))
+            found[window] = found[window] + row if add else row
+        return found
+
+    return run
+
+
+def _takes_the_new(update: Any) -> bool:
+    """Whether of an old and a new number it gives the new one."""
+    return update is not None and not update.eqns and list(update.outvars) == list(update.invars[1:])
+
+
 _OTHERS: dict[str, Callable[..., Any]] = {
     "broadcast_in_dim": _spread,
     "reshape": lambda p, v: v.reshape(p["new_sizes"]) if p.get("dimensions") is None else None,
@@ -492,6 +523,8 @@ _OTHERS: dict[str, Callable[..., Any]] = {
     "stack": lambda p, *v: np.stack(v, p["axis"]),
     "bitcast_convert_type": _reinterpreted,
     "gather": _gathered,
+    "scatter": _scattered(add=False),
+    "scatter-add": _scattered(add=True),
     "argmax": _place(np.argmax),
     "argmin": _place(np.argmin),
     "reduce_sum": _over(np.sum),

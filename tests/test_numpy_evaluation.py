@@ -21,6 +21,8 @@ def numbers(a, whole):
     return {
         "sorted": (jnp.sort(a, 1), jnp.argsort(a, 0), jnp.argmax(a, 1), jnp.argmin(a, 0)),
         "placed": (a[jnp.asarray([2, 0, 2])], a[:, jnp.asarray([1, 3])], a[jnp.asarray([0, 1]), jnp.asarray([3, 2])]),
+        "put": (a.at[jnp.asarray([2, 0])].set(whole[:2] * 0.1), a.at[:, jnp.asarray([1, 3, 1])].add(a[:, :3]), a.at[1, 2].set(3.0),
+                a.at[jnp.asarray([0, 1]), jnp.asarray([3, 2])].add(0.5), a.at[jnp.asarray([1, 7])].add(1.0), a.at[0].apply(jnp.sin)),
         "padded": (lax.pad(a, 7.0, [(-1, 2, 0), (1, -2, 1)]), lax.pad(a, 7.0, [(1, 1, 2), (0, -3, 0)])),
         "rounded": (jnp.round(3 * a), (5 * a).astype(jnp.int32), jnp.trunc(a), a % 0.7, lax.rem(whole, whole**2 + 3)),
         "bits": (whole << 3, lax.shift_right_logical(whole, jnp.full_like(whole, 60)), whole >> 1),
