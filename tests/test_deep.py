@@ -20,7 +20,17 @@ RULES = Path(__file__).resolve().parents[1] / "tools" / "rules"
 @pytest.fixture(scope="module")
 def tools():
     """Modules of tools/rules by name, out of the way of others."""
-    names = ("tasks", "replicas", "models", "training", "stacks", "cross_layer", "deep_measure", "deep_page")
+    names = (
+        "tasks",
+        "earlier",
+        "replicas",
+        "models",
+        "training",
+        "stacks",
+        "cross_layer",
+        "deep_measure",
+        "deep_page",
+    )
     before = {name: sys.modules.pop(name, None) for name in names}
     found = {}
     for name in names:
@@ -95,3 +105,27 @@ def test_the_page(tools):
     assert "| copy after a delay | LIF | 2 | 0.75 |" in text and "| 2 (2) |" in text
     assert "| copy after a delay | LIF | 4 | 0.60 ± 0.10 | 0.90 ± 0.00 |" in text
     assert tools["deep_page"].render(text, *found) == text
+
+
+def test_the_page_keeps_what_is_not_measured_again(tools):
+    measured, render = tools["deep_measure"], tools["deep_page"].render
+    made = {
+        (kind, depth, "copy"): measured.Cell(
+            kind,
+            depth,
+            "copy",
+            updates=3,
+            units=4,
+            batch=16,
+            losses=[[2.0, 1.0]],
+            layers={label: [[0.5] * depth] for label in measured.LABELS},
+            whole={label: [0.75] for label in measured.LABELS},
+            carried=dict.fromkeys(measured.LABELS, 2048),
+            alike={"4": {"rank 1": 2.4}},
+        )
+        for kind, depth in (("lru", 2), ("lru", 8), ("rg_lru", 2))
+    }
+    training = {("rg_lru", 4, "copy"): measured.Training("rg_lru", 4, "copy", 3, {"bptt": [0.9]})}
+    whole = render("", made, training)
+    some = {key: cell for key, cell in made.items() if key[1] == 2}
+    assert render(render("", some, training), {("lru", 8, "copy"): made["lru", 8, "copy"]}, {}) == whole

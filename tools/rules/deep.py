@@ -1,7 +1,8 @@
 """``python tools/rules/deep.py``: gradients in stacks of two, four and eight layers, and the tables of docs/deep.md.
 
 Every cell, a stack on a task, is one file in the output folder; cells that are there are not measured again, so a run that
-was stopped goes on. ``--quick`` shows in minutes that everything runs, and prints the tables.
+was stopped goes on. Rows of the page that the folder has no file for stay. ``--quick`` shows in minutes that everything runs, and
+prints the tables.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.page_only:
         run(options, QUICK if options.quick else FULL)
     found = (load(options.out, Cell), load(options.out, Training))
-    text = deep_page.render(options.page.read_text(encoding="utf-8"), *found)
     if options.quick:
-        print(text)
+        print(deep_page.render("", *found))
         return 0
+    text = deep_page.render(options.page.read_text(encoding="utf-8"), *found)
     options.page.write_text(text, encoding="utf-8")
     print(options.page)
     return 0

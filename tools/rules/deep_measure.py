@@ -28,6 +28,7 @@ __all__ = [
     "QUICK",
     "TASKS",
     "TRAINED",
+    "WIDER",
     "Cell",
     "Protocol",
     "Training",

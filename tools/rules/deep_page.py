@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from deep_measure import DEPTHS, LABELS, TASKS, Cell, Training
+from deep_measure import DEPTHS, FULL, LABELS, TASKS, WIDER, Cell, Training
+from earlier import Earlier
 from stacks import KINDS
 
 __all__ = ["render"]
@@ -14,27 +15,42 @@ Cells = Mapping[tuple[str, int, str], Cell]
 Trainings = Mapping[tuple[str, int, str], Training]
 
 BEGIN, END = "<!-- written by make deep -->", "<!-- end of what make deep writes -->"
+_TRAINED, _RUN = "### Trained", "### What was run"
 _STACKS = [(kind, depth) for kind in KINDS for depth in DEPTHS]
+_HEAD = ("task", "stack", "layers", *LABELS)
+#: Columns that name a row, and the order of what stands in them.
+_NAMES = ("task", "stack", "layers", "rule")
+_ORDER = {
+    name: place
+    for names in (
+        [t.title for t in TASKS.values()],
+        [k.title for k in KINDS.values()],
+        list(map(str, DEPTHS)),
+        LABELS,
+    )
+    for place, name in enumerate(names)
+}
 
 
 def render(page: str, cells: Cells, trainings: Trainings) -> str:
-    """The page with its measured part anew."""
+    """The page with its measured part anew; rows of stacks that were not measured again stay as they are."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
+    earlier = Earlier(rest)
     parts = [
         BEGIN,
         "### All layers together",
-        _table(("task", "stack", "layers", *LABELS), _whole(cells)),
+        _table(earlier, _HEAD, _whole(cells)),
         "### What is carried and held",
         "KiB for a batch, traces and what backpropagation keeps of a window's steps. In brackets the length of the window that "
         f"keeps as much as the rule carries beside the traces of `d_rtrl`, with {', '.join(_widths(cells))} units in a layer.",
-        _table(("stack", "layers", *LABELS), _memory(cells)),
+        _table(earlier, ("stack", "layers", *LABELS), _memory(cells)),
         "### Layer by layer",
         "Layers from the bottom, 1 is the first; the mean over tasks and seeds.",
-        _table(("stack", "layers", "rule", *map(str, range(1, max(DEPTHS) + 1))), _by_layer(cells)),
-        *_trained(trainings),
-        "### What was run",
-        _about(cells),
+        _table(earlier, ("stack", "layers", "rule", *map(str, range(1, max(DEPTHS) + 1))), _by_layer(cells)),
+        *_trained(earlier, trainings),
+        _RUN,
+        _about(earlier, cells),
         END,
     ]
     return before + "\n\n".join(parts) + after
@@ -48,7 +64,7 @@ def _whole(cells: Cells) -> Iterable[Sequence[str]]:
 
 
 def _widths(cells: Cells) -> list[str]:
-    return list(next(iter(cells.values())).alike) if cells else []
+    return list(next(iter(cells.values())).alike) if cells else [str(n) for n in (FULL.units, *WIDER)]
 
 
 def _memory(cells: Cells) -> Iterable[Sequence[str]]:
@@ -73,26 +89,26 @@ def _by_layer(cells: Cells) -> Iterable[Sequence[str]]:
             yield KINDS[kind].title, str(depth), label, *row
 
 
-def _trained(trainings: Trainings) -> list[str]:
+def _trained(earlier: Earlier, trainings: Trainings) -> list[str]:
     if not trainings:
-        return []
+        section = earlier.between(_TRAINED, _RUN).strip()
+        return [_TRAINED, section] if section else []
     one = next(iter(trainings.values()))
     rows = [
         (TASKS[task].title, KINDS[kind].title, str(depth), *(_numbers(v) for v in t.accuracies.values()))
-        for task in TASKS
-        for (kind, depth, of), t in sorted(trainings.items())
-        if of == task
+        for (kind, depth, task), t in trainings.items()
     ]
     return [
-        "### Trained",
+        _TRAINED,
         f"Test accuracy after {one.updates} updates by each gradient.",
-        _table(("task", "stack", "layers", *one.accuracies), rows),
+        _table(earlier, ("task", "stack", "layers", *one.accuracies), rows),
     ]
 
 
-def _about(cells: Cells) -> str:
-    if not cells:
-        return "Nothing."
+def _about(earlier: Earlier, cells: Cells) -> str:
+    there = {tuple(row[:3]) for row in earlier.rows(_HEAD)}
+    if not cells or there - {tuple(row[:3]) for row in _whole(cells)}:
+        return earlier.between(_RUN, END).strip() or "Nothing."
     one = next(iter(cells.values()))
     losses: dict[str, list[list[float]]] = {}
     for (_, _, task), cell in cells.items():
@@ -117,6 +133,9 @@ def _numbers(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1) / len(values) ** 0.5:.2f}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+def _table(earlier: Earlier, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    names = sum(h in _NAMES for h in head)
+    kept = earlier.kept(head, list(rows), names)
+    kept.sort(key=lambda row: [_ORDER[name] for name in row[:names]])
+    lines = [head, ["---"] * len(head), *kept]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
