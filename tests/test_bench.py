@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -369,3 +370,12 @@ def test_traces_written_once_in_some_steps_learn_the_same(bench):
     weight = tried.at_every_step(*sizes)(some)
     assert abs(weight).max() > 1e-3
     assert abs(tried.deferred(*sizes, every=3)(some) - weight).max() < 1e-6
+
+
+def test_blocks_of_steps_make_the_same(bench):
+    tried = bench["blocks"]
+    some = tried.given(6, 2, 4)
+    together, apart = (jax.tree.leaves(made) for made in (tried.whole(some), tried.in_blocks(some, 3)))
+    assert len(together) == 6
+    for a, b in zip(together, apart, strict=True):
+        assert abs(a).max() > 1e-3 and abs(a - b).max() < 1e-6

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from settings import Settings
 
-__all__ = ["best", "interleaved", "timed"]
+__all__ = ["best", "interleaved", "shortest", "timed"]
 
 #: One that has taken so many times its seconds is measured no more, however few its runs.
 _ENOUGH = 3
@@ -40,3 +40,14 @@ def interleaved(runs: Mapping[Any, Callable[[], Any]], settings: Settings) -> di
             if sum(times[name]) < limit:
                 times[name].append(timed(run)[0])
     return times
+
+
+def shortest(runs: Mapping[Any, Callable[[Any], Any]], given: Any, rounds: int) -> dict[Any, float]:
+    """The shortest of the times of each with ``given``, in seconds; they run in turns, and once before, which compiles."""
+
+    def once() -> dict[Any, float]:
+        return {k: timed(lambda run=run: run(given))[0] for k, run in runs.items()}
+
+    once()
+    times = [once() for _ in range(rounds)]
+    return {k: min(found[k] for found in times) for k in runs}

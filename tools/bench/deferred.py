@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from clock import timed
+from clock import shortest
 from jax import lax
 
 from etcompile.lowering.in_place import computed_once, known_after
@@ -104,14 +104,6 @@ def _contracted(credit: Array, trace: Array) -> Array:
     return reduce(add, [credit[b] * trace[b] for b in range(len(credit))])
 
 
-def _best(runs: dict[int, Learned], some: Given, rounds: int) -> dict[int, float]:
-    """The shortest of the times of each, taken in turns."""
-    for run in runs.values():
-        timed(lambda run=run: run(some))
-    times = [{k: timed(lambda run=run: run(some))[0] for k, run in runs.items()} for _ in range(rounds)]
-    return {k: min(found[k] for found in times) for k in runs}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python tools/bench/deferred.py", description=__doc__)
     parser.add_argument("--every", nargs="+", type=int, default=[2, 4, 8], help="steps between writes")
@@ -122,7 +114,9 @@ def main() -> int:
         sizes = (inputs, batch, units)
         some = given(*sizes, options.steps)
         runs = {1: at_every_step(*sizes), **{k: deferred(*sizes, k) for k in options.every}}
-        best = {k: 1e3 * seconds / options.steps for k, seconds in _best(runs, some, options.rounds).items()}
+        best = {
+            k: 1e3 * seconds / options.steps for k, seconds in shortest(runs, some, options.rounds).items()
+        }
         told = ", ".join(f"every {k} steps {ms:.3g} ms ({best[1] / ms:.2f})" for k, ms in best.items())
         print(f"{inputs} -> {units}, batch {batch}, {4e-6 * inputs * batch * units:.3g} MB: {told}")
     return 0
