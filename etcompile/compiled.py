@@ -57,4 +57,5 @@ class Compiled:
             self.causal.placement.lines(),
             self.changes,
             self.functions.bytes_of_a_step,
+            self.functions.events,
         )

@@ -104,6 +104,8 @@ class Report:
         By intent the result is not the gradient of the loss.
     bytes_of_a_step : int
         About what each step holds in place of traces where many are handled together; 0 where they cannot be.
+    events : mapping of str to float
+        Of the parameters that are summed by events in sequences, the part of the synapses that a step may take so.
     windows : bool
         Credit inside of windows is exact.
     between_layers : bool
@@ -128,6 +130,7 @@ class Report:
     bytes_of_a_step: int = 0
     windows: bool = False
     between_layers: bool = False
+    events: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def trace_bytes(self) -> int:
@@ -152,6 +155,7 @@ class Report:
             "traces": dict(self.traces),
             "trace_bytes": self.trace_bytes,
             "bytes_of_a_step": self.bytes_of_a_step,
+            "events": dict(self.events),
             "windows": self.windows,
             "between_layers": self.between_layers,
             "trace_owners": dict(self.trace_owners),
@@ -373,6 +377,7 @@ def make_report(
     devices: tuple[str, ...] = (),
     changes: bool = False,
     bytes_of_a_step: int = 0,
+    events: Mapping[str, float] | None = None,
 ) -> Report:
     """The report of one compiled program; ``traces`` holds arrays or their shapes, by name; ``devices`` where arrays lie."""
     import jax
@@ -409,6 +414,7 @@ def make_report(
         learning=tuple(name for name in program.carried if OPS[program.equation(name).op].learns),
         another=another,
         bytes_of_a_step=bytes_of_a_step,
+        events=events or {},
         windows=program.window is not None,
         between_layers=_between_layers(program),
     )

@@ -40,6 +40,9 @@ def _lines(report: Report) -> Iterator[str]:
         if report.bytes_of_a_step
         else ""
     )
+    for path, share in report.events.items():
+        yield f"  events     of {path} a step of a sequence takes the synapses of those that send, up to {share:.3g} of all;"
+        yield "             where more is sent it takes all of them"
     if report.windows:
         yield f"  windows    chunk= of scan_value_and_grad is their length{held}"
     if report.between_layers:

@@ -38,6 +38,10 @@ class Schedule:
         False: every call of ``scan_value_and_grad`` is a sequence of its own, whose traces start at zero and are given up at its
         end; states go on. Operations whose traces have no closed form, and would be too large to store, then learn too: the
         whole sequence is one chunk. Nothing learns step by step.
+    events : float, optional
+        The part of a sparse weight's synapses, above 0 and up to 1, that send something in one step, at most: 0.05 where 5 % of
+        the neurons spike. Sequences then run in chunks that take the synapses of those that send alone; a step in which more is
+        sent takes all of them, with the same result. None: always all of them.
     mesh : jax.sharding.Mesh, optional
         Devices over which parameters, states and traces are split. How its axes are typed does not matter.
     batch : str or tuple of str, optional
@@ -46,7 +50,8 @@ class Schedule:
         Axes of the mesh over which the units of each layer are split: the output axes of weights, and the unit axes of states
         and traces. What does not divide stays whole, and ``step.report()`` says so.
     how : str, optional
-        The schedule by name: ``"steps"``, ``"chunks"``, ``"windows"``, or one of your own (:func:`etcompile.register_schedule`).
+        The schedule by name: ``"steps"``, ``"chunks"``, ``"events"``, ``"windows"``, or one of your own
+        (:func:`etcompile.register_schedule`).
         None: what fits the rule, ``chunk`` and ``memory``.
 
     Raises
@@ -69,6 +74,7 @@ class Schedule:
     memory: int = MEMORY
     trace_dtype: Any = None
     keep_traces: bool = True
+    events: float | None = None
     mesh: Mesh | None = None
     batch: str | tuple[str, ...] | None = None
     units: str | tuple[str, ...] | None = None
@@ -84,6 +90,8 @@ class Schedule:
             raise OptionError("how must be the name of a schedule, or None.", got=f"how={self.how!r}")
         if not isinstance(self.keep_traces, bool):
             raise OptionError("keep_traces must be True or False.", got=f"keep_traces={self.keep_traces!r}")
+        if self.events is not None:
+            _check_share(self.events)
         if self.trace_dtype is not None:
             _check_floating(self.trace_dtype)
         _check_mesh(self)
@@ -100,6 +108,16 @@ class Schedule:
 
 
 Schedule.__init__ = named_arguments("Schedule")(Schedule.__init__)
+
+
+def _check_share(events: Any) -> None:
+    number = isinstance(events, (int, float)) and not isinstance(events, bool)
+    if not (number and 0 < events <= 1):
+        raise OptionError(
+            "events must be the part of the synapses that send in one step, at most.",
+            got=f"events={events!r}",
+            expected="a number above 0 and at most 1, such as 0.05 for 5 %, or None",
+        )
 
 
 def _check_floating(dtype: Any) -> None:

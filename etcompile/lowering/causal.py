@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,6 +84,12 @@ class CausalProgram:
         if schedule.mesh is not None:
             shapes = {name: shape for name, (shape, _) in self.carried.entries().items()}
             self.placement = placement_of(self.model, program, schedule, shapes)
+
+    def on(self, model: LoweredModel) -> CausalProgram:
+        """The same program on another lowering of the same model."""
+        other = copy.copy(self)
+        other.model, other.carried = model, CarriedValues(self.program, model, self.schedule)
+        return other
 
     @property
     def keeps(self) -> bool:

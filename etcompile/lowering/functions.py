@@ -68,6 +68,13 @@ class StepFunctions:
             (schedule.bytes_of_a_step for schedule in self.schedules if not schedule.refusal()), default=0
         )
 
+    @property
+    def events(self) -> dict[str, float]:
+        """Parameters that are summed by events in sequences, with the part of their synapses that a step may take so."""
+        found = {name: share for schedule in self.schedules for name, share in schedule.shares.items()}
+        sites = self.causal.model.sites
+        return {path: share for name, share in found.items() for path in sites[name].params}
+
     # -- one step -----------------------------------------------------------------------------------------------
 
     @promoting

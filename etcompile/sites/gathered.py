@@ -16,7 +16,7 @@ from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operand, Operation, 
 from etcompile.ir.header import Site
 from etcompile.sites.operation import Array, Presynaptic, WeightOperation, WeightUse
 
-__all__ = ["Gathered"]
+__all__ = ["Gathered", "known_zero"]
 
 _IN_BOUNDS = lax.GatherScatterMode.PROMISE_IN_BOUNDS
 
@@ -114,7 +114,7 @@ def _other(use: WeightUse) -> Operand | None:
         return inputs[1 - use.operand]
     if use.name == "select_n" and len(inputs) == 3 and use.operand > 0:
         selects = use.avals[0] == Aval(use.avals[1].shape, np.dtype(bool))
-        return inputs[0] if selects and _zero(use.graph, inputs[3 - use.operand]) else None
+        return inputs[0] if selects and known_zero(use.graph, inputs[3 - use.operand]) else None
     return None
 
 
@@ -133,13 +133,13 @@ def _by_element(use: WeightUse) -> bool:
     return not any(map(len, contracted)) and all(tuple(axes) == every for axes in batch)
 
 
-def _zero(graph: Graph, operand: Operand) -> bool:
+def known_zero(graph: Graph, operand: Operand) -> bool:
     """Whether an operand is known to be zero."""
     if isinstance(operand, Constant):
         return not np.any(operand.value)
     number = graph.made_by.get(operand)
     made = None if number is None else graph.operations[number]
-    return made is not None and made.name == "broadcast_in_dim" and _zero(graph, made.inputs[0])
+    return made is not None and made.name == "broadcast_in_dim" and known_zero(graph, made.inputs[0])
 
 
 def _origin(graph: Graph, operand: Operand) -> _Origin | None:

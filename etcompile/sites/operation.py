@@ -95,6 +95,8 @@ class WeightOperation(SiteKind):
         Whether the weight itself plays the part of y: one site for all of its uses.
     by_element : bool
         Whether each element of the weight makes one of y. In a loop the weight itself then plays the part of y.
+    unfiltered : bool
+        Whether credits of many steps should meet what the operation reads, and never a filter of it.
     params : tuple of str
         Paths of the parameters in the weight.
     weight, y : Aval
@@ -111,6 +113,7 @@ class WeightOperation(SiteKind):
     traced: ClassVar[bool] = True
     weight_is_y: ClassVar[bool] = False
     by_element: ClassVar[bool] = False
+    unfiltered: ClassVar[bool] = False
 
     params: tuple[str, ...]
     weight: Aval

@@ -239,6 +239,11 @@ class SequenceSchedule:
         """What each of many steps that are handled together holds, about; 0 where nothing is held for all of them."""
         return 0
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """Sites of which a step takes some elements alone, with the part that it may take."""
+        return {}
+
     def caution(self, size: int, steps: int) -> str:
         """What a user should be told of running ``steps`` steps like this."""
         return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from etcompile.errors import OptionError
 from etcompile.lowering.causal import CausalProgram
 from etcompile.lowering.schedules.base import Plan, SequenceSchedule
+from etcompile.lowering.schedules.by_events import ByEvents
 from etcompile.lowering.schedules.chunked import Chunked
 from etcompile.lowering.schedules.steps import StepByStep
 from etcompile.lowering.schedules.windowed import Windowed
@@ -13,7 +14,9 @@ from etcompile.schedule import Schedule
 __all__ = ["SCHEDULES", "choose", "register_schedule", "schedules_for"]
 
 #: By name. Those that ship are asked in this order, and the last takes what no other does.
-SCHEDULES: dict[str, type[SequenceSchedule]] = {one.name: one for one in (Windowed, Chunked, StepByStep)}
+SCHEDULES: dict[str, type[SequenceSchedule]] = {
+    one.name: one for one in (Windowed, ByEvents, Chunked, StepByStep)
+}
 
 _SHIPPED = tuple(SCHEDULES.values())
 
@@ -51,6 +54,10 @@ def register_schedule(schedule: type[SequenceSchedule]) -> type[SequenceSchedule
 
 def schedules_for(causal: CausalProgram, schedule: Schedule) -> tuple[SequenceSchedule, ...]:
     """Those that a program may run by: the one that the user names, or all that ship."""
+    if schedule.events is not None and schedule.how in (None, ByEvents.name):
+        refusal = ByEvents(causal).refusal()
+        if refusal is not None:
+            raise refusal
     if schedule.how is None:
         return tuple(one(causal) for one in _SHIPPED)
     if schedule.how not in SCHEDULES:

@@ -76,6 +76,8 @@ class FilterCredits:
 
     def _pays(self, credits: Mapping[str, Array]) -> bool:
         """Whether there are fewer products then. Where x has one number for an element of y, nothing is a product."""
+        if self.context.model.sites[self.site].unfiltered:
+            return any(map(self._is_filter, credits))
         if math.prod(self.context.model.sites[self.site].contracted) == 1:
             return False
         return len(self._named(self._sources(self._needed(credits)), credits)) < len(credits)

@@ -175,7 +175,8 @@ class FirstPass:
     @cached_property
     def bytes_of_a_step(self) -> int:
         """What one step holds in a chunk, about: its values, and as much for their derivatives; of wide ones, what is kept."""
-        made = [v for operation in self._graph.operations for v in operation.outputs if not self._is_wide(v)]
+        live = needed_operations(self._graph.operations, self._graph.outputs, has_effects)
+        made = [v for operation in live for v in operation.outputs if not self._is_wide(v)]
         kept = (*self._states, *self._costly, *self._parts.across)
         wide = [v for v in kept if self._is_wide(v) and v in self._read_by_derivatives]
         return max(1, 2 * self._bytes(made) + self._bytes(dict.fromkeys(wide)))
