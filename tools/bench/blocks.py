@@ -26,10 +26,10 @@ Given = tuple[Array, Array, Array, Array]
 
 def given(steps: int, batch: int, units: int) -> Given:
     """Random numbers, the gates between 0 and 1."""
-    signal, gate, *states = (
+    signal, gate, candidate, old = (
         jax.random.normal(key, (steps, batch, units)) for key in jax.random.split(jax.random.key(0), 4)
     )
-    return signal, jax.nn.sigmoid(gate), *map(jnp.tanh, states)
+    return signal, jax.nn.sigmoid(gate), jnp.tanh(candidate), jnp.tanh(old)
 
 
 def whole(some: Given) -> Any:
@@ -39,7 +39,8 @@ def whole(some: Given) -> Any:
 
 def in_blocks(some: Given, size: int) -> Any:
     """The same in blocks of so many steps, the last first."""
-    cut = tuple(v.reshape(-1, size, *v.shape[1:]) for v in some)
+    signal, gate, candidate, old = (v.reshape(-1, size, *v.shape[1:]) for v in some)
+    cut = signal, gate, candidate, old
     left, made = lax.scan(lambda after, block: _made(block, after), _ends(some), cut, reverse=True)
     return left, [v.reshape(-1, *v.shape[2:]) for v in made]
 
