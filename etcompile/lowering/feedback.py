@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from etcompile.errors import AlgorithmError, InputError, UnsupportedError
 from etcompile.frontend.jaxpr import full_dtype
@@ -57,12 +59,18 @@ def feedback_matrix(seed: int, group: str, rows: int, units: int, dtype: Any = j
     >>> etcompile.feedback_matrix(0, "g0", 2, 5).shape
     (2, 5)
     """
-    # Drawn in float32 whatever the model's precision, so that a model and its float64 twin get the same matrix; and
-    # outside of any program, whose compiler might round otherwise.
+    # Drawn in float32 whatever the model's precision, so that a model and its float64 twin get the same matrix; and by a
+    # program of its own, since the compiler of another one might round otherwise.
     with jax.ensure_compile_time_eval():
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(group.encode()) & 0x7FFFFFFF)
-        drawn = jax.random.normal(key, (rows, units), jnp.float32)
-        return (drawn / np.float32(rows**0.5)).astype(dtype)
+        number = np.uint32(zlib.crc32(group.encode()) & 0x7FFFFFFF)
+        return _drawn(np.int64(seed), number, np.float32(rows**0.5), rows, units, jnp.dtype(dtype))
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _drawn(seed: Array, number: Array, divisor: Array, rows: int, units: int, dtype: Any) -> Array:
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    drawn = lax.optimization_barrier(jax.random.normal(key, (rows, units), jnp.float32))
+    return (drawn / divisor).astype(dtype)
 
 
 def _units(context: Context, group: HiddenGroup) -> int:
