@@ -82,6 +82,7 @@ def moved(a, b):
         *(a.at[1].set(b[0]), jnp.concatenate([a, b]), jnp.stack([a, b], 1), jnp.ones((2, 1)) * a[0], a.reshape(-1), a[..., None]),
         *(a.astype(jnp.float32), a.max(1), a.min(), (a > b).any(0), jnp.zeros_like(a), a.astype(bool), jnp.squeeze(a[:1]), 2 * a),
         *((a / b, jnp.sqrt(abs(a)), jnp.floor(a)) if jnp.issubdtype(a.dtype, jnp.floating) else ()),
+        *((a / np.asarray(3**0.5, a.dtype), a / a[0, 0], a / b[:1]) if jnp.issubdtype(a.dtype, jnp.floating) else ()),
     ]  # fmt: skip
 
 

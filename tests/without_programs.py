@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import brainstate.transform._error_if as checks
@@ -78,6 +78,8 @@ _EXACT = frozenset([
     "lt", "le", "gt", "ge", "and", "or", "xor", "not", "is_finite", "max", "min", "floor", "ceil", "sqrt",
     "reduce_max", "reduce_min", "reduce_or", "reduce_and", "real", "imag",
 ])  # fmt: skip
+#: Of these the operations that round.
+_ROUNDED = frozenset(["add", "sub", "mul", "div", "add_any", "sqrt"])
 #: After so many calls a program is worth its compilation.
 _OFTEN = 30
 #: How often each program of JAX's own was run by numpy.
@@ -133,14 +135,33 @@ def _only_moves(jaxpr: Any, **params: Any) -> bool:
 
 
 def _is_exact(jaxpr: Any) -> bool:
-    return all(
-        _is_exact(getattr(inner, "jaxpr", inner))
-        if (inner := called(eqn)) is not None
-        else eqn.primitive.name in _EXACT
-        and all(_is_number(v.aval) for v in (*eqn.invars, *eqn.outvars))
-        and not (eqn.primitive.name in ("mul", "div") and eqn.outvars[0].aval.dtype.kind == "c")
-        for eqn in jaxpr.eqns
+    """Whether each operation is exact, and the compiler cannot make several of them one: it rounds a product and a sum once, and
+    divides by a number that it spreads by multiplying with the inverse.
+    """
+    made = list(_operations(jaxpr))
+    rounded = [
+        e.primitive.name
+        for e in made
+        if e.primitive.name in _ROUNDED and e.outvars[0].aval.dtype.kind in "fc"
+    ]
+    return (
+        all(
+            e.primitive.name in _EXACT and all(_is_number(v.aval) for v in (*e.invars, *e.outvars))
+            for e in made
+        )
+        and not any(e.primitive.name in ("mul", "div") and e.outvars[0].aval.dtype.kind == "c" for e in made)
+        and len(rounded) < 2
+        and not (
+            "div" in rounded and any(v.aval.shape != e.outvars[0].aval.shape for e in made for v in e.invars)
+        )
     )
+
+
+def _operations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a program and of those that it calls."""
+    for eqn in jaxpr.eqns:
+        inner = called(eqn)
+        yield from (eqn,) if inner is None else _operations(getattr(inner, "jaxpr", inner))
 
 
 def _is_number(aval: Any) -> bool:
