@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from functools import cached_property, reduce
 from operator import add
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ from etcompile.sites.summed import Summed
 __all__ = ["ByReceivers", "by_receivers"]
 
 Array = Any
+K = TypeVar("K")
+V = TypeVar("V")
 
 #: Operations that move elements, of which a sum may be made.
 _MOVES = frozenset({"transpose", "reshape", "squeeze", "broadcast_in_dim", "rev"})
@@ -50,8 +52,7 @@ class ByReceivers(LoweredModel):
         for relation in analysis.relations:
             if relation.site in summed:
                 like = self.traces[relation.name]
-                fields = {f.name: getattr(like, f.name) for f in dataclasses.fields(TraceGeometry)}
-                self.traces[relation.name] = _AtReceivers(**fields)
+                self.traces[relation.name] = _AtReceivers(**_fields(like))
 
     @cached_property
     def batch(self) -> Examples:
@@ -169,54 +170,29 @@ class _Product:
         if found is None:
             return None
         receiver, behind = found
-        origin = site.does.origin
-        sender = np.arange(graph.avals[origin.variable].size, dtype=np.int32).reshape(
-            graph.avals[origin.variable].shape
-        )
-        path: list[tuple[Use, Array]] = []
-        numbers = {o.outputs[0]: k for k, o in enumerate(graph.operations) if len(o.outputs) == 1}
-        before, steps = origin.variable, {o.outputs[0]: o for o in (*origin.pointwise, *origin.moves)}
-        ordered = sorted(steps.values(), key=lambda o: numbers[o.outputs[0]])
-        for operation in ordered:
-            path.append(((numbers[operation.outputs[0]], operation.inputs.index(before)), sender))
-            if operation in origin.moves:
-                sender = np.asarray(_run(operation, sender))
-            before = operation.outputs[0]
-        at = graph.operations[site.operation]
-        other = next(k for k, v in enumerate(at.inputs) if v == before)
-        sender = np.broadcast_to(sender, site.does.y.shape)
-        path.append(((site.operation, other), sender))
-        for use, elements in behind:
-            path.append((use, np.where(elements >= 0, sender.ravel()[np.maximum(elements, 0)], NONE)))
+        sender, path = _sent(graph, site)
+        path += [(use, np.where(at >= 0, sender.ravel()[np.maximum(at, 0)], NONE)) for use, at in behind]
         synapses = Synapses(
             sender.ravel().astype(np.int32),
             receiver.ravel().astype(np.int32),
-            graph.avals[origin.variable].size,
+            graph.avals[site.does.origin.variable].size,
             graph.avals[out].size,
             share,
         )
         does = Summed(
-            site.does.params, site.does.weight, graph.avals[out], site.does.operation, site.does.operand, site.does.others,
-            origin, site.does.negated, synapses, (*_zeros_of(graph, last), *(graph.operations[k] for k, _ in chain)), site.y,
-        )  # fmt: skip
-        relations, constants = {}, {}
-        for relation in analysis.relations:
-            if relation.site == site.name:
-                moved = _relation(relation, receiver, graph.avals[out].shape)
-                if moved is None:
-                    return None
-                relations[relation.name] = moved
-                if relation.name in analysis.constants:
-                    known = _constants(analysis.constants[relation.name], receiver, graph.avals[out].shape)
-                    if known is None:
-                        return None
-                    constants[relation.name] = known
-        cuts: dict[int, Array] = {}
-        for state, uses in analysis.uses_cut.items():
-            cut = _cut(path, uses, synapses.senders)
-            if cut is None:
-                return None
-            cuts[state] = cut
+            **{**_fields(site.does), "y": graph.avals[out]},
+            synapses=synapses,
+            summing=(*_zeros_of(graph, last), *(graph.operations[k] for k, _ in chain)),
+            each=site.y,
+        )
+        shape = does.y.shape
+        own = [r for r in analysis.relations if r.site == site.name]
+        relations = _complete({r.name: _relation(r, receiver, shape) for r in own})
+        known = {r.name: analysis.constants[r.name] for r in own if r.name in analysis.constants}
+        constants = _complete({name: _constants(value, receiver, shape) for name, value in known.items()})
+        cuts = _complete({k: _cut(path, uses, synapses.senders) for k, uses in analysis.uses_cut.items()})
+        if relations is None or constants is None or cuts is None:
+            return None
         return cls(site, does, chain[-1][0], relations, constants, cuts)
 
     def put_into(self, analysis: Analysis) -> Analysis:
@@ -248,6 +224,37 @@ class _Product:
             constants={**analysis.constants, **self.constants},
             uses_cut=uses_cut,
         )
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass, for one that adds to it."""
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+
+
+def _complete(values: Mapping[K, V | None]) -> dict[K, V] | None:
+    """None where a value is."""
+    found = {key: value for key, value in values.items() if value is not None}
+    return found if len(found) == len(values) else None
+
+
+def _sent(graph: Graph, site: Site) -> tuple[Array, list[tuple[Use, Array]]]:
+    """For each product the flat element of what is sent; and the uses on its way there, with that element at each place."""
+    assert isinstance(site.does, Gathered) and site.does.origin is not None
+    origin = site.does.origin
+    aval = graph.avals[origin.variable]
+    sender = np.arange(aval.size, dtype=np.int32).reshape(aval.shape)
+    uses: list[tuple[Use, Array]] = []
+    before = origin.variable
+    numbers = {graph.made_by[o.outputs[0]]: o in origin.moves for o in (*origin.pointwise, *origin.moves)}
+    for number in sorted(numbers):
+        operation = graph.operations[number]
+        uses.append(((number, operation.inputs.index(before)), sender))
+        if numbers[number]:
+            sender = np.asarray(_run(operation, sender))
+        (before,) = operation.outputs
+    operand = graph.operations[site.operation].inputs.index(before)
+    sender = np.broadcast_to(sender, site.does.y.shape)
+    return sender, [*uses, ((site.operation, operand), sender)]
 
 
 def _chain(graph: Graph, each: int) -> list[tuple[int, int]] | None:

@@ -22,7 +22,7 @@ from etcompile.sites.operation import Array, Presynaptic
 __all__ = ["Summed"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Summed(Gathered):
     """A gathered weight and the sum of its products; ``y`` is the sum.
 
@@ -38,9 +38,9 @@ class Summed(Gathered):
 
     unfiltered = True
 
-    synapses: Synapses | None = None
-    summing: tuple[Operation, ...] = ()
-    each: int = -1
+    synapses: Synapses
+    summing: tuple[Operation, ...]
+    each: int
 
     @property
     def shared(self) -> tuple[tuple[int, int], ...]:
@@ -49,11 +49,6 @@ class Summed(Gathered):
     @property
     def contracted_axes(self) -> tuple[int, ...]:
         return ()
-
-    @property
-    def _ends(self) -> Synapses:
-        assert self.synapses is not None
-        return self.synapses
 
     def respond(self, v: Array, x: Presynaptic | Array) -> Array:
         """The sums, as the operations of the step make them."""
@@ -64,12 +59,14 @@ class Summed(Gathered):
     def by_events(self, weight: Array, x: Array) -> Array:
         """The sums, of the synapses whose senders send."""
         sent = self.factor((x,))
-        found = self._ends.arriving(weight.ravel(), sent.ravel(), lambda: self.respond(weight, (x,)).ravel())
+        found = self.synapses.arriving(
+            weight.ravel(), sent.ravel(), lambda: self.respond(weight, (x,)).ravel()
+        )
         return found.reshape(self.y.shape)
 
     def pullback(self, x: Presynaptic | Array, credit: Array) -> Array:
         sent = self.factor(x) if isinstance(x, tuple) else x
-        found = self._ends.product(credit.ravel(), sent.ravel())
+        found = self.synapses.product(credit.ravel(), sent.ravel())
         return found.reshape(self.weight.shape).astype(self.weight.dtype)
 
     def pullback_of_steps(self, x: Presynaptic | Array, credit: Array) -> Array:
@@ -80,17 +77,17 @@ class Summed(Gathered):
         """``total``, of the weight's shape, with :meth:`pullback` of all steps added."""
         sent = jax.vmap(lambda *v: self.factor(v))(*x) if isinstance(x, tuple) else x
         steps = credit.shape[0]
-        found = self._ends.meeting(credit.reshape(steps, -1), sent.reshape(steps, -1), total.ravel())
+        found = self.synapses.meeting(credit.reshape(steps, -1), sent.reshape(steps, -1), total.ravel())
         return found.reshape(self.weight.shape)
 
     def at_synapses(self, values: Any) -> Array:
         """For each synapse what an array of the sums' shape has at its receiver."""
-        return self._ends.of_receivers(values.ravel()).reshape(self.weight.shape)
+        return self.synapses.of_receivers(values.ravel()).reshape(self.weight.shape)
 
     def one_of_each(self, values: Array) -> Array:
         """For each receiver what an array of the weight's shape has at one of its synapses; zero where there is none."""
-        return self._ends.one_of_each(values.ravel()).reshape(self.y.shape)
+        return self.synapses.one_of_each(values.ravel()).reshape(self.y.shape)
 
     def sent_to(self, factor: Array) -> Array:
         """For each synapse what its sender sends."""
-        return self._ends.of_senders(factor.ravel()).reshape(self.weight.shape)
+        return self.synapses.of_senders(factor.ravel()).reshape(self.weight.shape)
