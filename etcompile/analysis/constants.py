@@ -97,7 +97,7 @@ def find_constant_responses(
     if not wanted:
         return {}
     with jax.ensure_compile_time_eval():
-        known = jax.device_get(jax.jit(walk.values)())
+        known = jax.device_get(walk.values())
     found = {
         name: next(filter(None, (_responses(walk, r, some, known) for some in entries)), None)
         for name, (r, entries) in wanted.items()
@@ -296,7 +296,7 @@ class _Numbers:
         walk, avals = self.walk, self.body.avals
         new, cuts = walk.model.new_state_vars[state], walk.uses_cut[state]
         cotangents = {
-            new: self.once("ones", (), avals[new], lambda: jnp.ones(avals[new].shape, avals[new].dtype))
+            new: self.once("ones", (), avals[new], lambda: np.ones(avals[new].shape, avals[new].dtype))
         }
         for number in sorted(moving, reverse=True):
             operation, operands = self.body.operations[number], sorted(moving[number])
@@ -331,7 +331,7 @@ class _Numbers:
 
     def zeros(self, variable: int) -> Array:
         aval = self.body.avals[variable]
-        return self.once("zeros", (), aval, lambda: jnp.zeros(aval.shape, aval.dtype))
+        return self.once("zeros", (), aval, lambda: np.zeros(aval.shape, aval.dtype))
 
     def value(self, operand: Operand) -> Array:
         """What a constant operand is."""

@@ -6,10 +6,11 @@ before it decides about copies, and then copies a whole trace wherever it cannot
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from typing import Any
 
@@ -17,7 +18,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["all_known_after", "computed_once", "in_rows", "known_after", "sum_products", "undivided_sums"]
+__all__ = [
+    "Moment",
+    "all_known_after",
+    "computed_once",
+    "in_rows",
+    "known_after",
+    "large_ones",
+    "sum_products",
+    "undivided_sums",
+]
 
 Array = Any
 
@@ -29,26 +39,55 @@ _TOGETHER = 32
 _MOST = 2048
 #: Numbers of a result that what must come after it reads: of a sparse weight a row is all of it.
 _FIRST = 16
+#: Bytes from which on an array that is copied, or held too early, costs more than what keeps it from that.
+_LARGE = 1 << 14
 
 
-def known_after(value: Array, results: Sequence[Array]) -> Array:
-    """``value`` itself, but made so that no compiler can know it before ``results``, each made by :func:`computed_once`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moment:
+    """When results are there, each made by :func:`computed_once`: one for all who wait for the same ones.
 
-    What is added is zero, taken from a product with the first numbers of each result: products are computed from finished arrays.
-    On a CPU only.
+    Attributes
+    ----------
+    results : sequence of arrays
     """
-    for result in results if _orders(value) else ():
-        if result.ndim and result.size and _orders(result):
-            row = result.reshape(-1, result.shape[-1])[:1, :_FIRST]
-            value = value + _hidden_zero(jnp.dot(row, jnp.ones(row.shape[1], row.dtype))[0]).astype(
-                value.dtype
-            )
-    return value
+
+    results: Sequence[Array]
+
+    @cached_property
+    def zero(self) -> Array | None:
+        """A zero that no compiler can know before; None where there is no order to keep.
+
+        It is taken from a product with the first numbers of each: products are computed from finished arrays. On a CPU only.
+        """
+        rows = [_first(result) for result in self.results if result.ndim and result.size and _orders(result)]
+        if not rows:
+            return None
+        dtype = jnp.result_type(*rows)
+        row = jnp.concatenate([v.astype(dtype) for v in rows]) if rows[1:] else rows[0]
+        product = lax.dot(row.reshape(1, -1), lax.full(row.shape, 1, dtype))
+        return _hidden_zero(product.reshape(()))
 
 
-def all_known_after(tree: Any, results: Sequence[Array]) -> Any:
-    """:func:`known_after` for each array of a tree."""
-    return jax.tree.map(lambda value: known_after(value, results), tree)
+def known_after(value: Array, moment: Moment) -> Array:
+    """``value`` itself, but made so that no compiler can know it before a moment."""
+    if not _orders(value) or moment.zero is None:
+        return value
+    return value + moment.zero.astype(value.dtype)
+
+
+def all_known_after(tree: Any, moment: Moment) -> Any:
+    """:func:`known_after` for each large array of a tree."""
+    return jax.tree.map(lambda value: known_after(value, moment) if _large(value) else value, tree)
+
+
+def large_ones(tree: Any) -> list[Array]:
+    """The arrays of a tree that are worth an order: what tells it has kernels of its own, to be compiled and run."""
+    return [value for value in jax.tree.leaves(tree) if _large(value)]
+
+
+def _large(value: Array) -> bool:
+    return value.size * value.dtype.itemsize >= _LARGE
 
 
 def computed_once(value: Array, other: Array) -> Array:
@@ -59,6 +98,12 @@ def computed_once(value: Array, other: Array) -> Array:
     if value.shape != other.shape or not (value.ndim and _orders(value) and _orders(other)):
         return value
     return value / (1 + _hidden_zero(other).astype(value.dtype))
+
+
+def _first(value: Array) -> Array:
+    """The first numbers of the first row."""
+    starts, stops = (0,) * value.ndim, (*(1,) * (value.ndim - 1), min(_FIRST, value.shape[-1]))
+    return lax.slice(value, starts, stops).reshape(-1)
 
 
 def _orders(value: Array) -> bool:

@@ -20,7 +20,7 @@ from etcompile.ir.kinds import KINDS
 from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation
 from etcompile.lowering.evaluate import Context, evaluate
-from etcompile.lowering.in_place import computed_once, known_after
+from etcompile.lowering.in_place import Moment, computed_once, known_after
 from etcompile.lowering.pushed import PushedTransition
 
 __all__ = ["updated_in_order"]
@@ -90,10 +90,11 @@ def _rows_in_order(
     count = traces[0].type.shape[0]
     order = _readers_first(count, [values[name] for name in decays])
     rows: dict[str, list[Value]] = {e.name: [None] * count for e in traces}
+    after = Moment(done)
     for place, k in enumerate(order):
         grows = any(values[name][k] is not None for name in added)
-        now = {name: _only(values[name], k, done) for name in added}
-        now.update({name: _only_line(values[name], k, () if grows else done) for name in decays})
+        now = {name: _only(values[name], k, after) for name in added}
+        now.update({name: _only_line(values[name], k, Moment(()) if grows else after) for name in decays})
         reads = [values[d][k][j] for d in decays for j in order[place + 1 :]]
         waited_for = any(d is not None for d in reads) and not context.model.divided
         for e in traces:
@@ -102,8 +103,9 @@ def _rows_in_order(
             if row is not None and before is not None and (waited_for or e.name in read_now):
                 row = computed_once(row, before)
                 now[e.name] = tuple(row if j == k else v for j, v in enumerate(now[e.name]))
-                done = [*done, row[0]] if waited_for and row.ndim else done
+                done = [*done, row] if waited_for and row.ndim > 1 else done
             rows[e.name][k] = row
+        after = Moment(done)
     return {name: tuple(found) for name, found in rows.items()}
 
 
@@ -121,14 +123,14 @@ def _readers_first(count: int, decays: Sequence[Matrix]) -> list[int]:
     return order
 
 
-def _only(f: Sequence[Value], k: int, done: Sequence[Value]) -> tuple[Value, ...]:
-    """Row ``k`` of f alone, known after ``done``."""
-    return tuple(_once(known_after(v, done)) if j == k and v is not None else None for j, v in enumerate(f))
+def _only(f: Sequence[Value], k: int, after: Moment) -> tuple[Value, ...]:
+    """Row ``k`` of f alone, known after a moment."""
+    return tuple(_once(known_after(v, after)) if j == k and v is not None else None for j, v in enumerate(f))
 
 
-def _only_line(decay: Matrix, k: int, done: Sequence[Value]) -> tuple[tuple[Value, ...], ...]:
-    """Row ``k`` of D alone, known after ``done``."""
-    line = tuple(None if v is None else _once(known_after(v, done)) for v in decay[k])
+def _only_line(decay: Matrix, k: int, after: Moment) -> tuple[tuple[Value, ...], ...]:
+    """Row ``k`` of D alone, known after a moment."""
+    line = tuple(None if v is None else _once(known_after(v, after)) for v in decay[k])
     return tuple(line if i == k else (None,) * len(line) for i in range(len(decay)))
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from clock import shortest
 from jax import lax
 
-from etcompile.lowering.in_place import computed_once, known_after
+from etcompile.lowering.in_place import Moment, computed_once, known_after
 
 __all__ = ["at_every_step", "deferred", "given"]
 
@@ -54,7 +54,7 @@ def at_every_step(inputs: int, batch: int, units: int) -> Learned:
         decay, f, x, signal = now
         old = _contracted(signal * decay, trace)
         old = computed_once(old, old)
-        decay, after = (computed_once(v, v) for v in (decay, known_after(f, [old])))
+        decay, after = (computed_once(v, v) for v in (decay, known_after(f, Moment([old]))))
         trace = decay[:, None] * trace + x[:, :, None] * after[:, None]
         return (weight - _RATE * (old + x.T @ (signal * f)), trace), None
 

@@ -30,7 +30,7 @@ from etcompile.ir.ops import OPS
 from etcompile.ir.program import Argument, Ref
 from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.evaluate import Context, covered, evaluate
-from etcompile.lowering.in_place import all_known_after
+from etcompile.lowering.in_place import Moment, all_known_after, large_ones
 from etcompile.lowering.losses import LossValue, loss_and_cotangents, replaced
 from etcompile.lowering.mapped import mapped
 from etcompile.lowering.pushed import PushedTransition
@@ -67,7 +67,7 @@ class _Gradients:
     starts : dict of str to array
         What of them is made of the traces before the chunk, by relation.
     last : list of arrays
-        The last product: all others were made before it.
+        The last large product: all others were made before it.
     """
 
     sites: dict[str, Array]
@@ -342,20 +342,21 @@ class Chunked(SequenceSchedule):
                     spans.setdefault((own.site, x), set()).add(own.geometry.relation.span)
                 _add(starts, own.relation, own.gradient_of_start(traces, a_0))  # a_0 e_0
                 _add(gradients, own.site, starts.get(own.relation))
-        last: list[Array] = []  # one product after the other, as at the end of the chunk
+        last: list[Array] = []  # one large product after the other, as at the end of the chunk
         for site, of_site in credits.items():  # sum_t pullback(x_t, q_t + f_t a_t)
             does = self.causal.model.sites[site]
             (met,) = FilterCredits(self._quiet, site)([of_site])
             for x, credit in met.steps.items():
                 span, *others = spans[site, x] if of_site.get(x) is credit else (None,)
-                given, credit = all_known_after((values[x], credit), last)
+                large = large_ones((values[x], credit))
+                given, credit = all_known_after((values[x], credit), Moment(last))
                 found = (
                     does.pullback_of_steps(given, credit)
                     if span is None or others
                     else does.pulled_within(given, credit, span, steps=True)
                 )
                 _add(gradients, site, found)
-                last = [found]
+                last = [found] if large else last
             for z, credit in met.start.items():
                 _add(gradients, site, does.pullback(traces[z], credit))
         return _Gradients(gradients, starts, last)
@@ -414,7 +415,7 @@ class Chunked(SequenceSchedule):
                 filters = FilterCredits(self._quiet, own.site)
                 found = own.at_end(values, traces, r, filters, [*before, *read])
                 ends.update(found)
-                before = jax.tree.leaves(found)
+                before = large_ones(found) or before
         return ends
 
     def _advanced(self, weights: list[Array], passed: Passed, inputs: list[Array], traces: Traces) -> Traces:

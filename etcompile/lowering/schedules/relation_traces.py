@@ -17,7 +17,7 @@ from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation, Ref
 from etcompile.lowering.causal import Traces
 from etcompile.lowering.geometry import TraceGeometry
-from etcompile.lowering.in_place import all_known_after, known_after
+from etcompile.lowering.in_place import Moment, all_known_after, known_after, large_ones
 from etcompile.lowering.schedules.filter_credits import FilterCredits, Met
 from etcompile.lowering.schedules.recurrence import Left, Rows, referred, value_key
 
@@ -95,11 +95,12 @@ class RelationTraces:
             if lent in left
             for e_0, of_row in zip(traces[e.name], left[lent], strict=True)
         ]
+        after = Moment(done if large_ones([e_0 for _, e_0, _ in wanted]) else ())
         met = iter(filters([self._credits(values, of_row) for _, e_0, of_row in wanted if e_0 is not None]))
         rows: dict[str, list[Array | None]] = {name: [] for name, _, _ in wanted}
         for name, e_0, of_row in wanted:
             rows[name].append(
-                None if e_0 is None else self._row(e_0, values, traces, of_row, next(met), done)
+                None if e_0 is None else self._row(e_0, values, traces, of_row, next(met), after)
             )
         return {name: tuple(found) for name, found in rows.items()}
 
@@ -121,7 +122,7 @@ class RelationTraces:
         traces: Traces,
         left: Left,
         met: Met,
-        done: Sequence[Array],
+        after: Moment,
     ) -> Array:
         """One row of a trace at the end: of all rows of all traces, and of all that was added, what is left in it."""
         assert left is not None
@@ -129,12 +130,12 @@ class RelationTraces:
         for e, lent in self.equations:
             for r, e_0 in zip(left[1][lent], traces[e.name], strict=True) if lent in left[1] else ():
                 if r is not None and e_0 is not None:
-                    kept = self.geometry.spread(self.geometry.from_positions(known_after(r, done)))
+                    kept = self.geometry.spread(self.geometry.from_positions(known_after(r, after)))
                     total = total + (kept * e_0).astype(like.dtype)
         for z, credit in met.start.items():
             before = self.geometry.presynaptic(traces[z])
             total = total + (self.geometry.spread(credit) * before).astype(like.dtype)
         for x, credit in met.steps.items():
-            credit, given = all_known_after((credit, values[x]), done)
+            credit, given = all_known_after((credit, values[x]), after)
             total = total + self.geometry.accumulate(credit, given).astype(like.dtype)
         return total
