@@ -208,6 +208,29 @@ def test_what_a_loop_makes_of_its_constants_counts_once():
     assert cost.peak_bytes == 4 * 3 * 1000
 
 
+def test_of_equal_loops_and_constants_one_counts():
+    def fn(h, scale):
+        wave = np.arange(1000, dtype=np.float32)  # a new constant at each call
+
+        def add(total, _):
+            return total + jnp.sin(h) * scale * total, None
+
+        return lax.scan(add, h * wave, length=7)[0]
+
+    def twice(h):
+        return fn(h, 2.0), fn(h, 2.0), fn(h, 3.0)
+
+    def priced_for(fn):
+        closed = jax.make_jaxpr(fn)(Shape((1000,), jnp.float32))
+        return priced(measured(closed, []), None, 1, None)
+
+    alone, found = priced_for(lambda h: fn(h, 2.0)), priced_for(twice)
+    other = priced_for(lambda h: (fn(h, 2.0), fn(h, 3.0)))
+    assert found.flops == other.flops
+    assert found.transcendentals == other.transcendentals
+    assert alone.flops < found.flops < 2 * alone.flops
+
+
 def test_products_sums_and_functions_by_hand():
     def fn(a, b, bias):
         return jnp.tanh(a @ b + bias)

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -26,8 +27,6 @@ _CALLS = frozenset(
     custom_vjp_call_jaxpr custom_lin run_state""".split()  # noqa: SIM905
 )
 _SUMS = ("add", "add_any", "sub")
-#: Bytes above which a constant is an argument of the program, one for all that are alike.
-_LARGE = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +115,8 @@ def bytes_of(aval: Any) -> int:
 
 
 def _content(value: Any) -> Any:
-    """What a constant is known by: large ones that are alike are one argument of the program."""
-    if getattr(value, "nbytes", 0) < _LARGE or jnp.issubdtype(value.dtype, jax.dtypes.extended):
+    """What a constant is known by: of those that are alike the compiler keeps one."""
+    if not hasattr(value, "dtype") or jnp.issubdtype(value.dtype, jax.dtypes.extended):
         return id(value)
     array = np.ascontiguousarray(value)
     return array.shape, str(array.dtype), hashlib.blake2b(array.tobytes(), digest_size=16).digest()
@@ -137,6 +136,8 @@ class _Builder:
         self.moved: dict[int, tuple[int, tuple[int, ...]]] = {}
         #: Results of products: number of their batch axes and of the first operand's.
         self.products: dict[int, tuple[int, int]] = {}
+        #: Loops by their names, operands and results: what their bodies say, and the values made.
+        self.loops: dict[Any, list[tuple[_Text, Sequence[int]]]] = {}
 
     def value(self, aval: Any, size: int | None = None) -> int:
         self.sizes.append(bytes_of(aval) if size is None else size)
@@ -190,7 +191,7 @@ class _Builder:
             inner = inner_jaxpr(params)
             return self.inline(inner, operands[len(operands) - len(inner.jaxpr.invars) :])
         if name in ("scan", "while", "cond"):
-            return self._loop(name, params, operands, outs)
+            return self._once(name, params, operands, outs)
         if name in ALIASES:
             return operands
         key = (name, tuple(operands), tuple(a.shape for a in avals), _frozen(outs), _frozen_params(params))
@@ -426,6 +427,36 @@ class _Builder:
             loop = Loop(tuple(_body(b) for b in params["branches"]), 1, len(operands) - 1, 0, choice=True)
             operands = operands[1:]
         return self.node(name, "loop", operands, outs, loop=loop)
+
+    def _once(self, name: str, params: dict[str, Any], operands: list[int], outs: list[Any]) -> Sequence[int]:
+        """A loop; of two that are alike and start from the same values the compiler keeps one."""
+        alike = self.loops.setdefault((name, tuple(operands), _frozen(outs)), [])
+        text = _Text(params)
+        for other, found in alike:
+            if other == text:
+                return found
+        found = self._loop(name, params, operands, outs)
+        alike.append((text, found))
+        return found
+
+
+@dataclasses.dataclass(eq=False)
+class _Text:
+    """What a loop says, written down when it is compared."""
+
+    params: dict[str, Any]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Text) and self.text == other.text
+
+    @cached_property
+    def text(self) -> tuple[str, tuple[Any, ...]]:
+        closed = [v for v in jax.tree.leaves(self.params, is_leaf=_is_closed) if _is_closed(v)]
+        return repr(sorted(self.params.items())), tuple(_content(c) for v in closed for c in v.consts)
+
+
+def _is_closed(value: Any) -> bool:
+    return hasattr(value, "jaxpr") and hasattr(value, "consts")
 
 
 def _body(closed: Any) -> Graph:

@@ -20,18 +20,18 @@ from jax import lax
 
 __all__ = [
     "Moment",
+    "alike_at_every_size",
     "all_known_after",
     "computed_once",
     "in_rows",
     "known_after",
     "large_ones",
     "sum_products",
-    "undivided_sums",
 ]
 
 Array = Any
 
-_UNDIVIDED: ContextVar[bool] = ContextVar("undivided_sums", default=False)
+_AT_EVERY_SIZE: ContextVar[bool] = ContextVar("alike_at_every_size", default=False)
 
 #: Rows summed in one kernel.
 _TOGETHER = 32
@@ -87,7 +87,7 @@ def large_ones(tree: Any) -> list[Array]:
 
 
 def _large(value: Array) -> bool:
-    return value.size * value.dtype.itemsize >= _LARGE
+    return _AT_EVERY_SIZE.get() or value.size * value.dtype.itemsize >= _LARGE
 
 
 def computed_once(value: Array, other: Array) -> Array:
@@ -118,13 +118,16 @@ def _hidden_zero(value: Array) -> Array:
 
 
 @contextmanager
-def undivided_sums() -> Iterator[None]:
-    """Meanwhile sums by rows are traced as one operation each: for a look at the program that is the same at every batch size."""
-    token = _UNDIVIDED.set(True)
+def alike_at_every_size() -> Iterator[None]:
+    """Meanwhile sums by rows are traced as one operation each, and arrays of any size in the order of large ones.
+
+    For a look at the program that is the same at every batch size.
+    """
+    token = _AT_EVERY_SIZE.set(True)
     try:
         yield
     finally:
-        _UNDIVIDED.reset(token)
+        _AT_EVERY_SIZE.reset(token)
 
 
 def in_rows(count: int) -> int:
@@ -152,7 +155,9 @@ def sum_products(pairs: Sequence[tuple[Array, Array]], axis: int, dtype: Any) ->
 
     if jax.default_backend() != "cpu" or not 0 < n <= _MOST or axis == pairs[0][1].ndim - 1:
         return jnp.sum(rows(0, n), axis=axis)
-    if _UNDIVIDED.get():  # a function of its own: lax.add would make it the reduction that is avoided here
+    if (
+        _AT_EVERY_SIZE.get()
+    ):  # a function of its own: lax.add would make it the reduction that is avoided here
         return lax.reduce(rows(0, n), jnp.zeros((), dtype), lambda a, b: a + b, (axis,))
     whole = n // _TOGETHER if n > _TOGETHER else 0
     parts = []

@@ -16,7 +16,7 @@ from etcompile.errors import InputError, OptionError
 from etcompile.frontend.given import as_array
 from etcompile.integers import positive_integer
 from etcompile.lowering.functions import StepFunctions
-from etcompile.lowering.in_place import undivided_sums
+from etcompile.lowering.in_place import alike_at_every_size
 from etcompile.lowering.losses import Loss
 from etcompile.runtime.calls import DONATED, apart, one_step, sequence
 from etcompile.runtime.checks import keywords_of
@@ -170,7 +170,7 @@ class _Compiled:
         )
         counts = [len(jax.tree.leaves(a)) for a in args]
         start = sum(counts[:DONATED])
-        with undivided_sums():
+        with alike_at_every_size():
             closed = jax.make_jaxpr(fn)(*args)
         return measured(closed, range(start, start + counts[DONATED])), together
 

@@ -15,7 +15,7 @@ from etcompile.cost.cost import Cost, measured, priced
 from etcompile.errors import InputError, OptionError
 from etcompile.integers import as_integer, positive_integer
 from etcompile.keywords import refuse_others
-from etcompile.lowering.in_place import undivided_sums
+from etcompile.lowering.in_place import alike_at_every_size
 from etcompile.runtime.progress import in_pieces, piece_lengths, progress_bar, segment_lengths
 from etcompile.runtime.shapes import shapes_of
 from etcompile.runtime.td.brains import Brains
@@ -159,7 +159,7 @@ class TDLearner:
             reward = jax.ShapeDtypeStruct(flags.shape, jnp.result_type(float))
             seen = agents.observation
             args = agents, Transition(reward, seen, flags, flags, seen)
-        with undivided_sums():
+        with alike_at_every_size():
             closed = jax.make_jaxpr(fn)(*args)
         ids = {id(leaf) for leaf in jax.tree.leaves((agents.carry.traces, agents.eligibility))}
         kept = [k for k, leaf in enumerate(jax.tree.leaves(args)) if id(leaf) in ids]
