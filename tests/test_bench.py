@@ -52,6 +52,7 @@ TIMES = {
     },
     "long": {"etcompile": 1.0, "bptt": 2.5, "checkpointed": 3.0},
     "sparse": {"etcompile": 1.0, "step by step": 1.1, "forward": 0.5},
+    "sparse-events": {"etcompile": 1.0, "by events": 0.25, "forward": 0.5},
     "update": {"etcompile": 1.2, "braintrace": 8.0},
     "first": {"etcompile": 1.5, "bptt": 1.0, "braintrace": 2.0, "braintrace, windows": 3.0},
     "call": {
@@ -67,6 +68,7 @@ LENGTHS = {
     "sequence": (200, 500),
     "long": (5000,),
     "sparse": (10,),
+    "sparse-events": (50,),
     "update": (50,),
     "first": (1, 500),
     "call": (50,),
@@ -146,6 +148,7 @@ def test_bars_are_judged_by_medians_and_by_the_worst_case(bench):
         "sparse-forward": 2.0,
         "sparse-schedule": 1 / 1.1,
         "sparse-first": 2.0,
+        "sparse-events": 4.0,
         "agreement": 3e-7,
     }
     assert {key: v.reached for key, v in found.items()} == pytest.approx(expected)
@@ -350,6 +353,13 @@ def test_states_of_many_axes_leave_no_traces_and_are_not_compared_with_the_peer(
     off = {r["who"]: r["from_bptt"] for r in found["runs"] if "from_bptt" in r}
     assert max(off["etcompile"].values()) < 1e-10 and found["agreement"] < 1e-10
     assert found["trace_bytes"] > 0
+
+
+def test_sparse_networks_spike_as_often_as_the_page_says(bench):
+    models = bench["models"]
+    for name, share in (("seldom", 0.02), ("often", 0.05)):
+        data = models.Data(models.MODELS[name], 500, 1)
+        assert models.spike_rate(data, 60) == pytest.approx(share, rel=0.1) and data.spec.events == 2 * share
 
 
 def test_blocks_of_checkpoints_divide_the_sequence(bench):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cases import LARGE, MANY_AXES
-from results import AUTO, BPTT, BRAINTRACE, CAUSAL, FORWARD, HAND, Found, found_cases, ratio
+from results import AUTO, BPTT, BRAINTRACE, CAUSAL, EVENTS, FORWARD, HAND, Found, found_cases, ratio
 
 __all__ = ["BARS", "Bar", "Verdict"]
 
@@ -203,6 +203,14 @@ def _sparse(value: Callable[[Found], float | None]) -> Callable[[Mapping[str, An
     return lambda results: [(f.title, value(f)) for f in found_cases(results, "sparse")]
 
 
+def _events(results: Mapping[str, Any]) -> Values:
+    """Times faster by events than by default."""
+    return [
+        (f.title, ratio(f.milliseconds(AUTO), f.milliseconds(EVENTS)))
+        for f in found_cases(results, "sparse-events")
+    ]
+
+
 def _first_call(found: Found) -> float | None:
     mine = found.run(AUTO)
     return mine["first"] if mine else None
@@ -377,6 +385,15 @@ BARS = (
         True,
         _sparse(_first_call),
         _seconds,
+        needs_peer=False,
+    ),
+    Bar(
+        "sparse-events",
+        "D-RTRL of sparse networks of which 2 and 5 % spike at a step, by events against the default schedule",
+        3.0,
+        False,
+        _events,
+        _times,
         needs_peer=False,
     ),
     Bar(

@@ -14,6 +14,8 @@ TITLES = {
     "spiking": "spiking",
     "conv": "convolutional",
     "sparse": "sparse spiking",
+    "seldom": "2 % spiking, of",
+    "often": "5 % spiking, of",
     "deep": "40 layers of",
     "populations": "50 populations of",
     "substeps": "1000 sub-steps of",
@@ -61,6 +63,11 @@ CASES = (
     *(Case("memory", *other) for other in (*_OTHERS, *_MANY_AXES)),
     *(Case("update", *one) for one in (*(gru for gru in _GRUS if gru[2] > 1), *_OTHERS)),
     *(Case("sparse", "sparse", neurons, 1) for neurons in (1_000, 10_000, 100_000)),
+    *(
+        Case("sparse-events", model, neurons, 1)
+        for neurons in (10_000, 100_000)
+        for model in ("seldom", "often")
+    ),
     Case("first", "gru", 256, 8),
     *(Case("first", model, 16, 4) for model in LARGE),
     *(Case("call", "gru", units, 4) for units in (8, 64)),

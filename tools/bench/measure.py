@@ -22,7 +22,7 @@ from memory import resident_growth, temporary
 from models import MODELS, Data
 from process import fresh
 from results import AUTO, BPTT, BRAINTRACE, CHECKPOINT, WINDOWS
-from sequences import long_sequence, sequence, sparse
+from sequences import by_events, long_sequence, sequence, sparse
 from settings import Settings
 
 __all__ = ["first_gradient", "measure"]
@@ -41,6 +41,7 @@ def measure(case: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         "memory": _memory,
         "update": _update,
         "sparse": sparse,
+        "sparse-events": by_events,
         "first": _first,
         "call": _call,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,8 @@ SYNAPSES, LAYERS, SUBSTEPS = 100, 40, 1000
 POPULATIONS, HEARD = 50, 6
 #: Heads of linear attention, states of a channel of the selective state space, and the longest delay of a neuron.
 HEADS, STATES, SLOTS = 4, 16, 20
+#: Steps from spike to spike of sparse networks of which 2 % and 5 % of the neurons spike at a step.
+SELDOM, OFTEN = 50, 20
 
 
 class GRUNet(brainstate.nn.Module):
@@ -150,10 +153,10 @@ class SparseNet(brainstate.nn.Module):
         random = np.random.default_rng(0)
         self.before = jnp.asarray(random.integers(0, units, units * SYNAPSES))
         self.after = jnp.repeat(jnp.arange(units), SYNAPSES)
-        weights = random.normal(0.0, 1.5 / SYNAPSES**0.5, units * SYNAPSES).astype(np.float32)
+        weights = random.normal(0.0, 1.5 / SYNAPSES**0.5, units * SYNAPSES)
         self.weight = brainstate.ParamState(jnp.asarray(weights))
         #: Potentials at the start, some of them above the threshold: neurons spike from the first step.
-        self.potential = jnp.asarray(random.uniform(0.0, 1.2, units).astype(np.float32))
+        self.potential = jnp.asarray(random.uniform(0.0, 1.2, units))
         self.readout = layers.Linear(units, OUTPUTS)
 
     def init_state(self, batch_size: int | None = None) -> None:
@@ -165,12 +168,41 @@ class SparseNet(brainstate.nn.Module):
         """Spikes of the moment, 0 or 1."""
         return spike(self.v.value - 1.0)
 
-    def update(self, x: jax.Array) -> jax.Array:
-        z = self.spikes()
+    def arriving(self, z: jax.Array) -> jax.Array:
+        """What all synapses of each neuron bring of spikes z."""
         each = self.weight.value * z[..., self.before]
         sums: Any = jax.ops.segment_sum(each.T, self.after, self.units, indices_are_sorted=True)
-        self.i.value = 0.8 * self.i.value + sums.T + x[..., jnp.arange(self.units) % INPUTS]
+        return sums.T
+
+    def update(self, x: jax.Array) -> jax.Array:
+        z = self.spikes()
+        self.i.value = 0.8 * self.i.value + self.arriving(z) + x[..., jnp.arange(self.units) % INPUTS]
         self.v.value = 0.9 * self.v.value + 0.2 * self.i.value - z
+        return self.readout(self.spikes())
+
+
+class DrivenNet(SparseNet):
+    """The same, each neuron driven by a constant current c, so that it spikes once in so many steps, all at different times.
+
+    With potential v, current i and spikes z::
+
+        v[t] = 0.99 v[t-1] + 0.2 i[t] + c - z[t-1]
+
+    Synapses and inputs are too weak to change how many spike.
+    """
+
+    def __init__(self, layers: ModuleType, units: int, period: int):
+        super().__init__(layers, units)
+        self.weight.value = self.weight.value * (0.02 * SYNAPSES**0.5 / 1.5)
+        highest = 1 / (1 - 0.99**period)
+        phases = np.random.default_rng(1).integers(0, period, units)
+        self.current = 0.01 * highest
+        self.potential = jnp.asarray(highest * (1 - 0.99**phases))
+
+    def update(self, x: jax.Array) -> jax.Array:
+        z = self.spikes()
+        self.i.value = 0.8 * self.i.value + self.arriving(z) + 0.005 * x[..., jnp.arange(self.units) % INPUTS]
+        self.v.value = 0.99 * self.v.value + 0.2 * self.i.value + self.current - z
         return self.readout(self.spikes())
 
 
@@ -364,6 +396,8 @@ class Spec:
     peer: bool = True
     #: Whether a sequence leaves its traces to the next. Those of states of many axes cost more than all else.
     keep_traces: bool = True
+    #: The bound of `Schedule(events=...)`, where that is measured.
+    events: float | None = None
 
 
 MODELS = {
@@ -372,6 +406,8 @@ MODELS = {
     "spiking": Spec(SpikingNet, spikes=True),
     "conv": Spec(ConvNet, IMAGE),
     "sparse": Spec(SparseNet, spikes=True, peer=False),
+    "seldom": Spec(partial(DrivenNet, period=SELDOM), spikes=True, peer=False, events=2 / SELDOM),
+    "often": Spec(partial(DrivenNet, period=OFTEN), spikes=True, peer=False, events=2 / OFTEN),
     "deep": Spec(DeepNet, peer=False),
     "populations": Spec(PopulationsNet, peer=False),
     "substeps": Spec(SubstepNet, peer=False),

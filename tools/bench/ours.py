@@ -24,11 +24,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def compiled(
-    data: Data, rule: str, model: brainstate.nn.Module, keep_traces: bool | None = None
+    data: Data,
+    rule: str,
+    model: brainstate.nn.Module,
+    keep_traces: bool | None = None,
+    events: float | None = None,
 ) -> etcompile.Step:
     """The step, by default with traces that go from sequence to sequence where those of the benchmark's model do."""
     keep = data.spec.keep_traces if keep_traces is None else keep_traces
-    schedule = etcompile.Schedule(keep_traces=keep)
+    schedule = etcompile.Schedule(keep_traces=keep, events=events)
     options = {"algo": rule, "batch_size": data.batch, "schedule": schedule, **OPTIONS[rule]}
     return etcompile.compile(model, data.example, **options)
 

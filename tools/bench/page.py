@@ -47,6 +47,7 @@ def render(everything: All, command: str) -> str:
         memory=tables.memory(everything),
         update=tables.updates(everything),
         sparse=tables.sparse(everything),
+        by_events=tables.by_events(everything),
         first=tables.first(everything),
         call=tables.calls(everything),
         gradients=tables.gradients(everything),

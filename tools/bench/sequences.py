@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,19 +16,19 @@ from cases import Case
 from clock import interleaved
 from contenders import Contender, Ready, distances, ready
 from models import Data, spike_rate
-from results import AUTO, BPTT, BRAINTRACE, CAUSAL, CHECKPOINT, FORWARD, HAND, KEPT, WINDOWS
+from results import AUTO, BPTT, BRAINTRACE, CAUSAL, CHECKPOINT, EVENTS, FORWARD, HAND, KEPT, WINDOWS
 from run import Run
 from settings import Settings
 
 import etcompile
 
-__all__ = ["long_sequence", "sequence", "sparse"]
+__all__ = ["by_events", "long_sequence", "sequence", "sparse"]
 
 
 def sequence(case: Case, data: Data, settings: Settings) -> dict[str, Any]:
     """Times at all lengths, gradients at the shortest."""
     step, kept = (ours.compiled(data, case.rule, data.model(), keep_traces=keep) for keep in (None, True))
-    found = _measured(list(_contenders(case, data, settings, step, kept)), step, data, settings)
+    found = _measured(list(_contenders(case, data, settings, step, kept)), step.reset, data, settings)
     short = settings.lengths[0]
     by_name = {e.entry["who"]: e for e in found if e.entry["steps"] == short and e.gradients}
     return {
@@ -46,7 +46,7 @@ def long_sequence(case: Case, data: Data, settings: Settings) -> dict[str, Any]:
     step = ours.compiled(data, case.rule, data.model())
     makers = {AUTO: lambda: ours.sequence(step), **_backpropagation(data)}
     contenders = [Contender(who, settings.long_steps, {None: make}) for who, make in makers.items()]
-    return {"runs": [e.entry for e in _measured(contenders, step, data, settings)]}
+    return {"runs": [e.entry for e in _measured(contenders, step.reset, data, settings)]}
 
 
 def sparse(case: Case, data: Data, settings: Settings) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def sparse(case: Case, data: Data, settings: Settings) -> dict[str, Any]:
     if together > 1:
         makers[CAUSAL] = lambda: ours.sequence(step, chunk=1)
     contenders = [Contender(who, steps, {None: make}) for who, make in makers.items()]
-    found = _measured(contenders, step, data, settings)
+    found = _measured(contenders, step.reset, data, settings)
     if together == 1:
         found += [replace(e, entry={**e.entry, "who": CAUSAL}) for e in found if e.entry["who"] == AUTO]
     by_name = {e.entry["who"]: e for e in found if e.gradients}
@@ -70,6 +70,31 @@ def sparse(case: Case, data: Data, settings: Settings) -> dict[str, Any]:
         "trace_bytes": step.report().to_dict()["trace_bytes"],
         "agreement": _largest(by_name, AUTO, CAUSAL),
         "spikes": spike_rate(data, settings.few_steps),
+    }
+
+
+def by_events(case: Case, data: Data, settings: Settings) -> dict[str, Any]:
+    """Times of a sequence of a large model of which few neurons spike at a step: by events, as by default, and forward."""
+    step = ours.compiled(data, case.rule, data.model())
+    events = ours.compiled(data, case.rule, data.model(), events=data.spec.events)
+    makers = {
+        AUTO: lambda: ours.sequence(step),
+        EVENTS: lambda: ours.sequence(events),
+        FORWARD: lambda: plain.forward(data, data.model()),
+    }
+
+    def reset() -> None:
+        step.reset()
+        events.reset()
+
+    contenders = [Contender(who, settings.slow_steps, {None: make}) for who, make in makers.items()]
+    found = _measured(contenders, reset, data, settings)
+    return {
+        "runs": [e.entry for e in found],
+        "trace_bytes": step.report().to_dict()["trace_bytes"],
+        "agreement": _largest({e.entry["who"]: e for e in found if e.gradients}, EVENTS, AUTO),
+        "spikes": spike_rate(data, settings.slow_steps),
+        "bound": data.spec.events,
     }
 
 
@@ -115,9 +140,9 @@ def _dividing(sizes: Any, steps: int) -> list[int]:
 
 
 def _measured(
-    contenders: list[Contender], step: etcompile.Step, data: Data, settings: Settings
+    contenders: list[Contender], reset: Callable[[], None], data: Data, settings: Settings
 ) -> list[Ready]:
-    found = [ready(one, data, settings, step.reset) for one in contenders]
+    found = [ready(one, data, settings, reset) for one in contenders]
     runs = {k: e.run for k, e in enumerate(found) if e.run}
     times = interleaved(runs, settings)
     return [

@@ -13,6 +13,7 @@ from results import (
     CALLS,
     CAUSAL,
     CHECKPOINT,
+    EVENTS,
     FORWARD,
     HAND,
     KEPT,
@@ -24,6 +25,7 @@ from results import (
 )
 
 __all__ = [
+    "by_events",
     "calls",
     "failed",
     "first",
@@ -183,6 +185,32 @@ def sparse(everything: All) -> str:
             (label, f.title, _bytes(size) if size else "", *times, f"{mine['first']:.1f}" if mine else "")
         )
     return table(head, rows)
+
+
+def by_events(everything: All) -> str:
+    """Milliseconds of a step by events and by default, and how far their gradients are apart."""
+    head = [
+        "on",
+        "model",
+        "spiking at a step",
+        "etcompile",
+        "by events",
+        "forward",
+        "times faster",
+        "over forward",
+    ]
+    rows = []
+    for label, f in _cases(everything, ("sparse-events",)):
+        ours, events, forward = (f.milliseconds(who) for who in (AUTO, EVENTS, FORWARD))
+        rate, off = f.data.get("spikes"), f.data.get("agreement")
+        told = (
+            _ratio(ratio(ours, events)),
+            _ratio(ratio(events, forward)),
+            "" if off is None else f"{off:.1e}",
+        )
+        spiking = "" if rate is None else f"{100 * rate:.2f} %"
+        rows.append((label, f.title, spiking, *map(_ms, (ours, events, forward)), *told))
+    return table([*head, "gradients apart"], rows)
 
 
 def first(everything: All) -> str:
