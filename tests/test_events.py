@@ -12,6 +12,7 @@ import pytest
 from oracles import relative_error
 
 import etcompile
+from etcompile.sites import events
 from etcompile.sites.events import Synapses
 
 T, N, S = 7, 12, 60
@@ -155,8 +156,11 @@ def test_sums_over_events_are_sums_over_synapses(share, in_order):
     sent = draw.standard_normal((6, 40)) * (
         draw.random((6, 40)) < np.array([0, 0.02, 0.1, 0.3, 0.9, 1])[:, None]
     )
-    met = jax.jit(synapses.meeting)(jnp.asarray(credits), jnp.asarray(sent), jnp.zeros(400))
-    assert relative_error(met, sum(c[recv] * x[send] for c, x in zip(credits, sent, strict=True))) < 1e-12
+    both = [jnp.asarray(credits), 3 * jnp.asarray(credits[::-1])]
+    met = jax.jit(synapses.meeting)(both, jnp.asarray(sent), [jnp.zeros(400), jnp.ones(400)])
+    for total, start, asked in zip(met, (0, 1), both, strict=True):
+        expected = start + sum(c[recv] * x[send] for c, x in zip(np.asarray(asked), sent, strict=True))
+        assert relative_error(total, expected) < 1e-12
     arriving = jax.jit(
         lambda x: synapses.arriving(jnp.asarray(w), x, lambda: jnp.zeros(30).at[recv].add(w * x[send]))
     )
@@ -164,12 +168,22 @@ def test_sums_over_events_are_sums_over_synapses(share, in_order):
         assert relative_error(arriving(x), np.bincount(recv, weights=w * x[send], minlength=30)) < 1e-12
 
 
+def test_a_list_of_several_parts_is_summed_part_by_part(monkeypatch):
+    monkeypatch.setattr(events, "_TOGETHER", 8)
+    synapses = Synapses(SEND, RECV, senders=N, receivers=N, share=0.7)
+    for who in ([], [3], [2, 5, 8], [0, 1, 2, 4, 5, 9]):
+        x = np.zeros(N)
+        x[who] = 2.0
+        found = jax.jit(lambda x: synapses.arriving(jnp.asarray(SIGN), x, lambda: jnp.full(N, jnp.nan)))(x)
+        assert relative_error(found, np.bincount(RECV, weights=SIGN * x[SEND], minlength=N)) < 1e-12
+
+
 def test_a_list_that_fits_holds_the_senders_alone():
     synapses = Synapses(SEND, RECV, senders=N, receivers=N, share=0.4)
     sent = np.zeros(N)
     sent[[2, 5]] = 1.0
     found = jax.jit(synapses.listed)(jnp.asarray(sent))
-    assert bool(found.fits) and int(found.there.sum()) == np.isin(SEND, [2, 5]).sum()
+    assert bool(found.fits) and int(found.size.sum()) == np.isin(SEND, [2, 5]).sum()
     assert not synapses.listed(jnp.ones(N)).fits
 
 

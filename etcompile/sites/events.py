@@ -2,15 +2,15 @@
 
 Synapses are ordered by sender once, and each sender's are divided into *blocks* of a few. Who sends is found from the values of
 a step; their blocks are listed, at most so many that arrays have a fixed size; and what a sum takes is the synapses of these
-blocks. A zero adds nothing, so the sum is the same for all values, spikes or not. Where more is sent than the list holds, all
-synapses are summed.
+blocks, some thousand at a time, as many times as there are such blocks. A zero adds nothing, so the sum is the same for all
+values, spikes or not. Where more is sent than the list holds, all synapses are summed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -26,26 +26,51 @@ Array = Any
 _IN_BOUNDS = lax.GatherScatterMode.PROMISE_IN_BOUNDS
 #: Synapses of a block, at least and at most.
 _NARROW, _WIDE = 4, 32
+#: Synapses that are summed together: enough for one call of each kernel, few enough that little of the last part is empty.
+_TOGETHER = 1 << 15
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Listed:
-    """The synapses that senders of one step have, block by block.
+    """The blocks of synapses that senders of one step have.
 
     Attributes
     ----------
     fits : bool
         Whether the list holds all of them; if not, it is empty.
-    places : array of int
-        Of each block's synapses, by sender.
-    there : array of bool
-        Which of them are synapses of that sender.
+    count : int
+        Blocks.
+    start : array of int
+        The place, by sender, at which each begins.
+    size : array of int
+        How many synapses each has.
     sent : array
         What each block's sender sends.
     """
 
     fits: Array
+    count: Array
+    start: Array
+    size: Array
+    sent: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Some of the blocks of a list, synapse by synapse.
+
+    Attributes
+    ----------
+    places : array of int
+        Of each block's synapses, by sender.
+    there : array of bool
+        Which of them are synapses of that sender.
+    sent : array
+        What the sender sends.
+    """
+
     places: Array
     there: Array
     sent: Array
@@ -131,52 +156,87 @@ class Synapses:
         (who,) = jnp.nonzero(live, size=units, fill_value=self.senders)
         counts = jnp.asarray(self._blocks)[who]
         ends = jnp.cumsum(counts)
-        numbers = jnp.arange(self.capacity, dtype=jnp.int32)
-        after = jnp.zeros(self.capacity + 1, jnp.int32).at[jnp.minimum(ends, self.capacity)].add(1)
+        room = self._parts * self._in_part
+        numbers = jnp.arange(room, dtype=jnp.int32)
+        after = jnp.zeros(room + 1, jnp.int32).at[jnp.minimum(ends, room)].add(1)
         of = jnp.minimum(jnp.cumsum(after)[:-1], units - 1)
         unit = jnp.minimum(who[of], self.senders - 1)
         start = jnp.asarray(self._first)[unit] + (numbers - (ends - counts)[of]) * self.width
         left = jnp.where(fits & (numbers < needed), jnp.asarray(self._first)[unit + 1] - start, 0)
         start = jnp.where(left > 0, start, 0)
+        return _Listed(fits, jnp.where(fits, needed, 0), start, jnp.minimum(left, self.width), sent[unit])
+
+    @property
+    def _in_part(self) -> int:
+        """Blocks that are summed together."""
+        return min(self.capacity, max(1, _TOGETHER // self.width))
+
+    @property
+    def _parts(self) -> int:
+        """Parts that a full list has."""
+        return -(-self.capacity // self._in_part)
+
+    def _over(self, found: _Listed, one: Callable[[_Part, Any], Any], start: Any) -> Any:
+        """``one`` for each part of a list that holds some blocks, after each other."""
         along = jnp.arange(self.width, dtype=jnp.int32)
-        there = along < left[:, None]
-        return _Listed(fits, start[:, None] + along, there, sent[unit])
+
+        def of_part(k: Array, total: Any) -> Any:
+            start, size, sent = (
+                lax.dynamic_slice(v, (k * self._in_part,), (self._in_part,))
+                for v in (found.start, found.size, found.sent)
+            )
+            part = _Part(start[:, None] + along, along < size[:, None], sent[:, None])
+            return one(part, total)
+
+        return lax.fori_loop(0, -(-found.count // self._in_part), of_part, start)
 
     def arriving(self, weights: Array, sent: Array, of_all: Callable[[], Array]) -> Array:
         """What arrives at each receiver: the sum of weight times what its senders send; ``of_all`` makes it of all synapses."""
         found = self.listed(sent)
 
+        def one(part: _Part, total: Array) -> Array:
+            product = _taken(weights, self._synapses(part.places)) * part.sent
+            each = jnp.where(part.there, product, jnp.zeros((), product.dtype))
+            return _added(total, _taken(self._receivers, part.places), each)
+
         def of_listed() -> Array:
-            product = _taken(weights, self._synapses(found.places)) * found.sent[:, None]
-            each = jnp.where(found.there, product, jnp.zeros((), product.dtype))
-            at = _taken(self._receivers, found.places)
-            return _added(jnp.zeros(self.receivers, each.dtype), at, each)
+            zeros = jnp.zeros(self.receivers, jnp.result_type(weights, sent))
+            return self._over(found, one, zeros)
 
         return lax.cond(found.fits, of_listed, of_all)
 
-    def meeting(self, credits: Array, sent: Array, total: Array) -> Array:
-        """``total``, a number for each synapse, with the credits of its receiver times what its sender sends, summed over steps.
+    def meeting(self, credits: Sequence[Array], sent: Array, totals: Sequence[Array]) -> list[Array]:
+        """``totals``, each a number for each synapse, with the credits of its receiver times what its sender sends, over steps.
 
-        ``credits`` and ``sent`` have time on axis 0.
+        ``credits``, one array for each total, and ``sent`` have time on axis 0. All sums are made in one pass over the events.
         """
 
-        def one(total: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
-            credit, sent = now
+        def one(totals: list[Array], now: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
+            credits, sent = now
+
+            def of_part(part: _Part, totals: list[Array]) -> list[Array]:
+                at, to = _taken(self._receivers, part.places), self._synapses(part.places)
+                products = [_taken(credit, at) * part.sent for credit in credits]
+                each = [jnp.where(part.there, v, jnp.zeros((), v.dtype)) for v in products]
+                return [
+                    _added(total, to, v.astype(total.dtype)) for total, v in zip(totals, each, strict=True)
+                ]
+
             found = self.listed(sent)
-            at = _taken(self._receivers, found.places)
-            product = _taken(credit, at) * found.sent[:, None]
-            each = jnp.where(found.there, product, jnp.zeros((), product.dtype)).astype(total.dtype)
-            return _added(total, self._synapses(found.places), each), found.fits
+            return self._over(found, of_part, totals), found.fits
 
-        def whole(k: Array, total: Array) -> Array:
+        def whole(k: Array, totals: list[Array]) -> list[Array]:
             step = beyond[k]
-            return total + self.product(credits[step], sent[step]).astype(total.dtype)
+            return [
+                total + self.product(credit[step], sent[step]).astype(total.dtype)
+                for total, credit in zip(totals, credits, strict=True)
+            ]
 
-        total, fits = lax.scan(one, total, (credits, sent))
+        made, fits = lax.scan(one, list(totals), (list(credits), sent))
         # Those beyond the list one after the other, in a loop of their own: it has no rounds where there are none, and XLA would
         # copy the sums for a condition at every step.
         (beyond,) = jnp.nonzero(~fits, size=fits.size)
-        return lax.fori_loop(0, jnp.sum(~fits), whole, total)
+        return lax.fori_loop(0, jnp.sum(~fits), whole, made)
 
     def product(self, credit: Array, sent: Array) -> Array:
         """For each synapse the credit of its receiver times what its sender sends."""

@@ -8,6 +8,7 @@ As a site its result is ``out``, with a number for each receiver; credits of y a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -71,14 +72,17 @@ class Summed(Gathered):
 
     def pullback_of_steps(self, x: Presynaptic | Array, credit: Array) -> Array:
         zeros = jnp.zeros(self.weight.shape, accumulator(self.weight.dtype))
-        return self.met(zeros, x, credit).astype(self.weight.dtype)
+        return self.met([zeros], x, [credit])[0].astype(self.weight.dtype)
 
-    def met(self, total: Array, x: Presynaptic | Array, credit: Array) -> Array:
-        """``total``, of the weight's shape, with :meth:`pullback` of all steps added."""
+    def met(self, totals: Sequence[Array], x: Presynaptic | Array, credits: Sequence[Array]) -> list[Array]:
+        """Totals of the weight's shape, each with :meth:`pullback` of its credits of all steps added, in one pass over events."""
         sent = jax.vmap(lambda *v: self.factor(v))(*x) if isinstance(x, tuple) else x
-        steps = credit.shape[0]
-        found = self.synapses.meeting(credit.reshape(steps, -1), sent.reshape(steps, -1), total.ravel())
-        return found.reshape(self.weight.shape)
+        found = self.synapses.meeting(
+            [credit.reshape(len(credit), -1) for credit in credits],
+            sent.reshape(len(sent), -1),
+            [total.ravel() for total in totals],
+        )
+        return [total.reshape(self.weight.shape) for total in found]
 
     def at_synapses(self, values: Any) -> Array:
         """For each synapse what an array of the sums' shape has at its receiver."""
