@@ -78,7 +78,7 @@ def _many_positions(report: Report) -> Iterator[str]:
     """What traces cost beside a chunk, where they have an entry for each of many positions and input."""
     if report.traces:
         size = bytes_text(report.bytes_of_a_step)
-        yield f"    in a chunk no trace appears, and a step holds {size}; a sequence that is one chunk"
+        yield f"    in a chunk no trace appears, and a step holds {size}; a whole sequence"
         yield "    needs none of these, with Schedule(keep_traces=False)"
     else:
         yield f"  traces: none is kept; in a chunk a step holds {bytes_text(report.bytes_of_a_step)}"

@@ -36,8 +36,11 @@ class Schedule:
         the model. A trace that is no wider keeps its own dtype; one with filtered inputs in its place has nothing to narrow.
     keep_traces : bool
         False: every call of ``scan_value_and_grad`` is a sequence of its own, whose traces start at zero and are given up at its
-        end; states go on. Operations whose traces have no closed form, and would be too large to store, then learn too: the
-        whole sequence is one chunk. Nothing learns step by step.
+        end; states go on. Operations whose traces have no closed form, and would be too large to store, then learn too. Nothing
+        learns step by step. A sequence that ``memory`` holds is one chunk; a longer one is run in blocks of steps, forwards for
+        their first states and then block by block from the last, each step twice, with the same gradient: memory is that of
+        one block and of a state for each, at best in proportion to the root of the steps. A step that prints or calls back to
+        Python runs once, in chunks; so do steps where ``chunk`` is a number.
     events : float, optional
         The part of a sparse weight's synapses, above 0 and up to 1, that send something in one step, at most: 0.05 where 5 % of
         the neurons spike. Sequences then run in chunks that take the synapses of those that send alone; a step in which more is
@@ -50,8 +53,8 @@ class Schedule:
         Axes of the mesh over which the units of each layer are split: the output axes of weights, and the unit axes of states
         and traces. What does not divide stays whole, and ``step.report()`` says so.
     how : str, optional
-        The schedule by name: ``"steps"``, ``"chunks"``, ``"events"``, ``"windows"``, or one of your own
-        (:func:`etcompile.register_schedule`).
+        The schedule by name: ``"steps"``, ``"chunks"``, ``"events"``, ``"windows"``, ``"replay"`` (see ``keep_traces``), or one
+        of your own (:func:`etcompile.register_schedule`).
         None: what fits the rule, ``chunk`` and ``memory``.
 
     Raises

@@ -1,15 +1,19 @@
 """Sequences of their own: traces that start at zero and are given up, so that none has to be stored."""
 
+import brainstate
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import relative_error
+from oracles import relative_error, summed_losses
+from references import autodiff, compiled, fresh
+from zoo import by_name
 
 import etcompile
 
 T, B = 6, 4
 SEQUENCES = etcompile.Schedule(keep_traces=False)
+REPLAYED = etcompile.Schedule(keep_traces=False, how="replay")
 
 
 @jax.custom_vjp
@@ -148,3 +152,148 @@ def test_one_chunk_may_take_what_its_traces_would():
     for memory, steps, size in ((most, 10, 10), (most - 2 * kept, 10, 10), (most - 2 * kept - 1, 10, 5)):
         schedule = etcompile.Schedule(keep_traces=False, memory=max(1, memory))
         assert chunked.size(schedule, steps, None) == size
+
+
+# --- long sequences: blocks from last to first ------------------------------------------------------------------------
+
+
+def in_blocks(name, algo, how, chunk, loss=None):
+    """Losses, gradients and the states at the end of a sequence of the zoo; and its step."""
+    built = fresh(by_name(name))
+    step = compiled(built, algo, schedule=etcompile.Schedule(keep_traces=False, how=how))
+    found = step.scan_value_and_grad(loss or built.loss_fn, chunk=chunk)(built.xs, *built.targets)
+    return (found, step.executor.live.states()), step
+
+
+@pytest.mark.parametrize(
+    ("name", "algo", "block"),
+    [
+        ("two_layers_of_linear_attention", "d_rtrl", 3), ("mamba", "d_rtrl", 2), ("gru_gru", "d_rtrl", 3),
+        ("lstm_no_batch", "d_rtrl", 1), ("lif_exponential", "d_rtrl", 3), ("lru_complex_parameters", "d_rtrl", 3),
+        ("alif_exponential", "e_prop", 2), ("gru_no_batch", "pp_prop", 3),
+    ],
+)  # fmt: skip
+def test_blocks_are_one_chunk(name, algo, block):
+    """The credit between blocks is that between steps: what is cut between layers is cut, what is filtered goes on."""
+    steps = len(jax.tree.leaves(by_name(name)().xs)[0])
+    assert steps % 3
+    wanted, _ = in_blocks(name, algo, "chunks", steps)
+    found, step = in_blocks(name, algo, "replay", block)
+    assert relative_error(found, wanted) < 1e-10
+    if step.exact:
+        assert relative_error(found[0][1], autodiff(by_name(name)).total) < 1e-10
+
+
+def delayed(params, state, x):
+    """Units of more slots than are written out: their traces are found step by step alone."""
+    i, buffer = state["i"], state["buffer"]
+    v = (
+        0.9 * state["v"]
+        + x @ params["w"]
+        + params["g"] * jnp.tanh(buffer[:, jnp.arange(3), (i - DELAYS) % 40])
+    )
+    return {"v": v, "buffer": buffer.at[..., i % 40].set(jnp.tanh(v)), "i": i + 1}, v
+
+
+DELAYS = jnp.array([1, 17, 39])
+
+
+@pytest.mark.parametrize(("steps", "block"), [(45, 7), (1, 7)])
+def test_delays_in_blocks_are_backpropagation(steps, block):
+    keys = jax.random.split(jax.random.key(2), 4)
+    params = {"w": jax.random.normal(keys[0], (2, 3)), "g": jnp.array([0.5, -0.4, 0.3])}
+    state = {"v": jnp.zeros((B, 3)), "buffer": jnp.zeros((B, 3, 40)), "i": jnp.zeros((), jnp.int32)}
+    xs, targets = jax.random.normal(keys[1], (steps, B, 2)), jax.random.normal(keys[2], (steps, B, 3))
+    step = etcompile.compile(etcompile.from_function(delayed, params, state), xs[0], schedule=REPLAYED)
+    _, grads = step.scan_value_and_grad(loss, chunk=block)(xs, targets)
+    wanted = jax.jit(jax.grad(summed_losses(delayed, state, xs, targets, loss)))(params)
+    assert relative_error(grads, wanted) < 1e-10
+
+
+@pytest.mark.parametrize("units", [5, 512])
+def test_what_does_not_fit_as_one_chunk_is_replayed(units):
+    """Also where no trace could be stored: the sequence was one chunk then, whatever it took."""
+    xs, targets = data_of(units)
+    found = []
+    for memory in (1 << 30, 1):
+        schedule = etcompile.Schedule(keep_traces=False, memory=memory)
+        step = etcompile.compile(model_of(units)[0], xs[0], schedule=schedule)
+        plan = step.executor.functions.plan
+        assert plan(schedule, T, T).how.name == "chunks"
+        found.append((plan(schedule, T).how.name, step.scan_value_and_grad(loss)(xs, targets)))
+    assert [how for how, _ in found] == ["chunks", "replay"]
+    assert relative_error(found[1][1], found[0][1]) < 1e-10
+
+
+def test_blocks_are_of_as_many_steps_as_take_little_memory():
+    """Where block starts take more than is allowed, traces go from chunk to chunk, whose memory does not grow."""
+    model, _ = model_of(5)
+    step = etcompile.compile(model, data_of(5)[0][0], schedule=SEQUENCES)
+    plan, each = step.executor.functions.plan, step.report().bytes_of_a_step
+    assert plan(SEQUENCES, 4096).how.name == "chunks"
+    cases = (
+        (4096, 200, "replay", 64),
+        (4099, 200, "replay", 64),
+        (1 << 18, 400, "replay", 128),
+        (1 << 18, 100, "chunks", 64),
+    )
+    for steps, memory, how, size in cases:
+        schedule = etcompile.Schedule(keep_traces=False, memory=memory * each)
+        found = plan(schedule, steps)
+        assert (found.how.name, found.size) == (how, size)
+
+
+def test_what_a_loss_writes_goes_from_block_to_block():
+    wanted, found = (
+        in_blocks("gru_no_batch", "d_rtrl", how, 3, loss_that_counts())[0] for how in ("chunks", "replay")
+    )
+    assert relative_error(found, wanted) < 1e-10
+
+
+def loss_that_counts():
+    count = brainstate.ShortTermState(jnp.ones(()))
+
+    def counted(out, target):
+        count.value = 0.5 * count.value + 1
+        return count.value * jnp.mean((out - target) ** 2)
+
+    return counted
+
+
+def test_what_a_step_does_beside_its_results_is_done_once():
+    seen = []
+
+    def told(params, state, x):
+        jax.debug.callback(lambda: seen.append("step"))
+        return step_function(params, state, x)
+
+    model, params = model_of(5)
+    model = etcompile.from_function(told, params, {"h": jnp.zeros((B, 5))})
+    xs, targets = data_of(5)
+    step = etcompile.compile(model, xs[0], schedule=etcompile.Schedule(keep_traces=False, memory=1))
+    jax.block_until_ready(step.scan_value_and_grad(loss)(xs, targets))
+    jax.effects_barrier()
+    assert len(seen) == T
+    with pytest.raises(etcompile.UnsupportedError, match="runs each step twice"):
+        etcompile.compile(model, xs[0], schedule=REPLAYED).scan_value_and_grad(loss)(xs, targets)
+
+
+def test_a_loss_that_says_something_says_it_in_order():
+    seen = []
+
+    def told(out, target):
+        jax.debug.callback(lambda t: seen.append(float(t)), target[0, 0], ordered=True)
+        return loss(out, target)
+
+    xs, targets = data_of(5)
+    step = etcompile.compile(model_of(5)[0], xs[0], schedule=REPLAYED)
+    jax.block_until_ready(step.scan_value_and_grad(told, chunk=2)(xs, targets))
+    jax.effects_barrier()
+    assert seen == [float(t) for t in targets[:, 0, 0]]
+
+
+def test_replay_is_for_sequences_that_leave_no_traces():
+    xs, targets = data_of(5)
+    step = etcompile.compile(model_of(5)[0], xs[0], schedule=etcompile.Schedule(how="replay"))
+    with pytest.raises(etcompile.UnsupportedError, match="leave no traces"):
+        step.scan_value_and_grad(loss)(xs, targets)

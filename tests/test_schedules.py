@@ -93,7 +93,7 @@ def test_names_of_schedules():
         etcompile.register_schedule(type("Mine", (etcompile.SequenceSchedule,), {"name": "chunks"}))
     with pytest.raises(etcompile.OptionError, match="a subclass of etcompile"):
         etcompile.register_schedule(int)
-    assert list(SCHEDULES)[:4] == ["windows", "events", "chunks", "steps"]
+    assert list(SCHEDULES)[:5] == ["windows", "events", "replay", "chunks", "steps"]
 
 
 @pytest.mark.parametrize(("synapses", "how"), [(60_000, "steps"), (200, "chunks")])

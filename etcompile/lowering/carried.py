@@ -154,6 +154,13 @@ class CarriedValues:
         """Before the first step."""
         return self.stored(dict.fromkeys(self._rows))
 
+    def shapes(self) -> Traces:
+        """Of all values in their own dtypes, those that are too large to be stored among them: arrays are never made of these."""
+        rows = carried_rows(self._program)
+        return jax.eval_shape(
+            lambda: {name: self._kept(self._program.equation(name), of, None) for name, of in rows.items()}
+        )
+
     def outlasting(self, traces: Traces) -> Traces:
         """What of them goes on to the next call; counts always do, or random numbers would be drawn again."""
         if self.keeps:

@@ -42,12 +42,15 @@ class LossProgram:
         Leaves of the new states, as the compiler has them, and of the parameters by which it must be differentiated.
     asks_host : bool
         It calls back to Python while it runs, and may fail there.
+    effects : bool
+        It does something beside its results: it prints, or calls back to Python.
     """
 
     run: Callable[..., tuple[tuple[Array, Any], Any]]
     states: tuple[int, ...] = ()
     params: tuple[int, ...] = ()
     asks_host: bool = False
+    effects: bool = False
 
 
 @jax.tree_util.register_dataclass

@@ -230,6 +230,7 @@ def _joined(
         _split_leaves(_numbered(model.state_tree, access.by_state, read["state"]), model),
         tuple(k for k in params if model.params[k].aval.differentiable),
         traced.asks_host,
+        traced.asks_host or bool(traced.closed.effects),
     )
     fixed, carried = (
         tuple(k for k, s in enumerate(sources) if s.kind == kind) for kind in ("fixed", "carried")

@@ -7,6 +7,7 @@ from etcompile.lowering.causal import CausalProgram
 from etcompile.lowering.schedules.base import Plan, SequenceSchedule
 from etcompile.lowering.schedules.by_events import ByEvents
 from etcompile.lowering.schedules.chunked import Chunked
+from etcompile.lowering.schedules.replayed import Replayed
 from etcompile.lowering.schedules.steps import StepByStep
 from etcompile.lowering.schedules.windowed import Windowed
 from etcompile.schedule import Schedule
@@ -15,7 +16,7 @@ __all__ = ["SCHEDULES", "choose", "register_schedule", "schedules_for"]
 
 #: By name. Those that ship are asked in this order, and the last takes what no other does.
 SCHEDULES: dict[str, type[SequenceSchedule]] = {
-    one.name: one for one in (Windowed, ByEvents, Chunked, StepByStep)
+    one.name: one for one in (Windowed, ByEvents, Replayed, Chunked, StepByStep)
 }
 
 _SHIPPED = tuple(SCHEDULES.values())

@@ -39,7 +39,14 @@ from etcompile.lowering.schedules.filter_credits import FilterCredits
 from etcompile.lowering.schedules.first_pass import FirstPass, Passed, in_blocks
 from etcompile.lowering.schedules.linear import ChunkEquations, chunk_equations
 from etcompile.lowering.schedules.pulled import Pulled, PulledCredit, pulled_credit
-from etcompile.lowering.schedules.recurrence import Recurrence, TraceClass, referred, value_key, weighted
+from etcompile.lowering.schedules.recurrence import (
+    Recurrence,
+    Rows,
+    TraceClass,
+    referred,
+    value_key,
+    weighted,
+)
 from etcompile.lowering.schedules.relation_traces import RelationTraces
 from etcompile.lowering.schedules.split import Blocks
 from etcompile.lowering.schedules.traffic import chunks_pay_off
@@ -47,13 +54,16 @@ from etcompile.lowering.sums import added, by_name
 from etcompile.schedule import Schedule
 from etcompile.sites.operation import Span
 
-__all__ = ["Chunked", "refuse_too_large"]
+__all__ = ["ENOUGH_WITHOUT_TRACES", "Chunked", "Credit", "evenly", "refuse_too_large"]
 
 Array = Any
 Value = Any
 
+#: What steps ask of the traces before them, of the size of states: of D-RTRL b_0; by what makes it, the loop or the classes.
+Credit = Any
+
 #: Steps after which a longer chunk gains little: with traces to be made at its end, and without, where a cache should hold it.
-_ENOUGH, _ENOUGH_WITHOUT_TRACES = 128, 64
+_ENOUGH, ENOUGH_WITHOUT_TRACES = 128, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +78,42 @@ class _Gradients:
         What of them is made of the traces before the chunk, by relation.
     last : list of arrays
         The last large product: all others were made before it.
+    before : Credit
+        What is asked of traces at the chunk's start.
     """
 
     sites: dict[str, Array]
     starts: dict[str, Array] = dataclasses.field(default_factory=dict)
     last: list[Array] = dataclasses.field(default_factory=list)
+    before: Credit = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """A chunk before its credit: states, losses, and what the program's equations make of each step.
+
+    Attributes
+    ----------
+    passed : Passed
+    inputs : list of arrays
+    loss : LossValue
+    values : dict of str to value
+        By :func:`value_key`, time on axis 0.
+    filters : dict of str to value
+        Those that are carried and no traces, after the chunk.
+    own : dict of int to array
+        Gradients by parameters that the loss reads itself.
+    asked : tuple
+        Derivatives of the losses by outputs and new states, for a loop that pulls all credits.
+    """
+
+    passed: Passed
+    inputs: list[Array]
+    loss: LossValue
+    values: dict[str, Value]
+    filters: dict[str, Value]
+    own: dict[int, Array]
+    asked: Any
 
 
 class Chunked(SequenceSchedule):
@@ -126,7 +167,7 @@ class Chunked(SequenceSchedule):
                 raise site.cannot_store("chunk='auto': the whole sequence is one chunk.")
             return steps
         if not isinstance(wanted, int):
-            pays = self.refusal() is None and self._pay_off
+            pays = self.refusal() is None and self.pays_off
             wanted = self._that_pay_off(steps, schedule.memory) if pays else 1
         size = min(wanted, steps)
         return size if size > 1 else 0
@@ -136,22 +177,29 @@ class Chunked(SequenceSchedule):
         return self._first_pass.bytes_of_a_step
 
     @cached_property
-    def _pay_off(self) -> bool:
+    def pays_off(self) -> bool:
+        """Whether steps take less time in chunks than alone."""
         return chunks_pay_off(self.causal)
 
     def _that_pay_off(self, steps: int, memory: int) -> int:
-        """Steps to handle together: enough to make up for the work at a chunk's end, as far as memory allows.
-
-        A size that leaves no rest is preferred: a shorter last chunk is a second program to compile.
-        """
-        traces = any(KINDS[self._kind(name)].trace for name in self._carried)
+        """Steps to handle together: enough to make up for the work at a chunk's end, as far as memory allows."""
         possible = min(steps, memory // self._first_pass.bytes_of_a_step)
-        if traces and not self.causal.keeps:  # one chunk needs none, and may take what they would
-            if steps * self.bytes_of_a_step <= memory + self._bytes_of_traces:
-                return steps
-        most = max(1, min(possible, _ENOUGH if traces else _ENOUGH_WITHOUT_TRACES))
-        whole = next((c for c in range(most, most // 2, -1) if steps % c == 0), None)
-        return whole or -(-steps // -(-steps // most))
+        if self.stands_alone and steps * self.bytes_of_a_step <= self.memory_alone(memory):
+            return steps
+        return evenly(steps, max(1, min(possible, _ENOUGH if self._traces else ENOUGH_WITHOUT_TRACES)))
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether a sequence has traces, which start at zero and are given up at its end: one chunk needs none."""
+        return self._traces and not self.causal.keeps
+
+    def memory_alone(self, memory: int) -> int:
+        """Bytes that a sequence may take that carries no traces: theirs as well."""
+        return memory + self._bytes_of_traces
+
+    @property
+    def _traces(self) -> bool:
+        return any(KINDS[self._kind(name)].trace for name in self._carried)
 
     @property
     def _bytes_of_traces(self) -> int:
@@ -162,26 +210,87 @@ class Chunked(SequenceSchedule):
     # -- one chunk ----------------------------------------------------------------------------------------------
 
     def part(self, run: Run, loop: Loop, steps: Steps) -> tuple[Loop, Found]:
-        traces, inputs = self.causal.carried.wide(loop.traces), run.inputs(steps.inputs)
+        traces = self.causal.carried.wide(loop.traces)
+        seen = self._seen(run, loop, steps, traces)
+        recurrences = [] if self._pushes else self._recurrences(seen.values, traces)
+        gradients = self._credited(run, seen, recurrences, traces)
+        if self._pushes:
+            traces = self._advanced(run.weights, seen.passed, seen.inputs, loop.traces)
+        else:
+            ends = self._ends(recurrences, seen.values, traces, gradients)
+            traces = self.causal.stored({**seen.filters, **ends})
+        sums = added(loop.sums, by_name(gradients.sites, seen.own))
+        return Loop(seen.passed.states, traces, sums, seen.loss.carried), (seen.loss.value, seen.loss.aux)
+
+    def _seen(self, run: Run, loop: Loop, steps: Steps, traces: Traces) -> _Seen:
+        inputs = run.inputs(steps.inputs)
         passed = self._first_pass(run.weights, loop.states, inputs)  # h_0 ... h_C
-        found, values, own, asked = self._at_all_steps(
+        loss, values, own, asked = self._at_all_steps(
             run, loop.carried, steps, passed, inputs
         )  # D_t, f_t, x_t, L_t, K_t
         values, filters = self._filtered(values, traces)
-        values = self._after_filters(values)
-        recurrences = [] if self._pushes else self._recurrences(values, traces)
+        return _Seen(passed, inputs, loss, self._after_filters(values), filters, own, asked)
+
+    def _credited(
+        self,
+        run: Run,
+        seen: _Seen,
+        recurrences: list[Recurrence],
+        traces: Traces,
+        later: Credit = None,
+    ) -> _Gradients:
+        """Gradients of the sites, with what steps after the chunk ask of its traces; None: nothing."""
         if self._pulled is None:
-            gradients = self._gradients(recurrences, values, traces)
+            return self._gradients(recurrences, seen.values, traces, later)
+        of_steps = (seen.passed.before, seen.passed.costly, seen.inputs, *seen.asked)
+        blocks = self._blocks(run.weights, seen.passed, seen.inputs)
+        pulled = self._pulled(run.weights, of_steps, blocks, later)
+        return self._gradients_of_pulled(self._pulled, pulled, seen.values, traces)
+
+    # -- a part of a sequence whose traces start at zero and are given up -------------------------------------------
+
+    def alone(self, loop: Loop) -> Loop:
+        """A loop without traces, and without sums; what is filtered stays."""
+        traces = self._without_rows(self.causal.carried.wide(loop.traces))
+        return dataclasses.replace(loop, traces=traces, sums={})
+
+    def no_credit(self) -> Credit:
+        """What nothing asks, of what steps ask of the traces before them."""
+        if self._pulled is not None:
+            shapes: Credit = self._pulled.carried
         else:
-            seen = (passed.before, passed.costly, inputs, *asked)
-            pulled = self._pulled(run.weights, seen, self._blocks(run.weights, passed, inputs))
-            gradients = self._gradients_of_pulled(self._pulled, pulled, values, traces)
-        if self._pushes:
-            traces = self._advanced(run.weights, passed, inputs, loop.traces)
-        else:
-            traces = self.causal.stored({**filters, **self._ends(recurrences, values, traces, gradients)})
-        sums = added(loop.sums, by_name(gradients.sites, own))
-        return Loop(passed.states, traces, sums, found.carried), (found.value, found.aux)
+            shapes = [self._rows_before(one, self._shapes) for one in self._equations.classes]
+        return jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
+
+    def onward(self, run: Run, loop: Loop, steps: Steps) -> Loop:
+        """What is there after some steps, of :meth:`alone`: no derivatives, and nothing is kept of the steps."""
+        inputs, writes = run.inputs(steps.inputs), bool(jax.tree.leaves(loop.carried))
+        if not writes and not self.filtered(loop.traces):
+            return dataclasses.replace(loop, states=self._first_pass.last(run.weights, loop.states, inputs))
+        passed, carried = self._first_pass(run.weights, loop.states, inputs), loop.carried
+        if writes:
+            made, given = self._made(run, passed, inputs), (steps.items, steps.moving)
+            carried, _ = _written_by_loss(run, carried, made, given)
+        _, values = self._without_loss(run.weights, passed, inputs)
+        filters = self._filtered(values, loop.traces)[1]
+        return Loop(passed.states, {**loop.traces, **filters}, loop.sums, carried)
+
+    def credited(self, run: Run, loop: Loop, steps: Steps, later: Credit) -> tuple[Loop, Found, Credit]:
+        """Some steps from :meth:`alone`, with what later ones ask: the loop with their gradients as sums, and what these ask."""
+        seen = self._seen(run, loop, steps, loop.traces)
+        recurrences = [] if self._pulled else self._recurrences(seen.values, self._shapes)
+        gradients = self._credited(run, seen, recurrences, loop.traces, later)
+        sums, traces = by_name(gradients.sites, seen.own), {**loop.traces, **seen.filters}
+        end = Loop(seen.passed.states, traces, sums, seen.loss.carried)
+        return end, (seen.loss.value, seen.loss.aux), gradients.before
+
+    def filtered(self, traces: Traces) -> Traces:
+        """Carried values that are no traces."""
+        return {name: v for name, v in traces.items() if not KINDS[self._kind(name)].trace}
+
+    @cached_property
+    def _shapes(self) -> Traces:
+        return self.causal.carried.shapes()
 
     def over(self, run: Run, loop: Loop, steps: Steps, size: int) -> tuple[Loop, Found]:
         alone = not self.causal.keeps and steps.count <= size
@@ -205,17 +314,8 @@ class Chunked(SequenceSchedule):
 
     def forward(self, weights: list[Array], loop: Loop, inputs: list[Array]) -> tuple[Loop, list[Array]]:
         passed = self._first_pass(weights, loop.states, inputs)
-        model, keeps = self.causal.model, self.causal.keeps
-
-        def at_step(
-            old: list[Array], costly: dict[int, Array], x: list[Array]
-        ) -> tuple[list[Array], dict[str, Value]]:
-            step = model.step(weights, old, x, costly, quiet=True)
-            context = Context(self.causal.program, model, step, None, self.causal.functions)
-            return step.outputs, _written(evaluate(context, self._equations.alone, {}, {})) if keeps else {}
-
-        outputs, values = mapped(at_step, passed.before, passed.costly, inputs)
-        if not keeps:
+        outputs, values = self._without_loss(weights, passed, inputs)
+        if not self.causal.keeps:
             return dataclasses.replace(loop, states=passed.states), outputs
         if self._pushes:
             advanced = self._advanced(weights, passed, inputs, loop.traces)
@@ -225,6 +325,30 @@ class Chunked(SequenceSchedule):
         ends = self._ends(self._recurrences(values, traces), values, traces, _Gradients({}))
         return Loop(passed.states, self.causal.stored({**filters, **ends}), loop.sums, loop.carried), outputs
 
+    def _without_loss(
+        self, weights: list[Array], passed: Passed, inputs: list[Array]
+    ) -> tuple[list[Array], dict[str, Value]]:
+        """Outputs of all steps, and what needs neither the loss nor other steps."""
+        model = self.causal.model
+
+        def at_step(
+            old: list[Array], costly: dict[int, Array], x: list[Array]
+        ) -> tuple[list[Array], dict[str, Value]]:
+            step = model.step(weights, old, x, costly, quiet=True)
+            context = Context(self.causal.program, model, step, None, self.causal.functions)
+            return step.outputs, _written(evaluate(context, self._equations.alone, {}, {}))
+
+        return mapped(at_step, passed.before, passed.costly, inputs)
+
+    def _made(self, run: Run, passed: Passed, inputs: list[Array]) -> tuple[list[Array], list[Array]]:
+        """Outputs and new states of all steps."""
+
+        def results(old: list[Array], costly: dict[int, Array], x: list[Array]) -> Any:
+            step = self.causal.model.step(run.weights, old, x, costly, quiet=True)
+            return step.outputs, step.new_states
+
+        return mapped(results, passed.before, passed.costly, inputs)
+
     def _at_all_steps(
         self, run: Run, carried: Any, steps: Steps, passed: Passed, inputs: list[Array]
     ) -> tuple[LossValue, dict[str, Value], dict[int, Array], Any]:
@@ -233,22 +357,10 @@ class Chunked(SequenceSchedule):
         seen = (passed.before, passed.costly, inputs)
         given = (steps.items, steps.moving)
         writes = bool(jax.tree.leaves(carried))
-        made = None
-        if writes or reads.params:
-
-            def results(old: list[Array], costly: dict[int, Array], x: list[Array]) -> Any:
-                step = model.step(run.weights, old, x, costly, quiet=True)
-                return step.outputs, step.new_states
-
-            made = mapped(results, *seen)
+        made = self._made(run, passed, inputs) if writes or reads.params else None
         before = carried
-        if writes:  # what the loss writes goes from step to step: found first, one by one
-
-            def write(now: Any, step: Any) -> tuple[Any, Any]:
-                (outputs, new), (item, _) = step
-                return run.of_step(outputs, new, run.params, now, item).carried, now
-
-            carried, before = lax.scan(write, carried, (made, given))
+        if writes:
+            carried, before = _written_by_loss(run, carried, made, given)
         without_params = dataclasses.replace(reads, params=())
         equations = [*self._equations.alone, *(() if self._pulled else self._equations.signals)]
 
@@ -318,9 +430,13 @@ class Chunked(SequenceSchedule):
             yield RelationTraces(self.causal.model.traces[relation], lent)
 
     def _gradients(
-        self, recurrences: list[Recurrence], values: dict[str, Value], traces: Traces
+        self,
+        recurrences: list[Recurrence],
+        values: dict[str, Value],
+        traces: Traces,
+        later: list[dict[str, Rows]] | None = None,
     ) -> _Gradients:
-        """Gradients of the sites, summed over the chunk."""
+        """Gradients of the sites, summed over the chunk; ``later`` is what steps after it ask of the traces of each class."""
         weight = self._weights(values)
         credits: dict[str, dict[str, Array]] = {}  # of y for all steps, by the site and the x that meets it
         spans: dict[tuple[str, str], set[Span | None]] = {}  # outside of which such a credit is zero
@@ -334,8 +450,10 @@ class Chunked(SequenceSchedule):
                     site = self._equation(x.name).type.of
                     _add(credits.setdefault(site, {}), value_key(x), q_t)
                     spans.setdefault((site, value_key(x)), set()).add(covered(self._quiet, q))
-        for recurrence in recurrences:
-            a_t, a_0 = recurrence.asked(weight)
+        before: list[dict[str, Rows]] = []
+        for recurrence, after in zip(recurrences, later or [None] * len(recurrences), strict=True):
+            a_t, a_0 = recurrence.asked(weight, after)
+            before.append(a_0)
             for own in self._traces_of(recurrence):
                 for x, credit in own.credits(values, a_t):
                     _add(credits.setdefault(own.site, {}), x, credit)  # f_t a_t
@@ -359,7 +477,7 @@ class Chunked(SequenceSchedule):
                 last = [found] if large else last
             for z, credit in met.start.items():
                 _add(gradients, site, does.pullback(traces[z], credit))
-        return _Gradients(gradients, starts, last)
+        return _Gradients(gradients, starts, last, before)
 
     def _blocks(self, weights: list[Array], passed: Passed, inputs: list[Array]) -> Blocks | None:
         """Blocks of the first pass, in which wide states are made again where the loop of credits needs them."""
@@ -393,7 +511,7 @@ class Chunked(SequenceSchedule):
                 asked = {e.name: pulled.start[one.group] for e in equations if e.name in self._carried}
                 _add(starts, relation, own.gradient_of_start(traces, asked))
                 _add(gradients, own.site, starts.get(relation))
-        return _Gradients(gradients, starts)
+        return _Gradients(gradients, starts, before=pulled.before)
 
     def _ends(
         self,
@@ -454,30 +572,25 @@ class Chunked(SequenceSchedule):
     def _recurrence(self, one: TraceClass, values: dict[str, Value], traces: Traces) -> Recurrence:
         """The class's traces over this chunk; its first relation lends the names, and has every row that any has."""
         shape = self.causal.model.analysis.group(one.group).shape
-
-        def rows(of: list[Value], lead: tuple[int, ...]) -> tuple[Array | None, ...]:
-            found = []
-            for row in zip(*[v for v in of if v is not None], strict=True):
-                dtypes = [r.dtype for r in row if r is not None]
-                # Transitions and signals are real: a complex y makes no answer complex.
-                dtype = jnp.finfo(jnp.result_type(*dtypes)).dtype if dtypes else None
-                found.append(jax.ShapeDtypeStruct((*lead, *shape), dtype) if dtypes else None)
-            return tuple(found)
-
         injected: dict[str, list[Value]] = {}
-        start: dict[str, Any] = {}
         for k, e in enumerate(one.first):
-            alike = [equations[k] for equations in one.traces.values()]
             if OPS[e.op].injects:
-                f = [values[value_key(referred(a.args[0]))] for a in alike]
+                f = [values[value_key(referred(of[k].args[0]))] for of in one.traces.values()]
                 injected.setdefault(one.joined[e.name], []).extend(f)
-            if e.name in self._carried:
-                start[e.name] = rows([traces[a.name] for a in alike], ())
         additions: dict[str, Any] = {}
         for name, f in injected.items():
             steps = next((r.shape[0] for of_relation in f for r in of_relation or () if r is not None), 0)
-            additions[name] = rows(f, (steps,))  # no row where f is zero for every input
-        return Recurrence(self._quiet, one, values, additions, start)
+            additions[name] = _rows(f, (steps, *shape))  # no row where f is zero for every input
+        return Recurrence(self._quiet, one, values, additions, self._rows_before(one, traces))
+
+    def _rows_before(self, one: TraceClass, traces: Traces) -> dict[str, Rows]:
+        """Shapes of the class's carried traces over the group's positions; each has the rows that any of its relations has."""
+        shape = self.causal.model.analysis.group(one.group).shape
+        carried = [(k, e.name) for k, e in enumerate(one.first) if e.name in self._carried]
+        return {
+            name: _rows([traces[equations[k].name] for equations in one.traces.values()], shape)
+            for k, name in carried
+        }
 
     def _equation(self, name: str) -> Any:
         return self.causal.program.equation(name)
@@ -487,6 +600,33 @@ class Chunked(SequenceSchedule):
 
     def _is_gradient(self, argument: Argument) -> bool:
         return isinstance(argument, Ref) and KINDS[self._kind(argument.name)].gradient
+
+
+def _rows(of: list[Value], shape: tuple[int, ...]) -> Rows:
+    """Shapes of the rows that any of some values has."""
+    found = []
+    for row in zip(*[v for v in of if v is not None], strict=True):
+        dtypes = [r.dtype for r in row if r is not None]
+        # Transitions and signals are real: a complex y makes no answer complex.
+        dtype = jnp.finfo(jnp.result_type(*dtypes)).dtype if dtypes else None
+        found.append(jax.ShapeDtypeStruct(shape, dtype) if dtypes else None)
+    return tuple(found)
+
+
+def _written_by_loss(run: Run, carried: Any, made: Any, given: Any) -> tuple[Any, Any]:
+    """What the loss writes goes from step to step: found first, one by one. After all steps, and before each."""
+
+    def write(now: Any, step: Any) -> tuple[Any, Any]:
+        (outputs, new), (item, _) = step
+        return run.of_step(outputs, new, run.params, now, item).carried, now
+
+    return lax.scan(write, carried, (made, given))
+
+
+def evenly(steps: int, most: int) -> int:
+    """A part of ``steps`` of about ``most`` of them, without a rest if there is one: a shorter last part is compiled again."""
+    whole = next((c for c in range(most, most // 2, -1) if steps % c == 0), None)
+    return whole or -(-steps // -(-steps // most))
 
 
 def _by_params(run: Run, made: Any, given: Any, before: Any) -> dict[int, Array]:

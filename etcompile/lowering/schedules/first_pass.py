@@ -104,6 +104,21 @@ class FirstPass:
         self._avals = self._divided_graph.avals
         self._after = model.analysis.model.new_state_vars
 
+    def last(self, weights: list[Array], states: list[Array], inputs: list[Array]) -> list[Array]:
+        """The states after the steps alone: nothing is kept of these."""
+        parts, values = self._parts, partial(self._values, self._once(weights))
+
+        def first(x: list[Array]) -> dict[int, Array]:
+            env = run_operations(parts.ahead, values(None, x))
+            return {v: env[v] for v in parts.across}
+
+        def forward(now: list[Array], given: Any) -> tuple[list[Array], None]:
+            x, made = given
+            env = run_operations(parts.inside, {**values(now, x), **made})
+            return [read(env, v) for v in self._after], None
+
+        return lax.scan(forward, states, (inputs, mapped(first, inputs) if parts.ahead else {}))[0]
+
     def __call__(self, weights: list[Array], states: list[Array], inputs: list[Array]) -> Passed:
         """Run it; ``inputs`` have time on axis 0."""
         parts, values = self._parts, partial(self._values, self._once(weights))

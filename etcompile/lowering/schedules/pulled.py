@@ -53,11 +53,14 @@ class Pulled:
         Of other sites the gradient of the weight, summed over time.
     start : mapping of str to tuple of array
         Per group what is asked of its traces at the start, as rows over positions.
+    before : dict of int to array
+        The same by the variables of the states.
     """
 
     credits: dict[str, Array]
     gradients: dict[str, Array]
     start: dict[str, tuple[Array | None, ...]]
+    before: dict[int, Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,28 +83,40 @@ class PulledCredit:
     relations: tuple[str, ...]
     wide: int
 
-    def __call__(self, weights: list[Array], seen: Any, blocks: Blocks | None = None) -> Pulled:
+    def __call__(
+        self,
+        weights: list[Array],
+        seen: Any,
+        blocks: Blocks | None = None,
+        later: dict[int, Array] | None = None,
+    ) -> Pulled:
         """Run it; ``seen`` holds, for all steps, old states, known variables, inputs, and the loss by outputs and new states.
 
-        In ``blocks`` old states are made again.
+        In ``blocks`` old states are made again. ``later`` is what steps after these ask, as :attr:`Pulled.before` of theirs.
         """
         analysis = self.model.analysis
         leaves = analysis.model.state_vars
-        avals = analysis.split.body.avals
-
-        def shape(variable: int) -> Any:
-            return jax.ShapeDtypeStruct(avals[variable].shape, avals[variable].dtype)
-
-        start = {leaves[s]: shape(leaves[s]) for g in self._groups for s in g.states}
-        added = {name: shape(analysis.site(name).y) for name in self.sites if name not in self._in_loop}
+        added = {name: self._shape(analysis.site(name).y) for name in self.sites if name not in self._in_loop}
         always = {name: self.model.sites[name].weight for name in self._in_loop}
         always = {name: jax.ShapeDtypeStruct(v.shape, v.dtype) for name, v in always.items()}
         body = partial(self._step, weights)
-        credits, gradients, first = transposed(body, start, added, always, seen, self.wide, blocks)
+        credits, gradients, first = transposed(
+            body, self.carried, added, always, seen, self.wide, blocks, later
+        )
         rows = {
             g.name: self.model.credits_of(g.name, [first[leaves[s]] for s in g.states]) for g in self._groups
         }
-        return Pulled(credits, gradients, rows)
+        return Pulled(credits, gradients, rows, first)
+
+    @property
+    def carried(self) -> dict[int, Any]:
+        """Shapes of what goes from step to step: a number for each element of the states, by their variables."""
+        leaves = self.model.analysis.model.state_vars
+        return {leaves[s]: self._shape(leaves[s]) for g in self._groups for s in g.states}
+
+    def _shape(self, variable: int) -> Any:
+        aval = self.model.analysis.split.body.avals[variable]
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
     @cached_property
     def _in_loop(self) -> tuple[str, ...]:

@@ -136,10 +136,13 @@ class Recurrence:
     added: Mapping[str, Rows]
     start: Mapping[str, Rows]
 
-    def asked(self, weight: Mapping[str, Any]) -> tuple[dict[str, Rows], dict[str, Rows]]:
+    def asked(
+        self, weight: Mapping[str, Any], later: Mapping[str, Rows] | None = None
+    ) -> tuple[dict[str, Rows], dict[str, Rows]]:
         """a_t and a_0: what the chunk's gradients ask of each step's additions, and of the traces at its start.
 
-        ``weight`` is what a contraction counts in its gradient: a number, or one per step.
+        ``weight`` is what a contraction counts in its gradient: a number, or one per step. With ``later``, a_0 of the steps after
+        these, their gradients ask as well.
         """
         signals = {
             e.name: tuple(
@@ -152,7 +155,7 @@ class Recurrence:
 
         dtype = _widest(self.added, self.start)
 
-        def total(added: dict[str, Rows], start: dict[str, Rows]) -> Array:
+        def total(added: dict[str, Rows], start: dict[str, Rows]) -> Any:
             # sum_t contract(L_t, e_t), with the positions' share of a contraction alone: linear in what is added
             def contracted(found: dict[str, Rows], before: dict[str, Rows], signal: dict[str, Rows]) -> Array:
                 total = jnp.zeros((), dtype)
@@ -163,10 +166,12 @@ class Recurrence:
                         total = total + jnp.sum(product)
                 return total
 
-            _, per_step = self._run(added, start, signals, contracted)
-            return jnp.sum(per_step)
+            end, per_step = self._run(added, start, signals, contracted)
+            return jnp.sum(per_step) if later is None else (jnp.sum(per_step), end)
 
-        return jax.linear_transpose(total, dict(self.added), dict(self.start))(jnp.ones((), dtype))
+        one = jnp.ones((), dtype)
+        asks = one if later is None else (one, dict(later))
+        return jax.linear_transpose(total, dict(self.added), dict(self.start))(asks)
 
     def left(self) -> dict[str, list[Left]]:
         """r_t and r_0, per carried trace and row: how much of each step's additions, and of the traces at the start, is in it."""

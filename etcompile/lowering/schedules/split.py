@@ -70,6 +70,7 @@ def transposed(
     seen: Any,
     wide: int,
     blocks: Blocks | None = None,
+    later: Any = None,
 ) -> tuple[Any, Any, Any]:
     """Derivatives of a sum over time by what each step adds, by what all steps add, and by what it starts from.
 
@@ -84,6 +85,8 @@ def transposed(
     wide : int
         Of arrays above this size it is asked whether the loop should make them.
     blocks : Blocks, optional
+    later : pytree of arrays, optional
+        The derivatives, by what is carried at the end, of a sum over later steps; None: there are none.
     """
     given = jax.tree.leaves(seen)
     one = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), seen)
@@ -111,10 +114,11 @@ def transposed(
         return (asked, jax.tree.map(jnp.add, total, of_all)), of_step
 
     zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), (start, always))
+    end = zeros if later is None else (later, zeros[1])
     crossing = mapped(ahead, *given) if parts.across else []
     made_again = {each[k]: n for n, k in enumerate(blocks.remade)} if blocks is not None else {}
     if blocks is None or made_again.keys().isdisjoint(parts.across):
-        (first, total), of_steps = lax.scan(back, zeros, crossing, length=given[0].shape[0], reverse=True)
+        (first, total), of_steps = lax.scan(back, end, crossing, length=given[0].shape[0], reverse=True)
         return of_steps, total, first
 
     def of_block(later: Any, given: Any) -> tuple[Any, Any]:
@@ -125,7 +129,7 @@ def transposed(
 
     some = [v for v, name in zip(crossing, parts.across, strict=True) if name not in made_again]
     cut = [v.reshape(-1, blocks.size, *v.shape[1:]) for v in some]
-    (first, total), of_blocks = lax.scan(of_block, zeros, (blocks.given, cut), reverse=True)
+    (first, total), of_blocks = lax.scan(of_block, end, (blocks.given, cut), reverse=True)
     return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), of_blocks), total, first
 
 

@@ -1,0 +1,128 @@
+"""Long sequences that leave no traces, in little memory: each step runs twice, and no trace is made.
+
+What the gradients of later steps ask of a trace at some time has the size of the states: b_t of docs/theory.md, for D-RTRL. So a
+sequence in blocks of k steps needs the states at the start of each block, found by a first pass that keeps nothing else, and
+then the blocks from last to first: each is a chunk (:mod:`etcompile.lowering.schedules.chunked`) whose credit starts at its end
+with what the block behind it asks, and ends with what it asks of the block before. The credit is that of one chunk over all
+steps, with the same cuts, whatever k is. Memory is that of k steps and of steps / k states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from etcompile.errors import EtcompileError, UnsupportedError
+from etcompile.lowering.schedules.base import Found, Loop, Run, SequenceSchedule, Steps
+from etcompile.lowering.schedules.chunked import ENOUGH_WITHOUT_TRACES, Chunked, Credit, evenly
+from etcompile.lowering.sums import Sums, added
+from etcompile.schedule import Schedule
+
+__all__ = ["Replayed"]
+
+Array = Any
+
+
+class Replayed(SequenceSchedule):
+    """Blocks from last to first, for sequences that stand alone and are too long to be one chunk."""
+
+    name = "replay"
+
+    @cached_property
+    def _chunked(self) -> Chunked:
+        return Chunked(self.causal)
+
+    def refusal(self) -> EtcompileError | None:
+        program = self.causal.program
+        if program.window is not None:
+            return super().refusal()
+        asked = f"schedule=etcompile.Schedule(how={self.name!r})"
+        if self.causal.keeps:
+            return UnsupportedError(
+                f"how={self.name!r} is for sequences that leave no traces.",
+                got=asked,
+                expected=f"etcompile.Schedule(keep_traces=False, how={self.name!r})",
+            )
+        if self.causal.model.effects is not None:
+            return UnsupportedError(
+                f"how={self.name!r} runs each step twice, and {self.causal.model.analysis.model.name} does something "
+                "beside its results: it prints, checks a value, or calls back to Python.",
+                got=asked,
+                expected="how=None",
+            )
+        return self._chunked.refusal()
+
+    def size(self, schedule: Schedule, steps: int, wanted: int | str | None) -> int:
+        """Steps of a block, where a sequence cannot be one chunk; 0 where it can, and where a length of chunks is asked for."""
+        named = schedule.how == self.name
+        wanted = schedule.chunk if wanted is None else wanted
+        if self.causal.keeps or (isinstance(wanted, int) and not named) or self.refusal() is not None:
+            return 0
+        if isinstance(wanted, int):
+            return min(wanted, steps)
+        if not named and not (self._chunked.stands_alone and self._chunked.pays_off):
+            return 0
+        allowed = self._chunked.memory_alone(schedule.memory)
+        if steps * self.bytes_of_a_step <= allowed:
+            return 0 if not named else steps
+        size = self._of_block(steps, allowed)
+        held = size * self.bytes_of_a_step + -(-steps // size) * self._bytes_of_start
+        return size if named or held <= allowed or self.causal.carried.too_large else 0
+
+    @property
+    def bytes_of_a_step(self) -> int:
+        return self._chunked.bytes_of_a_step
+
+    def _of_block(self, steps: int, allowed: int) -> int:
+        """Steps of a block: as many as a cache holds, and more where less memory is needed then, as far as that allows."""
+        least_held = math.isqrt(steps * self._bytes_of_start // self.bytes_of_a_step)
+        possible = min(steps, allowed // self.bytes_of_a_step)
+        return evenly(steps, max(1, min(possible, max(ENOUGH_WITHOUT_TRACES, least_held))))
+
+    @cached_property
+    def _bytes_of_start(self) -> int:
+        """What is kept of each block."""
+        carried = self._chunked.filtered(jax.eval_shape(self.causal.carried.zeros))
+        states = [leaf.aval for leaf in self.causal.model.analysis.model.states]
+        return sum(v.size * v.dtype.itemsize for v in (*jax.tree.leaves(carried), *states))
+
+    def forward_size(self, schedule: Schedule, steps: int) -> int:
+        """As chunks, where no other schedule may be taken."""
+        return self._chunked.forward_size(schedule, steps) if schedule.how == self.name else 0
+
+    def forward(self, weights: list[Array], loop: Loop, inputs: list[Array]) -> tuple[Loop, list[Array]]:
+        return self._chunked.forward(weights, loop, inputs)
+
+    def part(self, run: Run, loop: Loop, steps: Steps) -> tuple[Loop, Found]:
+        return self.over(run, loop, steps, steps.count)
+
+    def over(self, run: Run, loop: Loop, steps: Steps, size: int) -> tuple[Loop, Found]:
+        chunked = self._chunked
+        if run.loss.program.effects:  # in the order of the steps
+            together = chunked.size(self.causal.schedule, steps.count, None)
+            return chunked.over(run, loop, steps, together or 1)
+        whole, rest = divmod(steps.count, size)
+
+        def onward(now: Loop, k: Array) -> tuple[Loop, Loop]:
+            return chunked.onward(run, now, steps.part(k * size, size)), now
+
+        def back(later: tuple[Credit, Sums], given: tuple[Array, Loop]) -> Any:
+            (credit, sums), (k, start) = later, given
+            end, found, credit = chunked.credited(run, start, steps.part(k * size, size), credit)
+            return (credit, added(sums, end.sums)), found
+
+        end, starts = lax.scan(onward, chunked.alone(loop), jnp.arange(whole))
+        later, parts = (chunked.no_credit(), loop.sums), []
+        if rest:
+            end, found, credit = chunked.credited(run, end, steps.part(whole * size, rest), later[0])
+            later, parts = (credit, added(loop.sums, end.sums)), [found]
+        (_, sums), found = lax.scan(back, later, (jnp.arange(whole), starts), reverse=True)
+        parts.insert(0, jax.tree.map(lambda v: v.reshape(v.shape[0] * v.shape[1], *v.shape[2:]), found))
+        left = dataclasses.replace(end, traces=self.causal.stored(end.traces), sums=sums)
+        return left, parts[0] if len(parts) == 1 else jax.tree.map(lambda *v: jnp.concatenate(v), *parts)
