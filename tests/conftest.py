@@ -60,6 +60,12 @@ def pytest_addoption(parser):
         help="how many random models with packed states, delays and matrix states are held against patterns of Jacobians",
     )
     parser.addoption(
+        "--random-units-from",
+        type=int,
+        default=int(os.environ.get("ETCOMPILE_RANDOM_UNITS_FROM", "0")),
+        help="the number of the first of them, to draw them in several runs",
+    )
+    parser.addoption(
         "--every-rule",
         action="store_true",
         help="run every rule in chunks on every model of the zoo, where otherwise they take turns",
@@ -108,6 +114,7 @@ def pytest_configure(config):
     os.environ["ETCOMPILE_RANDOM_MODELS"] = str(config.getoption("--random-models"))
     os.environ["ETCOMPILE_RANDOM_STEPS"] = str(config.getoption("--random-steps"))
     os.environ["ETCOMPILE_RANDOM_UNITS"] = str(config.getoption("--random-units"))
+    os.environ["ETCOMPILE_RANDOM_UNITS_FROM"] = str(config.getoption("--random-units-from"))
     if config.getoption("--every-rule"):
         os.environ["ETCOMPILE_EVERY_RULE"] = "1"
     if config.getoption("--by-xla"):

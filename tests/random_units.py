@@ -16,6 +16,9 @@ INPUTS, OUTPUTS = 3, 2
 #: How several parts of one shape lie in memory: alone, or in one array.
 PACKS = ("arrays", "dict", "tuple", "stack_last", "stack_first", "stack_middle", "concatenate", "interleave")
 
+#: Of long delays: few that are told apart slot by slot, which are slow to compile where they feed back.
+SLOTS = (33, 34, 40, 64, 48, 20)
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -68,6 +71,7 @@ class Draw:
         self.params: dict[str, Any] = {}
         self.state: dict[str, Any] = {}
         self.width = 0
+        self.slots = 0
 
     @property
     def last(self) -> bool:
@@ -146,7 +150,10 @@ def unpacked(whole: Any, how: str, count: int) -> list[Any]:
 
 
 def start(draw: Draw, count: int, *shape: int) -> None:
-    parts = [draw.normal(*draw.head, *shape) for _ in range(count)]
+    begin(draw, [draw.normal(*draw.head, *shape) for _ in range(count)])
+
+
+def begin(draw: Draw, parts: Sequence[Any]) -> None:
     if draw.layer.pack == "arrays":
         draw.state.update({draw.name(f"p{n}_"): p for n, p in enumerate(parts)})
     else:
@@ -259,6 +266,8 @@ def rotation(draw: Draw):
         y = run.product("w", u).reshape(*draw.head, units, 2)
         if how == "constant":
             s = turned(constant, s)
+        elif how == "free" and by != "sum of products":  # a product with a trained matrix is one with weights
+            s = run.op(draw.name("t"), turned, s)
         elif how == "free":
             s = turned(run.number("t"), s)
         elif how in ("angle", "angles"):
@@ -396,6 +405,10 @@ def matrix(draw: Draw):
     else:
         draw.weight("a", *{"number": (), "numbers": (heads, K, V)}[gate])
     S, z, m = draw.name("S"), draw.of(4, True, False), draw.of(5, "", "", "old", "new") if draw.last else ""
+    if (
+        heads == 1 and draw.number
+    ):  # a single element of y would pass what the layer below shows, joined with none
+        m = ""
     draw.state[S] = draw.normal(*draw.head, heads, K, V)
     if z:
         draw.state[draw.name("z")] = draw.normal(*draw.head, heads, K)
@@ -493,8 +506,119 @@ def mixing(draw: Draw):
     return step
 
 
+def delays_of(draw: Draw, slots: int, units: int):
+    """(units,) of int from 1 to below ``slots``: long ones, and short ones that come out within a few steps."""
+    return np.where(
+        draw.rng.integers(2, size=units),
+        draw.rng.integers(1, 6, size=units),
+        draw.rng.integers(1, slots, size=units),
+    )
+
+
+def line(draw: Draw):
+    """Long shift registers, one or two, read at an end or at a tap of each neuron, which may feed back."""
+    units, slots, count = draw.of(0, 2, 3), draw.of(1, *SLOTS), draw.of(7, 1, 1, 2)
+    draw.slots = slots
+    fed(draw, units)
+    axis = draw.of(2, -1, 0, -2)
+    shape = [*draw.head, units]
+    shape.insert(axis % (len(shape) + 1), slots)
+    draw.state[draw.name("h")] = draw.normal(*draw.head, units)
+    begin(draw, [draw.normal(*shape) for _ in range(count)])
+    draw.params[draw.name("k")] = jnp.tanh(draw.normal(units))  # many steps: what feeds back may not blow up
+    how, back, curve = draw.of(3, "concatenate", "roll", "at"), draw.of(4, 0.0, 0.2, 0.2), activation(draw, 5)
+    taps = delays_of(draw, slots, units) if draw.of(6, True, False) else np.full(units, slots - 1)
+    grids = np.meshgrid(*map(np.arange, (*draw.head, units)), indexing="ij")
+
+    def late(s):
+        ax = axis % s.ndim
+        if (taps == taps[0]).all():
+            return lax.index_in_dim(s, int(taps[0]), ax, keepdims=False)
+        places = list(grids)
+        places.insert(ax, np.broadcast_to(taps, grids[0].shape))
+        return s[tuple(places)]
+
+    def moved(s, z):
+        ax = axis % s.ndim
+        at = (slice(None),) * ax
+        if how == "concatenate":
+            return jnp.concatenate([jnp.expand_dims(z, ax), lax.slice_in_dim(s, 0, slots - 1, axis=ax)], ax)
+        if how == "roll":
+            return jnp.roll(s, 1, ax).at[(*at, 0)].set(z)
+        return s.at[(*at, slice(1, None))].set(s[(*at, slice(None, -1))]).at[(*at, 0)].set(z)
+
+    def step(run: Run, u):
+        lines = before(run, count)
+        h = run.number("k") * run.old("h") + run.product("w", u) - back * sum(map(late, lines))
+        z = curve(h)
+        shown = [z, jnp.sin(z)][:count]
+        h = run.set("h", h)
+        lines = after(run, [moved(s, v) for s, v in zip(lines, shown, strict=True)])
+        return h + sum(map(late, lines))
+
+    return step
+
+
+def delay(draw: Draw):
+    """A long ring buffer: what a neuron shows comes back later, or what is sent arrives later; slots before or behind neurons."""
+    units, slots = draw.of(0, 2, 3), draw.of(1, *SLOTS)
+    draw.slots = slots
+    fed(draw, units)
+    by, first = draw.of(2, "all", "neuron", "neuron", "example"), draw.of(7, True, False)
+    draw.state[draw.name("h")] = draw.normal(*draw.head, units)
+    draw.state[draw.name("s")] = draw.normal(
+        *((slots, *draw.head, units) if first else (*draw.head, units, slots))
+    )
+    count = draw.head if by == "example" else ()
+    draw.state[draw.name("i")] = jnp.asarray(draw.rng.integers(0, slots, size=count), jnp.int32)
+    delays = delays_of(draw, slots, units)
+    draw.params[draw.name("k")] = jnp.tanh(draw.normal(units))  # many steps: what feeds back may not blow up
+    how, back, curve = (
+        draw.of(3, "set", "add", "clear", "sent"),
+        draw.of(4, 0.0, 0.2, 0.2),
+        activation(draw, 5),
+    )
+    short = draw.of(6, 0, 2)
+    grids = np.meshgrid(*map(np.arange, (*draw.head, units)), indexing="ij")
+
+    def step(run: Run, u):
+        s, i = run.old("s"), run.old("i")
+
+        def place(k, late):
+            """Slots that lie k behind the index; with ``late`` at the delay of each neuron."""
+            if by == "neuron" and late:
+                slot = (
+                    jnp.broadcast_to(i + k + (delays if how == "sent" else -delays), grids[0].shape) % slots,
+                )
+                return (*slot, *grids) if first else (*grids, *slot)
+            if by == "example" and draw.head:
+                slot = (jnp.broadcast_to(i[:, None] + k, grids[0].shape) % slots,)
+                return (*slot, *grids) if first else (*grids, *slot)
+            return ((i + k) % slots,) if first else (..., (i + k) % slots)
+
+        if how == "sent":
+            current = run.product("w", u)
+            arrived = s[place(0, False)]
+            h = run.number("k") * run.old("h") + arrived
+            s = s.at[place(0, False)].set(0.0)
+            s = s.at[place(short - 1, True)].add(current - back * curve(h))
+            run.set("s", s)
+            run.set("i", i + 1)
+            return run.set("h", h)
+        h = run.number("k") * run.old("h") + run.product("w", u) - back * s[place(1 + short, True)]
+        if how == "clear":
+            s = s.at[place(1, False)].set(0.0)
+        s = s.at[place(0, False)].add(curve(h)) if how == "add" else s.at[place(0, False)].set(curve(h))
+        h, s = run.set("h", h), run.set("s", s)
+        run.set("i", i + 1)
+        return h + s[place(1, True)]
+
+    return step
+
+
 KINDS: dict[str, Callable] = {
-    f.__name__: f for f in (neuron, pair, rotation, shift, ring, window, matrix, mamba, gain, mixing)
+    f.__name__: f
+    for f in (neuron, pair, rotation, shift, ring, window, matrix, mamba, gain, mixing, line, delay)
 }
 
 
@@ -506,18 +630,20 @@ class Model:
     state: dict
     xs: Any
     targets: Any
+    slots: int
 
 
 def square(out, target):
     return jnp.sum((out - target) ** 2)
 
 
-def build(recipe: Recipe, length: int) -> Model:
+def build(recipe: Recipe, length: int, *, whole: bool = False) -> Model:
+    """``length`` steps of a model; if ``whole``, as many more as its longest delay has slots."""
     draws = [Draw(recipe, n) for n in range(len(recipe.layers))]
     head, steps = draws[0].head, []
     params, state, width = {}, {}, INPUTS
 
-    def whole(op, put, state, x, count):
+    def together(op, put, state, x, count):
         new, shown = {}, []
         for draw, body in zip(draws[:count], steps[:count], strict=True):
             run = Run(draw, state, op, put)
@@ -546,7 +672,7 @@ def build(recipe: Recipe, length: int) -> Model:
         params |= draw.params
         state |= draw.state
         seen = jax.eval_shape(
-            lambda p, s, x: whole(lambda n, f, *r: f(p[n], *r), lambda n, v: v, s, x, len(steps))[1][-1],
+            lambda p, s, x: together(lambda n, f, *r: f(p[n], *r), lambda n, v: v, s, x, len(steps))[1][-1],
             params,
             state,
             jnp.zeros((*head, INPUTS)),
@@ -558,7 +684,7 @@ def build(recipe: Recipe, length: int) -> Model:
     params["out"] = 0.6 * normal(width, OUTPUTS)
 
     def step(params, state, x, *, op, put):
-        new, shown = whole(op, put, state, x, len(steps))
+        new, shown = together(op, put, state, x, len(steps))
         out = op("out", lambda w, u: u @ w, jnp.sin(shown[-1]))
         if recipe.old:
             out = out + 0.2 * sum(
@@ -566,4 +692,7 @@ def build(recipe: Recipe, length: int) -> Model:
             )
         return new, out
 
-    return Model(recipe, step, params, state, normal(length, *head, INPUTS), normal(length, *head, OUTPUTS))
+    slots = max(draw.slots for draw in draws)
+    length += slots if whole else 0
+    xs, targets = normal(length, *head, INPUTS), normal(length, *head, OUTPUTS)
+    return Model(recipe, step, params, state, xs, targets, slots)

@@ -8,14 +8,15 @@ import jax
 import pytest
 from numpy_gradients import grad
 from oracles import relative_error
-from random_units import build, drawn, square
-from units import pattern, plain, reference
+from random_units import KINDS, build, drawn, square
+from units import POINTS, pattern, plain, reference
 
 import etcompile
 
 pytestmark = pytest.mark.usefixtures("by_numpy")
 TOLERANCE = 1e-10
 MODELS = int(os.environ.get("ETCOMPILE_RANDOM_UNITS", "18"))
+FIRST = int(os.environ.get("ETCOMPILE_RANDOM_UNITS_FROM", "0"))
 #: Models per test: a failure names one of a few.
 BLOCK = 9
 T = 7
@@ -35,9 +36,10 @@ def bptt(model):
 
 
 def check(number: int) -> None:
-    length = 1 if number % 4 == 3 else T
-    model = build(drawn(number), length)
-    found = pattern(model.step, model.params, model.state, model.xs)
+    turn = (number + number // len(KINDS)) % 4  # every kind has its turns
+    model = build(drawn(number), 1 if turn == 3 else T, whole=turn == 1)
+    length = len(model.xs)
+    found = pattern(model.step, model.params, model.state, model.xs, points=max(POINTS, model.slots))
     function = etcompile.from_function(plain(model.step), model.params, model.state)
     step = etcompile.compile(function, model.xs[0])
     report = step.report()
@@ -53,15 +55,21 @@ def check(number: int) -> None:
         assert relative_error(wanted, through_time) < TOLERANCE, "the references"
     for chunk in sorted({1, min(3, length)}):
         step.reset()
-        _, grads = step.scan_value_and_grad(square, chunk=chunk)(model.xs, model.targets)
+        try:
+            _, grads = step.scan_value_and_grad(square, chunk=chunk)(model.xs, model.targets)
+        except etcompile.UnsupportedError as error:
+            # long delays beside states that others share; run step by step
+            if chunk == 1 or "cannot run in chunks: units of this model have many elements" not in str(error):
+                raise
+            continue
         wanted = grads if wanted is None else wanted
         error = relative_error(grads, wanted)
         assert error < TOLERANCE, f"chunk {chunk}: off by {error:.1e}\n{report}"
 
 
-@pytest.mark.parametrize("block", range(0, MODELS, BLOCK))
+@pytest.mark.parametrize("block", range(FIRST, FIRST + MODELS, BLOCK))
 def test_units_are_those_of_the_jacobians(block):
-    for number in range(block, min(block + BLOCK, MODELS)):
+    for number in range(block, min(block + BLOCK, FIRST + MODELS)):
         try:
             check(number)
         except Exception as error:

@@ -15,7 +15,7 @@ dG/dy says which elements an element of y reaches. The pattern of y by h, and by
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -63,18 +63,24 @@ class Pattern:
     names : tuple of str
     owner : np.ndarray
         (H,) of int: the state, as a place in ``names``, of each element.
+    places : tuple of np.ndarray
+        For each state (elements, axes) of int: where in its array, or in which of its arrays, each element lies.
     transition : np.ndarray
         (H, H): new element by old element.
     immediate : dict
         For each operation (H, Y): new element by element of y.
+    copies : dict
+        For each operation how many examples an element of y is for: all of them where it reads nothing, else one.
     spread : frozenset of str
         Operations that reach a state and read another y, or a state that a weight reaches.
     """
 
     names: tuple[str, ...]
     owner: np.ndarray
+    places: tuple[np.ndarray, ...]
     transition: np.ndarray
     immediate: dict[str, np.ndarray]
+    copies: dict[str, int]
     spread: frozenset[str]
 
     @property
@@ -106,17 +112,43 @@ class Pattern:
 
     @property
     def kept(self) -> bool:
-        """Whether each element's influence has a place: units of few elements, each of few elements of y."""
-        reads = max((int(self.support(n).sum(1).max(initial=0)) for n in self.immediate), default=0)
-        return reads <= READS and self.rows <= PARTS
+        """Whether each element's influence has a place in every group."""
+        return all(map(self.kept_in, self.groups))
 
-    @property
-    def rows(self) -> int:
+    def kept_in(self, group: Sequence[str]) -> bool:
+        """Whether the elements of a group have their places.
+
+        Units have few elements, of which each is reached by few elements of y. Or a unit of any number is reached by few, and
+        none of these reaches another unit of its example.
+        """
+        members = np.isin(self.owner, [self.names.index(n) for n in group])
+        supports = {n: self.support(n)[members] for n in self.immediate}
+        few = all(int(s.sum(1).max(initial=0)) <= READS for s in supports.values())
+        if few and self.rows(members) <= PARTS and not self.crossed(members):
+            return True
+        units = self.units[members]
+        by_unit = {n: np.stack([s[units == u].any(0) for u in np.unique(units)]) for n, s in supports.items()}
+        return all(
+            int(r.sum(1).max()) <= READS and int(r.sum(0).max(initial=0)) <= self.copies[n]
+            for n, r in by_unit.items()
+        )
+
+    def crossed(self, members: np.ndarray) -> bool:
+        """Whether elements of one state that lie along several of its axes come together in an element of another one."""
+        reaching = closure(self.transition)
+        for which, places in enumerate(self.places):
+            own = self.owner == which
+            for reached in np.unique(reaching[members & ~own][:, own], axis=0):
+                if sum(len(np.unique(axis)) > 1 for axis in places[reached].T) > 1:
+                    return True
+        return False
+
+    def rows(self, members: np.ndarray) -> int:
         """The most elements of one state in one unit, where each of them is read by the others."""
         both = closure(self.transition)
         mutual = both & both.T
         same = self.owner[:, None] == self.owner[None, :]
-        return int((mutual & same).sum(1).max(initial=0))
+        return int((mutual & same)[members].sum(1).max(initial=0))
 
     @property
     def exact(self) -> bool:
@@ -139,21 +171,15 @@ def closure(near: np.ndarray) -> np.ndarray:
         found = further
 
 
-def pattern(step, params: Tree, state: Tree, xs: Tree, seed: int = 0) -> Pattern:
-    """Evaluate the Jacobians at random points; counters and other whole numbers go on as they do in the model."""
+def pattern(step, params: Tree, state: Tree, xs: Tree, seed: int = 0, points: int = POINTS) -> Pattern:
+    """Evaluate the Jacobians at random points; counters and other whole numbers go on as they do in the model.
+
+    A running index should go round in ``points`` steps.
+    """
     rng = np.random.default_rng(seed)
     names = tuple(n for n, v in state.items() if is_float(v))
-    results = {}
-
-    def seen(params, state, x):
-        def op(name, of, *reads):
-            results[name] = of(params[name], *reads)
-            return results[name]
-
-        step(params, state, x, op=op, put=keep)
-        return dict(results)
-
-    shapes = jax.eval_shape(seen, params, state, jax.tree.map(lambda v: v[0], xs))
+    x = jax.tree.map(lambda v: v[0], xs)
+    operations = _operations(step, params, state, x)
 
     def local(h, ys, params, state, x):
         made = {}
@@ -169,10 +195,10 @@ def pattern(step, params: Tree, state: Tree, xs: Tree, seed: int = 0) -> Pattern
     slopes = interpreted(jax.jacfwd(local, argnums=(0, 1)))
     forward = interpreted(plain(step))
     found: Any = None
-    for _ in range(POINTS):
+    for _ in range(points):
         x = jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape[1:]), v.dtype), xs)
         h = rng.normal(size=jax.eval_shape(to_vector, {n: state[n] for n in names}).size)
-        ys = {n: rng.normal(size=s.size) for n, s in shapes.items()}
+        ys = {n: rng.normal(size=y.size) for n, (_, y) in operations.items()}
         moved = jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape), params)
         here = jax.tree.map(lambda v: np.asarray(v) != 0, slopes(h, ys, moved, state, x))
         found = here if found is None else jax.tree.map(np.logical_or, found, here)
@@ -186,12 +212,45 @@ def pattern(step, params: Tree, state: Tree, xs: Tree, seed: int = 0) -> Pattern
         trained |= reaches.any(1)
     trained = (closure(by_h) @ trained.astype(np.int64)) > 0
     reaching = {n for n, reaches in by_y.items() if reaches.any()}
+    places = tuple(_places(state[n]) for n in names)
     spread = frozenset(
         n
         for n in reaching
         if made[n][0][:, trained].any() or any(m != n and v.any() for m, v in made[n][1].items())
     )
-    return Pattern(names, owner, by_h, by_y, spread)
+    examples = int(np.prod(x.shape[:-1]))
+    copies = {n: 1 if reads else examples for n, (reads, _) in operations.items()}
+    return Pattern(names, owner, places, by_h, by_y, copies, spread)
+
+
+def _operations(step, params: Tree, state: Tree, x: Tree) -> dict[str, tuple[list[Any], Any]]:
+    """Each weight operation, with the shapes of what it reads and makes."""
+    found: dict[str, tuple[list[Any], Any]] = {}
+
+    def shape(v):
+        return jax.ShapeDtypeStruct(v.shape, v.dtype)
+
+    def op(name, of, *reads):
+        y = of(params[name], *reads)
+        found[name] = [shape(v) for v in reads], shape(y)
+        return y
+
+    jax.eval_shape(lambda state, x: step(params, state, x, op=op, put=keep)[0], state, x)
+    return found
+
+
+def _places(state: Tree) -> np.ndarray:
+    """(elements, axes) of int, in the order of `to_vector`: an array of several is one axis more, a complex number a pair."""
+    leaves = [
+        np.stack([v.real, v.imag], -1) if np.iscomplexobj(v) else np.asarray(v)
+        for v in jax.tree.leaves(state)
+    ]
+    found = [
+        np.concatenate([np.full((v.size, 1), k), np.indices(v.shape).reshape(v.ndim, -1).T], 1)
+        for k, v in enumerate(leaves)
+    ]
+    axes = max(f.shape[1] for f in found)
+    return np.concatenate([np.pad(f, ((0, 0), (0, axes - f.shape[1]))) for f in found])
 
 
 def reference(step, params, state, xs, targets, loss_fn, found: Pattern) -> Online:
