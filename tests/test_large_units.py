@@ -214,6 +214,33 @@ def test_recurrent_weights_beside_a_delay_are_the_only_cut():
     check(model, 6, (6,), exact=False, within="exact")
 
 
+LATE = np.array([1, 3, 20, 39])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [register(40, None), ring(40, None, LATE), currents(40, LATE)],
+    ids=["register", "ring", "currents"],
+)
+def test_a_layer_below_is_cut_at_the_weights_alone(model):
+    """As of short delays: credit stays in the units above, and does not reach what the layer below remembers."""
+    fn, params, state = model
+
+    def two(p, s, x):
+        h = 0.8 * s["h"] + jnp.tanh(x @ p["below"])
+        above, out = fn(p, {k: s[k] for k in state}, jnp.sin(h))
+        return {**above, "h": h}, out
+
+    params, state_of_two = {**params, "below": draw(3, I, I)}, {**state, "h": draw(4, I)}
+    xs, ys = draw(7, 60, I), draw(8, 60, N)
+    step = etcompile.compile(etcompile.from_function(two, params, state_of_two), xs[0])
+    assert [cut.primitive for cut in step.report().cuts] == ["dot_general"]
+    wanted = bptt(two, params, state_of_two, xs, ys)
+    _, grads = step.scan_value_and_grad(square, chunk=1)(xs, ys)
+    above = [name for name in params if name != "below"]
+    assert relative_error({n: grads[n] for n in above}, {n: wanted[n] for n in above}) < TOLERANCE
+
+
 @pytest.mark.parametrize("batch", [None, 2])
 def test_a_memory_without_channels(batch):
     """A Legendre memory unit of one number: the order is an axis of one unit, joined by a matrix that is not trained."""

@@ -91,7 +91,7 @@ def find_groups(
             continue
         for units in _larger(walk, parts, members):
             trial = grouped({**parts.found, **units.influences}, [*large, units])
-            if len(trial.cuts) < len(parts.cuts) and _lost(trial) <= _lost(parts):
+            if _lost(trial) <= _lost(parts) and _amount(trial) < _amount(parts):
                 parts = trial
                 large.append(units)
                 break
@@ -101,6 +101,11 @@ def find_groups(
 def _lost(parts: Grouped) -> set[str]:
     """Parameters and states that lose credit."""
     return {path for cut in parts.cuts for path in cut.origins}
+
+
+def _amount(parts: Grouped) -> tuple[int, int]:
+    """How much is lost, and in how many places: layers below are cut at their weights in any case."""
+    return len(_lost(parts)), len(parts.cuts)
 
 
 def _cut_otherwise(split: SplitStep, parts: Grouped, hidden: Sequence[int]) -> list[list[int]]:
