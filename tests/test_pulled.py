@@ -71,7 +71,7 @@ def test_states_made_again_block_by_block_are_the_same(made, monkeypatch):
     for schedule, chunk in ((None, 8), (ALONE, 16), (ALONE, 12)):
         step = etcompile.compile(model(), xs[0], schedule=schedule)
         (chunked,) = [s for s in step.executor.compiled.functions.schedules if s.name == "chunks"]
-        assert chunked._first_pass.block(chunk) == {8: 4, 16: 8, 12: 6}[chunk] and step.exact
+        assert chunked.program.first_pass.block(chunk) == {8: 4, 16: 8, 12: 6}[chunk] and step.exact
         losses, grads = step.scan_value_and_grad(square, chunk=chunk)(xs, targets)
         assert relative_error((losses, grads), expected) < TOLERANCE
 

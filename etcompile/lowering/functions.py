@@ -24,7 +24,7 @@ from etcompile.lowering.schedules.base import (
     in_parts,
 )
 from etcompile.lowering.schedules.choose import choose, schedules_for
-from etcompile.lowering.schedules.chunked import refuse_too_large
+from etcompile.lowering.schedules.too_large import refuse_too_large
 from etcompile.lowering.schedules.windowed import check_end
 from etcompile.lowering.sums import Sums, by_parameters, zero_sums
 from etcompile.precision import promoting

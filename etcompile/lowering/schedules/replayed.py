@@ -2,8 +2,8 @@
 
 What the gradients of later steps ask of a trace at some time has the size of the states: b_t of docs/theory.md, for D-RTRL. So a
 sequence in blocks of k steps needs the states at the start of each block, found by a first pass that keeps nothing else, and
-then the blocks from last to first: each is a chunk (:mod:`etcompile.lowering.schedules.chunked`) whose credit starts at its end
-with what the block behind it asks, and ends with what it asks of the block before. The credit is that of one chunk over all
+then the blocks from last to first: each is a chunk whose credit starts at its end with what the block behind it asks, and ends
+with what it asks of the block before (:mod:`etcompile.lowering.schedules.traceless`). The credit is that of one chunk over all
 steps, with the same cuts, whatever k is. Memory is that of k steps and of steps / k states.
 """
 
@@ -20,7 +20,10 @@ from jax import lax
 
 from etcompile.errors import EtcompileError, UnsupportedError
 from etcompile.lowering.schedules.base import Found, Loop, Run, SequenceSchedule, Steps
-from etcompile.lowering.schedules.chunked import ENOUGH_WITHOUT_TRACES, Chunked, Credit, evenly
+from etcompile.lowering.schedules.chunk_gradients import Credit
+from etcompile.lowering.schedules.chunk_sizes import ENOUGH_WITHOUT_TRACES, evenly
+from etcompile.lowering.schedules.chunked import Chunked
+from etcompile.lowering.schedules.traceless import Traceless
 from etcompile.lowering.sums import Sums, added
 from etcompile.schedule import Schedule
 
@@ -66,9 +69,9 @@ class Replayed(SequenceSchedule):
             return 0
         if isinstance(wanted, int):
             return min(wanted, steps)
-        if not named and not (self._chunked.stands_alone and self._chunked.pays_off):
+        if not named and not (self._chunked.sizes.stands_alone and self._chunked.sizes.pays_off):
             return 0
-        allowed = self._chunked.memory_alone(schedule.memory)
+        allowed = self._chunked.sizes.memory_alone(schedule.memory)
         if steps * self.bytes_of_a_step <= allowed:
             return 0 if not named else steps
         size = self._of_block(steps, allowed)
@@ -88,7 +91,7 @@ class Replayed(SequenceSchedule):
     @cached_property
     def _bytes_of_start(self) -> int:
         """What is kept of each block."""
-        carried = self._chunked.filtered(jax.eval_shape(self.causal.carried.zeros))
+        carried = self._chunked.program.filters_of(jax.eval_shape(self.causal.carried.zeros))
         states = [leaf.aval for leaf in self.causal.model.analysis.model.states]
         return sum(v.size * v.dtype.itemsize for v in (*jax.tree.leaves(carried), *states))
 
@@ -103,24 +106,24 @@ class Replayed(SequenceSchedule):
         return self.over(run, loop, steps, steps.count)
 
     def over(self, run: Run, loop: Loop, steps: Steps, size: int) -> tuple[Loop, Found]:
-        chunked = self._chunked
         if run.loss.program.effects:  # in the order of the steps
-            together = chunked.size(self.causal.schedule, steps.count, None)
-            return chunked.over(run, loop, steps, together or 1)
+            together = self._chunked.size(self.causal.schedule, steps.count, None)
+            return self._chunked.over(run, loop, steps, together or 1)
+        alone = Traceless(self._chunked.program)
         whole, rest = divmod(steps.count, size)
 
         def onward(now: Loop, k: Array) -> tuple[Loop, Loop]:
-            return chunked.onward(run, now, steps.part(k * size, size)), now
+            return alone.onward(run, now, steps.part(k * size, size)), now
 
         def back(later: tuple[Credit, Sums], given: tuple[Array, Loop]) -> Any:
             (credit, sums), (k, start) = later, given
-            end, found, credit = chunked.credited(run, start, steps.part(k * size, size), credit)
+            end, found, credit = alone.credited(run, start, steps.part(k * size, size), credit)
             return (credit, added(sums, end.sums)), found
 
-        end, starts = lax.scan(onward, chunked.alone(loop), jnp.arange(whole))
-        later, parts = (chunked.no_credit(), loop.sums), []
+        end, starts = lax.scan(onward, alone.start(loop), jnp.arange(whole))
+        later, parts = (alone.no_credit(), loop.sums), []
         if rest:
-            end, found, credit = chunked.credited(run, end, steps.part(whole * size, rest), later[0])
+            end, found, credit = alone.credited(run, end, steps.part(whole * size, rest), later[0])
             later, parts = (credit, added(loop.sums, end.sums)), [found]
         (_, sums), found = lax.scan(back, later, (jnp.arange(whole), starts), reverse=True)
         parts.insert(0, jax.tree.map(lambda v: v.reshape(v.shape[0] * v.shape[1], *v.shape[2:]), found))

@@ -1,0 +1,87 @@
+"""The traces of a chunk, class by class: a recurrence over the chunk's values, and the relations that it answers for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from etcompile.ir.ops import OPS
+from etcompile.lowering.causal import Traces
+from etcompile.lowering.schedules.chunk_program import ChunkProgram
+from etcompile.lowering.schedules.recurrence import Recurrence, Rows, TraceClass, referred, value_key
+from etcompile.lowering.schedules.relation_traces import RelationTraces
+
+__all__ = ["ClassTraces", "class_traces", "rows_at_start"]
+
+Value = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClassTraces:
+    """One class over one chunk.
+
+    Attributes
+    ----------
+    recurrence : Recurrence
+    relations : tuple of RelationTraces
+    """
+
+    recurrence: Recurrence
+    relations: tuple[RelationTraces, ...]
+
+
+def class_traces(program: ChunkProgram, values: dict[str, Value], traces: Traces) -> list[ClassTraces]:
+    """The traces over a chunk with these values; of the carried ones shapes are enough."""
+    return [
+        ClassTraces(_recurrence(program, one, values, traces), tuple(_relations(program, one)))
+        for one in program.equations.classes
+    ]
+
+
+def rows_at_start(program: ChunkProgram, one: TraceClass, traces: Traces) -> dict[str, Rows]:
+    """Shapes of the class's carried traces over the group's positions; each has the rows that any of its relations has."""
+    shape = program.causal.model.analysis.group(one.group).shape
+    carried = [(k, e.name) for k, e in enumerate(one.first) if e.name in program.carried]
+    return {
+        name: _rows([traces[equations[k].name] for equations in one.traces.values()], shape)
+        for k, name in carried
+    }
+
+
+def _recurrence(
+    program: ChunkProgram, one: TraceClass, values: dict[str, Value], traces: Traces
+) -> Recurrence:
+    """The class's traces over this chunk; its first relation lends the names, and has every row that any has."""
+    shape = program.causal.model.analysis.group(one.group).shape
+    injected: dict[str, list[Value]] = {}
+    for k, e in enumerate(one.first):
+        if OPS[e.op].injects:
+            f = [values[value_key(referred(of[k].args[0]))] for of in one.traces.values()]
+            injected.setdefault(one.joined[e.name], []).extend(f)
+    additions: dict[str, Any] = {}
+    for name, f in injected.items():
+        steps = next((r.shape[0] for of_relation in f for r in of_relation or () if r is not None), 0)
+        additions[name] = _rows(f, (steps, *shape))  # no row where f is zero for every input
+    return Recurrence(program.context, one, values, additions, rows_at_start(program, one, traces))
+
+
+def _relations(program: ChunkProgram, one: TraceClass) -> list[RelationTraces]:
+    lent = [one.joined.get(first.name, first.name) for first in one.first]
+    return [
+        RelationTraces(program.causal.model.traces[relation], list(zip(equations, lent, strict=True)))
+        for relation, equations in one.traces.items()
+    ]
+
+
+def _rows(of: list[Value], shape: tuple[int, ...]) -> Rows:
+    """Shapes of the rows that any of some values has."""
+    found = []
+    for row in zip(*[v for v in of if v is not None], strict=True):
+        dtypes = [r.dtype for r in row if r is not None]
+        # Transitions and signals are real: a complex y makes no answer complex.
+        dtype = jnp.finfo(jnp.result_type(*dtypes)).dtype if dtypes else None
+        found.append(jax.ShapeDtypeStruct(shape, dtype) if dtypes else None)
+    return tuple(found)

@@ -1,0 +1,77 @@
+"""Parts of a sequence whose traces start at zero and are given up at its end, so that it carries none.
+
+Forwards, a part leaves states, filtered values and what the loss writes. Backwards, it is a chunk whose credit starts with what
+the part behind it asks of its traces, and ends with what it asks of the part before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from etcompile.lowering.causal import Traces
+from etcompile.lowering.schedules.base import Found, Loop, Run, Steps
+from etcompile.lowering.schedules.chunk_gradients import Credit, chunk_gradients
+from etcompile.lowering.schedules.chunk_losses import results_of_steps, written_by_loss
+from etcompile.lowering.schedules.chunk_program import ChunkProgram
+from etcompile.lowering.schedules.chunk_values import chunk_values, filtered, without_loss
+from etcompile.lowering.schedules.class_traces import class_traces, rows_at_start
+from etcompile.lowering.sums import by_name
+
+__all__ = ["Traceless"]
+
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traceless:
+    """Such parts of one program.
+
+    Attributes
+    ----------
+    program : ChunkProgram
+    """
+
+    program: ChunkProgram
+
+    def start(self, loop: Loop) -> Loop:
+        """A loop without traces, and without sums; what is filtered stays."""
+        traces = self.program.without_rows(self.program.causal.carried.wide(loop.traces))
+        return dataclasses.replace(loop, traces=traces, sums={})
+
+    def no_credit(self) -> Credit:
+        """What nothing asks, of what steps ask of the traces before them."""
+        program = self.program
+        if program.pulled is not None:
+            shapes: Credit = program.pulled.carried
+        else:
+            shapes = [rows_at_start(program, one, program.shapes) for one in program.equations.classes]
+        return jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
+
+    def onward(self, run: Run, loop: Loop, steps: Steps) -> Loop:
+        """What is there after some steps, of :meth:`start`: no derivatives, and nothing is kept of the steps."""
+        program, first_pass = self.program, self.program.first_pass
+        inputs, writes = run.inputs(steps.inputs), bool(jax.tree.leaves(loop.carried))
+        if not writes and not program.filters_of(loop.traces):
+            return dataclasses.replace(loop, states=first_pass.last(run.weights, loop.states, inputs))
+        passed, carried = first_pass(run.weights, loop.states, inputs), loop.carried
+        if writes:
+            made, given = results_of_steps(run, passed, inputs), (steps.items, steps.moving)
+            carried, _ = written_by_loss(run, carried, made, given)
+        _, values = without_loss(program, run.weights, passed, inputs)
+        _, filters = filtered(program, values, loop.traces)
+        return Loop(passed.states, {**loop.traces, **filters}, loop.sums, carried)
+
+    def credited(self, run: Run, loop: Loop, steps: Steps, later: Credit) -> tuple[Loop, Found, Credit]:
+        """Some steps from :meth:`start`, with what later ones ask: the loop with their gradients as sums, and what these ask."""
+        program = self.program
+        seen = chunk_values(program, run, loop, steps, loop.traces)
+        classes = [] if program.pulled else class_traces(program, seen.values, program.shapes)
+        gradients = chunk_gradients(program, run.weights, seen, classes, loop.traces, later)
+        sums = by_name(gradients.sites, seen.own)
+        traces: Traces = {**loop.traces, **seen.filters}
+        end = Loop(seen.passed.states, traces, sums, seen.loss.carried)
+        return end, (seen.loss.value, seen.loss.aux), gradients.before
