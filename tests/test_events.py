@@ -156,16 +156,28 @@ def test_sums_over_events_are_sums_over_synapses(share, in_order):
     sent = draw.standard_normal((6, 40)) * (
         draw.random((6, 40)) < np.array([0, 0.02, 0.1, 0.3, 0.9, 1])[:, None]
     )
-    both = [jnp.asarray(credits), 3 * jnp.asarray(credits[::-1])]
-    met = jax.jit(synapses.meeting)(both, jnp.asarray(sent), [jnp.zeros(400), jnp.ones(400)])
-    for total, start, asked in zip(met, (0, 1), both, strict=True):
-        expected = start + sum(c[recv] * x[send] for c, x in zip(np.asarray(asked), sent, strict=True))
-        assert relative_error(total, expected) < 1e-12
+    met = jax.jit(synapses.meeting)(jnp.asarray(credits), jnp.asarray(sent), jnp.ones(400))
+    expected = 1 + sum(c[recv] * x[send] for c, x in zip(credits, sent, strict=True))
+    assert relative_error(met, expected) < 1e-12
     arriving = jax.jit(
         lambda x: synapses.arriving(jnp.asarray(w), x, lambda: jnp.zeros(30).at[recv].add(w * x[send]))
     )
     for x in sent:
         assert relative_error(arriving(x), np.bincount(recv, weights=w * x[send], minlength=30)) < 1e-12
+
+
+@pytest.mark.parametrize("few", [1e-6, 0.3, 1.0], ids=["all in order", "both", "all listed"])
+def test_rounds_of_events_in_order_and_listed_are_the_same_sums(monkeypatch, few):
+    monkeypatch.setattr(events, "_FEW", few)
+    synapses = Synapses(SEND, RECV, senders=N, receivers=N, share=0.1)
+    draw = np.random.default_rng(6)
+    sent, credit = draw.random((9, N)) * (draw.random((9, N)) < 0.2), draw.standard_normal((9, N))
+    sent[:, SEND[4]] = 2.0  # one that sends at every step: the last rounds are its own
+    sent[:, SEND[5]] = 0.0
+    found = jax.jit(synapses.meeting)(jnp.asarray(credit), jnp.asarray(sent), jnp.ones(S))
+    expected = 1 + np.einsum("ts,ts->s", credit[:, RECV], sent[:, SEND])
+    assert relative_error(found, expected) < 1e-12
+    assert (np.asarray(found)[SEND[5] == SEND] == 1).all()
 
 
 def test_a_list_of_several_parts_is_summed_part_by_part(monkeypatch):
@@ -182,9 +194,9 @@ def test_a_list_that_fits_holds_the_senders_alone():
     synapses = Synapses(SEND, RECV, senders=N, receivers=N, share=0.4)
     sent = np.zeros(N)
     sent[[2, 5]] = 1.0
-    found = jax.jit(synapses.listed)(jnp.asarray(sent))
+    found = jax.jit(synapses.listed, static_argnums=1)(jnp.asarray(sent), synapses.capacity)
     assert bool(found.fits) and int(found.size.sum()) == np.isin(SEND, [2, 5]).sum()
-    assert not synapses.listed(jnp.ones(N)).fits
+    assert not synapses.listed(jnp.ones(N), synapses.capacity).fits
 
 
 # -- what runs ----------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ class _AtReceivers(TraceGeometry):
         return self._does.sent_to(self.site.factor(x) if isinstance(x, tuple) else x)
 
     def accumulate(self, credits: Array, x: tuple[Array, ...] | Array) -> Array:
-        return self._does.met([jnp.zeros(self.shape, accumulator(credits.dtype))], x, [credits])[0]
+        return self._does.met(jnp.zeros(self.shape, accumulator(credits.dtype)), x, credits)
 
     def contract(self, rows: Any) -> Array:
         products = [self.spread(credit) * row for credit, row in rows]

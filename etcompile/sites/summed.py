@@ -8,7 +8,6 @@ As a site its result is ``out``, with a number for each receiver; credits of y a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -71,18 +70,16 @@ class Summed(Gathered):
         return found.reshape(self.weight.shape).astype(self.weight.dtype)
 
     def pullback_of_steps(self, x: Presynaptic | Array, credit: Array) -> Array:
-        zeros = jnp.zeros(self.weight.shape, accumulator(self.weight.dtype))
-        return self.met([zeros], x, [credit])[0].astype(self.weight.dtype)
-
-    def met(self, totals: Sequence[Array], x: Presynaptic | Array, credits: Sequence[Array]) -> list[Array]:
-        """Totals of the weight's shape, each with :meth:`pullback` of its credits of all steps added, in one pass over events."""
-        sent = jax.vmap(lambda *v: self.factor(v))(*x) if isinstance(x, tuple) else x
-        found = self.synapses.meeting(
-            [credit.reshape(len(credit), -1) for credit in credits],
-            sent.reshape(len(sent), -1),
-            [total.ravel() for total in totals],
+        """The sum over steps of :meth:`pullback`, of the synapses whose senders send."""
+        return self.met(jnp.zeros(self.weight.shape, accumulator(self.weight.dtype)), x, credit).astype(
+            self.weight.dtype
         )
-        return [total.reshape(self.weight.shape) for total in found]
+
+    def met(self, total: Array, x: Presynaptic | Array, credit: Array) -> Array:
+        """A total of the weight's shape with :meth:`pullback` of the credits of all steps added."""
+        sent = jax.vmap(lambda *v: self.factor(v))(*x) if isinstance(x, tuple) else x
+        flat = credit.reshape(len(credit), -1), sent.reshape(len(sent), -1), total.ravel()
+        return self.synapses.meeting(*flat).reshape(self.weight.shape)
 
     def at_synapses(self, values: Any) -> Array:
         """For each synapse what an array of the sums' shape has at its receiver."""
