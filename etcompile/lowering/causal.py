@@ -20,6 +20,7 @@ from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.feedback import check_feedback
 from etcompile.lowering.losses import LossCotangents, LossValue
 from etcompile.lowering.placement import Placement, placement_of
+from etcompile.lowering.unwritten import pushed_in_steps
 from etcompile.lowering.update_order import updated_in_order
 from etcompile.schedule import Schedule
 
@@ -71,6 +72,8 @@ class CausalProgram:
         schedule = schedule or Schedule()
         self.schedule = schedule
         self.model = LoweredModel(analysis, schedule.mesh is not None)
+        if not self.model.divided:
+            self.model = self.model.pushing(pushed_in_steps(program, analysis))
         self.functions = functions or {}
         late = computed_with_loss(program)
         self.early = [e for e in program.equations if e.name not in late]

@@ -6,6 +6,7 @@ for an entry that is zero for every input.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import cached_property, reduce
 from operator import add
@@ -36,7 +37,8 @@ Row = tuple[Array | None, ...]
 class LoweredModel:
     """An analysis with the array geometry of its sites and relations; shared by every step.
 
-    ``divided``: arrays are split over devices.
+    ``divided``: arrays are split over devices. ``unwritten``: groups whose transition is pushed through the step, beside those
+    of which it has to be.
     """
 
     def __init__(self, analysis: Analysis, divided: bool = False) -> None:
@@ -47,8 +49,15 @@ class LoweredModel:
             r.name: trace_geometry(analysis, r, divided) for r in analysis.relations
         }
         self.frozen = analysis.split.frozen
+        self.unwritten: frozenset[str] = frozenset()
         self._visible: dict[str, tuple[Visible, ...]] = {}
         self.patterns: dict[Any, Any] = {}
+
+    def pushing(self, groups: frozenset[str]) -> LoweredModel:
+        """The same model, with the transitions of these groups not written down."""
+        other = copy.copy(self)
+        other.unwritten = groups
+        return other
 
     @cached_property
     def batch(self) -> Examples:
@@ -172,7 +181,7 @@ class StepDerivatives:
         """D of a group: per new state a row over old states, each an array over positions or None."""
         analysis = self.model.analysis
         group = analysis.group(name)
-        if group.pushed:
+        if group.pushed or name in self.model.unwritten:
             return PushedTransition(self, group)
         rows = []
         forwards = {j: self._of_shared(group, j) for j in sorted({j for _, j in group.shared})}

@@ -84,15 +84,24 @@ class PushedTransition:
 
     def _pushed(self, geometry: TraceGeometry, rows: Row) -> Row:
         """D times a column over the span of y."""
-        model = self.step.model.analysis.model
         inside = geometry.relation.position >= 0
+        placed = self.of_positions(
+            tuple(None if row is None else _to_positions(geometry, row) for row in rows)
+        )
+        dtype = next(row.dtype for row in rows if row is not None)
+        return tuple(
+            None if row is None else jnp.where(inside, geometry.from_positions(row), 0).astype(dtype)
+            for row in placed
+        )
+
+    def of_positions(self, rows: Row) -> Row:
+        """D times a column over the group's positions."""
+        model = self.step.model.analysis.model
         tangents: dict[int, Array] = {}
         for k, (s, row) in enumerate(zip(self.group.states, rows, strict=True)):
             if row is not None:
                 old = model.state_vars[s]
-                value = self._of_state(k, _to_positions(geometry, row)).astype(
-                    self.step.tape.graph.avals[old].dtype
-                )
+                value = self._of_state(k, row).astype(self.step.tape.graph.avals[old].dtype)
                 tangents[old] = tangents[old] + value if old in tangents else value
         found: dict[int, Array] = {}
         with self.step.tape.inner():
@@ -101,13 +110,7 @@ class PushedTransition:
                 pushed = self.step.tape.push(tangents, targets, cuts=cuts)
                 found.update((k, pushed[v]) for k, v in zip(of, targets, strict=True) if v in pushed)
         placed = self.step.model.rows_of(self.group.name, [found.get(k) for k in range(len(rows))])
-        dtype = next(row.dtype for row in rows if row is not None)
-        return tuple(
-            None
-            if row is None
-            else jnp.where(inside, self._times(geometry.from_positions(row)), 0).astype(dtype)
-            for row in placed
-        )
+        return tuple(None if row is None else self._times(row) for row in placed)
 
     def _times(self, value: Array) -> Array:
         plain = isinstance(self.factor, float) and self.factor == 1.0

@@ -11,12 +11,13 @@ from functools import cached_property
 
 from etcompile.errors import UnsupportedError
 from etcompile.ir.kinds import KINDS
-from etcompile.ir.program import Argument, Equation, Ref
+from etcompile.ir.program import Argument, Equation, Ref, made_from
 from etcompile.lowering.causal import CausalProgram, Traces
 from etcompile.lowering.evaluate import Context
 from etcompile.lowering.schedules.first_pass import FirstPass
 from etcompile.lowering.schedules.linear import ChunkEquations, chunk_equations
 from etcompile.lowering.schedules.pulled import PulledCredit, pulled_credit
+from etcompile.lowering.unwritten import pushed_in_chunks
 
 __all__ = ["ChunkProgram"]
 
@@ -28,9 +29,17 @@ class ChunkProgram:
     Attributes
     ----------
     causal : CausalProgram
+        On a lowering of its own, where other transitions are written down in chunks than in steps alone.
     """
 
     causal: CausalProgram
+
+    @classmethod
+    def of(cls, causal: CausalProgram) -> ChunkProgram:
+        """A program for chunks."""
+        model = causal.model
+        pushed = frozenset() if model.divided else pushed_in_chunks(causal.program, model.analysis)
+        return cls(causal if pushed == model.unwritten else causal.on(model.pushing(pushed)))
 
     # -- what it may be ------------------------------------------------------------------------------------------
 
@@ -73,6 +82,15 @@ class ChunkProgram:
         """Whether traces advance by pushes through the step: then those at the end of a chunk are found step by step."""
         header, analysis = self.causal.program.header, self.causal.model.analysis
         return any(analysis.group(relation.group).pushed for relation in header.relations)
+
+    @cached_property
+    def made_again(self) -> tuple[Equation, ...]:
+        """The equations of transitions that are not written down, and so are made where traces need them."""
+        kinds = {e.name: KINDS[e.type.kind] for e in self.equations.alone}
+        groups = self.causal.model.unwritten
+        made = [e.name for e in self.equations.alone if kinds[e.name].rows > 1 and e.type.of in groups]
+        names = made_from(self.equations.alone, made)
+        return tuple(e for e in self.equations.alone if e.name in names)
 
     @cached_property
     def first_pass(self) -> FirstPass:

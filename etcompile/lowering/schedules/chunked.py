@@ -49,7 +49,7 @@ class Chunked(SequenceSchedule):
 
     def __init__(self, causal: CausalProgram) -> None:
         super().__init__(causal)
-        self.program = ChunkProgram(causal)
+        self.program = ChunkProgram.of(causal)
         self.sizes = ChunkSizes(self.program)
 
     # -- how many -----------------------------------------------------------------------------------------------
@@ -97,10 +97,11 @@ class Chunked(SequenceSchedule):
         program = self.program
         traces = self.causal.carried.wide(loop.traces)
         seen = chunk_values(program, run, loop, steps, traces)
-        classes = [] if program.pushes else class_traces(program, seen.values, traces)
+        steps_seen = (run.weights, seen.passed, seen.inputs)
+        classes = [] if program.pushes else class_traces(program, *steps_seen, seen.values, traces)
         gradients = chunk_gradients(program, run.weights, seen, classes, traces)
         if program.pushes:
-            traces = ends_step_by_step(self.causal, run.weights, seen.passed, seen.inputs, loop.traces)
+            traces = ends_step_by_step(self.causal, *steps_seen, loop.traces)
         else:
             ends = ends_of_classes(program, seen.values, classes, traces, gradients)
             traces = self.causal.stored({**seen.filters, **ends})
@@ -118,7 +119,7 @@ class Chunked(SequenceSchedule):
         else:
             traces = self.causal.carried.wide(loop.traces)
             values, filters = filtered(program, values, traces)
-            classes = class_traces(program, values, traces)
+            classes = class_traces(program, weights, passed, inputs, values, traces)
             ends = ends_of_classes(program, values, classes, traces, ChunkGradients({}))
             traces = self.causal.stored({**filters, **ends})
         return Loop(passed.states, traces, loop.sums, loop.carried), outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,12 +11,15 @@ import jax.numpy as jnp
 
 from etcompile.ir.ops import OPS
 from etcompile.lowering.causal import Traces
+from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.schedules.chunk_program import ChunkProgram
-from etcompile.lowering.schedules.recurrence import Recurrence, Rows, TraceClass, referred, value_key
+from etcompile.lowering.schedules.first_pass import Passed
+from etcompile.lowering.schedules.recurrence import Again, Recurrence, Rows, TraceClass, referred, value_key
 from etcompile.lowering.schedules.relation_traces import RelationTraces
 
 __all__ = ["ClassTraces", "class_traces", "rows_at_start"]
 
+Array = Any
 Value = Any
 
 
@@ -33,10 +37,18 @@ class ClassTraces:
     relations: tuple[RelationTraces, ...]
 
 
-def class_traces(program: ChunkProgram, values: dict[str, Value], traces: Traces) -> list[ClassTraces]:
+def class_traces(
+    program: ChunkProgram,
+    weights: list[Array],
+    passed: Passed,
+    inputs: list[Array],
+    values: dict[str, Value],
+    traces: Traces,
+) -> list[ClassTraces]:
     """The traces over a chunk with these values; of the carried ones shapes are enough."""
+    again = _again(program, weights, passed, inputs)
     return [
-        ClassTraces(_recurrence(program, one, values, traces), tuple(_relations(program, one)))
+        ClassTraces(_recurrence(program, one, again(one), values, traces), tuple(_relations(program, one)))
         for one in program.equations.classes
     ]
 
@@ -51,8 +63,24 @@ def rows_at_start(program: ChunkProgram, one: TraceClass, traces: Traces) -> dic
     }
 
 
+def _again(
+    program: ChunkProgram, weights: list[Array], passed: Passed, inputs: list[Array]
+) -> Callable[[TraceClass], Again | None]:
+    """Of a class its transitions, where they are not written down."""
+    causal = program.causal
+
+    def make(given: Any) -> dict[str, Value]:
+        old, costly, x = given
+        step = causal.model.step(weights, old, x, costly, quiet=True)
+        context = Context(causal.program, causal.model, step, None, causal.functions)
+        return evaluate(context, program.made_again, {}, {})
+
+    again = Again((passed.before, passed.costly, inputs), make)
+    return lambda one: again if one.group in causal.model.unwritten else None
+
+
 def _recurrence(
-    program: ChunkProgram, one: TraceClass, values: dict[str, Value], traces: Traces
+    program: ChunkProgram, one: TraceClass, again: Again | None, values: dict[str, Value], traces: Traces
 ) -> Recurrence:
     """The class's traces over this chunk; its first relation lends the names, and has every row that any has."""
     shape = program.causal.model.analysis.group(one.group).shape
@@ -65,7 +93,7 @@ def _recurrence(
     for name, f in injected.items():
         steps = next((r.shape[0] for of_relation in f for r in of_relation or () if r is not None), 0)
         additions[name] = _rows(f, (steps, *shape))  # no row where f is zero for every input
-    return Recurrence(program.context, one, values, additions, rows_at_start(program, one, traces))
+    return Recurrence(program.context, one, values, additions, rows_at_start(program, one, traces), again)
 
 
 def _relations(program: ChunkProgram, one: TraceClass) -> list[RelationTraces]:

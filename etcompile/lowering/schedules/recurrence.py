@@ -27,8 +27,19 @@ from etcompile.ir.kinds import KINDS
 from etcompile.ir.ops import OPS
 from etcompile.ir.program import Argument, Equation, Ref, TraceProgram
 from etcompile.lowering.evaluate import EVALUATE, Context
+from etcompile.lowering.pushed import PushedTransition
 
-__all__ = ["Left", "Recurrence", "Rows", "TraceClass", "referred", "trace_classes", "value_key", "weighted"]
+__all__ = [
+    "Again",
+    "Left",
+    "Recurrence",
+    "Rows",
+    "TraceClass",
+    "referred",
+    "trace_classes",
+    "value_key",
+    "weighted",
+]
 
 Array = Any
 Value = Any
@@ -113,6 +124,22 @@ def _scaled(program: TraceProgram) -> set[str]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Again:
+    """Values that are made at each step where they are needed, since they are not arrays that could be kept for all.
+
+    Attributes
+    ----------
+    given : pytree of arrays
+        What they are made of, time on axis 0.
+    make : callable
+        These values by name, from one step's share.
+    """
+
+    given: Any
+    make: Callable[[Any], Mapping[str, Value]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Recurrence:
     """One class of traces over one chunk.
 
@@ -128,6 +155,8 @@ class Recurrence:
         those that are :attr:`TraceClass.joined`.
     start : mapping of str to tuple of arrays
         Per carried trace of the first relation the shape and dtype of its rows, over the group's positions.
+    again : Again, optional
+        Its transitions, where they are not written down; no others are among ``plain`` then.
     """
 
     context: Context
@@ -135,6 +164,7 @@ class Recurrence:
     plain: Mapping[str, Value]
     added: Mapping[str, Rows]
     start: Mapping[str, Rows]
+    again: Again | None = None
 
     def asked(
         self, weight: Mapping[str, Any], later: Mapping[str, Rows] | None = None
@@ -155,21 +185,24 @@ class Recurrence:
 
         dtype = _widest(self.added, self.start)
 
-        def total(added: dict[str, Rows], start: dict[str, Rows]) -> Any:
-            # sum_t contract(L_t, e_t), with the positions' share of a contraction alone: linear in what is added
-            def contracted(found: dict[str, Rows], before: dict[str, Rows], signal: dict[str, Rows]) -> Array:
-                total = jnp.zeros((), dtype)
-                for e in self.traces.contracts:
-                    rows = _trace(e.args[1], found, before)
-                    product = _dot(signal[e.name], rows) if rows is not None and e.name in signal else None
-                    if product is not None:
-                        total = total + jnp.sum(product)
-                return total
+        # sum_t contract(L_t, e_t), with the positions' share of a contraction alone: linear in what is added
+        def contracted(found: dict[str, Rows], before: dict[str, Rows], signal: dict[str, Rows]) -> Array:
+            total = jnp.zeros((), dtype)
+            for e in self.traces.contracts:
+                rows = _trace(e.args[1], found, before)
+                product = _dot(signal[e.name], rows) if rows is not None and e.name in signal else None
+                if product is not None:
+                    total = total + jnp.sum(product)
+            return total
 
+        one = jnp.ones((), dtype)
+        if self.again is not None:
+            return self._step_by_step(self._zeros() if later is None else later, signals, contracted, one)
+
+        def total(added: dict[str, Rows], start: dict[str, Rows]) -> Any:
             end, per_step = self._run(added, start, signals, contracted)
             return jnp.sum(per_step) if later is None else (jnp.sum(per_step), end)
 
-        one = jnp.ones((), dtype)
         asks = one if later is None else (one, dict(later))
         return jax.linear_transpose(total, dict(self.added), dict(self.start))(asks)
 
@@ -181,9 +214,13 @@ class Recurrence:
         result: dict[str, list[Any]] = {name: [None] * len(rows) for name, rows in self.start.items()}
         if not seeds:
             return result
-        ends = jax.linear_transpose(
-            lambda added, start: self._run(added, start, None, None)[0], dict(self.added), dict(self.start)
-        )
+        ends = self._step_by_step
+        if self.again is None:
+            ends = jax.linear_transpose(
+                lambda added, start: self._run(added, start, None, None)[0],
+                dict(self.added),
+                dict(self.start),
+            )
         stacked = {
             name: tuple(
                 None
@@ -202,31 +239,67 @@ class Recurrence:
         self, added: dict[str, Rows], start: dict[str, Rows], signals: Any, contracted: Callable | None
     ) -> tuple[dict[str, Rows], Any]:
         """The trace equations forward in time, with what each step adds given: e_t = D_t e_{t-1} + added_t, for one."""
-        plain = {
-            key: self.plain[key]
-            for e in self.traces.first
-            if not OPS[e.op].injects
-            for key in map(value_key, e.refs)
-            if key in self.plain
-        }
 
         def one(before: dict[str, Rows], now: Any) -> tuple[dict[str, Rows], Array | None]:
             added, plain, signal = now
-            found: dict[str, Rows] = {}
-            for e in self.traces.first:
-                found[e.name] = (
-                    added.get(e.name) if OPS[e.op].injects else self._value(e, plain, found, before)
-                )
-            kept = {name: _kept(rows, found[name]) for name, rows in before.items()}
-            return kept, contracted(found, before, signal) if contracted else None
+            return self._step(before, added, plain, signal, contracted)
 
-        steps = (added, plain, signals)
+        steps = (added, self._read, signals)
         return lax.scan(
             one, start, steps, length=None if jax.tree.leaves(steps) else 0
         )  # 0: all of it is zero
 
+    def _step_by_step(
+        self,
+        later: Mapping[str, Rows],
+        signals: Any = None,
+        contracted: Callable | None = None,
+        one: Array | None = None,
+    ) -> tuple[dict[str, Rows], dict[str, Rows]]:
+        """The same transposed, each step by itself: JAX would keep what all of a loop's transitions are made of."""
+        again = self.again
+        assert again is not None
+        added = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), dict(self.added))
+
+        def back(later: dict[str, Rows], now: Any) -> tuple[dict[str, Rows], dict[str, Rows]]:
+            plain, signal, given = now
+            known = {**plain, **again.make(given)}
+            pull = jax.linear_transpose(
+                lambda before, added: self._step(before, added, known, signal, contracted),
+                dict(self.start),
+                added,
+            )
+            return pull((later, one))
+
+        start, steps = lax.scan(back, dict(later), (self._read, signals, again.given), reverse=True)
+        return steps, start
+
+    def _zeros(self) -> dict[str, Rows]:
+        return jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), dict(self.start))
+
+    @property
+    def _read(self) -> dict[str, Value]:
+        """What the equations read beside traces and what they add, for all steps."""
+        read = (e for e in self.traces.first if not OPS[e.op].injects)
+        return {key: self.plain[key] for e in read for key in map(value_key, e.refs) if key in self.plain}
+
+    def _step(
+        self,
+        before: dict[str, Rows],
+        added: dict[str, Rows],
+        plain: Mapping[str, Value],
+        signal: Any,
+        contracted: Callable | None,
+    ) -> tuple[dict[str, Rows], Array | None]:
+        """The traces after one step, and what it contracts."""
+        found: dict[str, Any] = {}
+        for e in self.traces.first:
+            found[e.name] = added.get(e.name) if OPS[e.op].injects else self._value(e, plain, found, before)
+        kept = {name: _kept(rows, found[name]) for name, rows in before.items()}
+        return kept, contracted(found, before, signal) if contracted else None
+
     def _value(
-        self, e: Equation, plain: dict[str, Value], found: dict[str, Rows], before: dict[str, Rows]
+        self, e: Equation, plain: Mapping[str, Value], found: dict[str, Rows], before: dict[str, Rows]
     ) -> Any:
         args: list[Any] = [
             a
@@ -238,6 +311,8 @@ class Recurrence:
         ]
         if OPS[e.op].couples:
             transition, rows = args
+            if isinstance(transition, PushedTransition):
+                return None if rows is None else transition.of_positions(rows)
             return None if rows is None else tuple(_dot(line, rows) for line in transition)
         if OPS[e.op].by_unit:
             units, rows = args

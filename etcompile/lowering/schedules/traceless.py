@@ -69,7 +69,8 @@ class Traceless:
         """Some steps from :meth:`start`, with what later ones ask: the loop with their gradients as sums, and what these ask."""
         program = self.program
         seen = chunk_values(program, run, loop, steps, loop.traces)
-        classes = [] if program.pulled else class_traces(program, seen.values, program.shapes)
+        of_steps = (run.weights, seen.passed, seen.inputs)
+        classes = [] if program.pulled else class_traces(program, *of_steps, seen.values, program.shapes)
         gradients = chunk_gradients(program, run.weights, seen, classes, loop.traces, later)
         sums = by_name(gradients.sites, seen.own)
         traces: Traces = {**loop.traces, **seen.filters}
