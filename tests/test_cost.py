@@ -189,6 +189,17 @@ def test_sparse_weights_within_a_tenth_of_what_xla_says(algo, steps):
     assert (steps or 1) * cost.bytes_moved == pytest.approx(moved, rel=0.25)
 
 
+@pytest.mark.parametrize(("algo", "chunk"), [("d_rtrl", 20), ("pp_prop", 10)])
+def test_sparse_weights_by_events_within_15_percent_of_what_xla_says(algo, chunk):
+    model, x = sparse()
+    step = etcompile.compile(model, x, algo=algo, schedule=etcompile.Schedule(events=0.05))
+    flops, moved, peak = of_xla(step, 20, chunk)
+    cost = step_cost(step.executor, None, 20, chunk, loss, (x,), every_trip=False)
+    assert cost.peak_bytes == pytest.approx(peak, rel=0.15)
+    assert 20 * cost.bytes_moved == pytest.approx(moved, rel=0.15)
+    assert 20 * cost.flops == pytest.approx(flops, rel=0.15)
+
+
 def test_traces_are_written_where_they_were_although_gradients_have_their_shape():
     model, x = sparse()
     step = etcompile.compile(model, x)

@@ -166,9 +166,12 @@ def test_sums_over_events_are_sums_over_synapses(share, in_order):
         assert relative_error(arriving(x), np.bincount(recv, weights=w * x[send], minlength=30)) < 1e-12
 
 
-@pytest.mark.parametrize("few", [1e-6, 0.3, 1.0], ids=["all in order", "both", "all listed"])
-def test_rounds_of_events_in_order_and_listed_are_the_same_sums(monkeypatch, few):
+@pytest.mark.parametrize(
+    ("few", "most"), [(1e-6, 1 << 31), (0.3, 0), (1.0, 1 << 31)], ids=["all in order", "both", "all listed"]
+)
+def test_rounds_of_events_in_order_and_listed_are_the_same_sums(monkeypatch, few, most):
     monkeypatch.setattr(events, "_FEW", few)
+    monkeypatch.setattr(events, "_MOST", most)  # 0: as of an array of more elements than 32 bits number
     synapses = Synapses(SEND, RECV, senders=N, receivers=N, share=0.1)
     draw = np.random.default_rng(6)
     sent, credit = draw.random((9, N)) * (draw.random((9, N)) < 0.2), draw.standard_normal((9, N))

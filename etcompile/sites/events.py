@@ -35,6 +35,8 @@ _NARROW, _WIDE = 4, 32
 _TOGETHER = 1 << 15
 #: Of all synapses the part below which a round of events costs less at listed places, each some eight times as much.
 _FEW = 1 / 8
+#: Elements that a number of 32 bits cannot tell apart.
+_MOST = 1 << 31
 
 
 @jax.tree_util.register_dataclass
@@ -325,11 +327,20 @@ _ADDED = lax.ScatterDimensionNumbers(
 
 
 def _taken(values: Array, *places: Array) -> Array:
-    """Elements of an array, at places along each of its axes all of which are there."""
+    """Elements of an array, at places along each of its axes all of which are there.
+
+    Where 32 bits can number all elements a place is one number: one for each axis would be written to memory first.
+    """
+    values = jnp.asarray(values)
+    if values.size < _MOST:
+        number = places[0]
+        for size, place in zip(values.shape[1:], places[1:], strict=True):
+            number = number * size + place
+        values, places = values.ravel(), (number,)
     axes = tuple(range(len(places)))
     numbers = lax.GatherDimensionNumbers(offset_dims=(), collapsed_slice_dims=axes, start_index_map=axes)
     at = jnp.concatenate([one[..., None] for one in jnp.broadcast_arrays(*places)], axis=-1)
-    return lax.gather(jnp.asarray(values), at, numbers, (1,) * len(places), mode=_IN_BOUNDS)
+    return lax.gather(values, at, numbers, (1,) * len(places), mode=_IN_BOUNDS)
 
 
 def _added(total: Array, places: Array, values: Array) -> Array:
