@@ -24,7 +24,7 @@ from jax import lax
 
 from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.relations import Relation
-from etcompile.lowering.in_place import computed_once, in_rows, sum_products
+from etcompile.lowering.in_place import computed_once, in_rows, large_ones, sum_products
 from etcompile.lowering.places import as_places, columns_taken, taken
 from etcompile.precision import accumulator
 from etcompile.sites.operation import WeightOperation
@@ -255,7 +255,11 @@ class TraceGeometry:
         sizes = tuple(self.logical_shape[a] for a in self.summed)
         folded = [tuple(_folded(v, first, first + len(axes), sizes) for v in pair) for pair in pairs]
         found = sum_products(folded, first, dtype)
-        return self.to_weight(computed_once(found, found), left)
+        if large_ones(
+            [row for _, row in rows]
+        ):  # it must be known that they were read before they are overwritten
+            found = computed_once(found, found)
+        return self.to_weight(found, left)
 
     @property
     def of_weight(self) -> list[int]:

@@ -63,10 +63,9 @@ class Moment:
         rows = [_first(result) for result in self.results if result.ndim and result.size and _orders(result)]
         if not rows:
             return None
-        dtype = jnp.result_type(*rows)
-        row = jnp.concatenate([v.astype(dtype) for v in rows]) if rows[1:] else rows[0]
-        product = lax.dot(row.reshape(1, -1), lax.full(row.shape, 1, dtype))
-        return _hidden_zero(product.reshape(()))
+        # Added, and not joined: of a product with joined rows XLA makes one with each, a kernel more.
+        row = reduce(add, rows).reshape(1, -1)
+        return _hidden_zero(lax.dot(row, jnp.ones_like(row).reshape(-1)).reshape(()))
 
 
 def known_after(value: Array, moment: Moment) -> Array:
@@ -101,9 +100,10 @@ def computed_once(value: Array, other: Array) -> Array:
 
 
 def _first(value: Array) -> Array:
-    """The first numbers of the first row."""
+    """The first numbers of the first row, as many for every array."""
     starts, stops = (0,) * value.ndim, (*(1,) * (value.ndim - 1), min(_FIRST, value.shape[-1]))
-    return lax.slice(value, starts, stops).reshape(-1)
+    row = lax.slice(value, starts, stops).reshape(-1)
+    return lax.pad(row, jnp.zeros((), row.dtype), [(0, _FIRST - row.size, 0)])
 
 
 def _orders(value: Array) -> bool:

@@ -35,13 +35,12 @@ def ends_of_classes(
     a time else.
     """
     ends: Traces = {}
-    before = gradients.last
+    before: list[Array] = []
     for of_class in classes:
-        r = of_class.recurrence.left()
         for own in of_class.relations:
             read = [gradients.starts[own.relation]] if own.relation in gradients.starts else []
             filters = FilterCredits(program.context, own.site)
-            found = own.at_end(values, traces, r, filters, [*before, *read])
+            found = own.at_end(values, traces, of_class.answers.left, filters, [*before, *read])
             ends.update(found)
             before = large_ones(found) or before
     return ends

@@ -13,17 +13,16 @@ from typing import Any
 import jax
 
 from etcompile.ir.ops import OPS
-from etcompile.ir.program import Ref
 from etcompile.lowering.causal import Traces
 from etcompile.lowering.evaluate import covered
-from etcompile.lowering.in_place import Moment, all_known_after, large_ones
 from etcompile.lowering.schedules.chunk_program import ChunkProgram
 from etcompile.lowering.schedules.chunk_values import ChunkValues
 from etcompile.lowering.schedules.class_traces import ClassTraces
+from etcompile.lowering.schedules.counts import counts
 from etcompile.lowering.schedules.filter_credits import FilterCredits
 from etcompile.lowering.schedules.first_pass import FirstPass, Passed, in_blocks
 from etcompile.lowering.schedules.pulled import PulledCredit
-from etcompile.lowering.schedules.recurrence import Rows, referred, value_key, weighted
+from etcompile.lowering.schedules.recurrence import referred, value_key, weighted
 from etcompile.lowering.schedules.relation_traces import RelationTraces
 from etcompile.lowering.schedules.split import Blocks
 from etcompile.sites.operation import Span
@@ -47,15 +46,12 @@ class ChunkGradients:
         Of the sites' weights.
     starts : dict of str to array
         What of them is made of the traces before the chunk, by relation.
-    last : list of arrays
-        The last large product: all others were made before it.
     before : Credit
         What is asked of traces at the chunk's start.
     """
 
     sites: dict[str, Array]
     starts: dict[str, Array] = dataclasses.field(default_factory=dict)
-    last: list[Array] = dataclasses.field(default_factory=list)
     before: Credit = None
 
 
@@ -69,7 +65,7 @@ def chunk_gradients(
 ) -> ChunkGradients:
     """Gradients of the sites, with what steps after the chunk ask of its traces; None: nothing."""
     if program.pulled is None:
-        return _by_classes(program, seen.values, classes, traces, later)
+        return _by_classes(program, seen.values, classes, traces)
     return _by_loop(program, program.pulled, weights, seen, traces, later)
 
 
@@ -78,10 +74,8 @@ def _by_classes(
     values: dict[str, Value],
     classes: list[ClassTraces],
     traces: Traces,
-    later: list[dict[str, Rows]] | None,
 ) -> ChunkGradients:
-    """``later`` is what steps after these ask of the traces of each class."""
-    weight = _weights(program, values)
+    weight = counts(program, values)
     credits: dict[str, dict[str, Array]] = {}  # of y for all steps, by the site and the x that meets it
     spans: dict[tuple[str, str], set[Span | None]] = {}  # outside of which such a credit is zero
     gradients: dict[str, Array] = {}
@@ -94,52 +88,27 @@ def _by_classes(
                 site = program.equation(x.name).type.of
                 _add(credits.setdefault(site, {}), value_key(x), q_t)
                 spans.setdefault((site, value_key(x)), set()).add(covered(program.context, q))
-    before: list[dict[str, Rows]] = []
-    for of_class, after in zip(classes, later or [None] * len(classes), strict=True):
-        a_t, a_0 = of_class.recurrence.asked(weight, after)
-        before.append(a_0)
+    for of_class in classes:
         for own in of_class.relations:
-            for x, credit in own.credits(values, a_t):
+            for x, credit in own.credits(values, of_class.answers.asked):
                 _add(credits.setdefault(own.site, {}), x, credit)  # f_t a_t
                 spans.setdefault((own.site, x), set()).add(own.geometry.relation.span)
-            _add(starts, own.relation, own.gradient_of_start(traces, a_0))  # a_0 e_0
+            _add(starts, own.relation, own.gradient_of_start(traces, of_class.answers.before))  # a_0 e_0
             _add(gradients, own.site, starts.get(own.relation))
-    last: list[Array] = []  # one large product after the other, as at the end of the chunk
     for site, of_site in credits.items():  # sum_t pullback(x_t, q_t + f_t a_t)
         does = program.causal.model.sites[site]
         (met,) = FilterCredits(program.context, site)([of_site])
         for x, credit in met.steps.items():
             span, *others = spans[site, x] if of_site.get(x) is credit else (None,)
-            large = large_ones((values[x], credit))
-            given, credit = all_known_after((values[x], credit), Moment(last))
             found = (
-                does.pullback_of_steps(given, credit)
+                does.pullback_of_steps(values[x], credit)
                 if span is None or others
-                else does.pulled_within(given, credit, span, steps=True)
+                else does.pulled_within(values[x], credit, span, steps=True)
             )
             _add(gradients, site, found)
-            last = [found] if large else last
         for z, credit in met.start.items():
             _add(gradients, site, does.pullback(traces[z], credit))
-    return ChunkGradients(gradients, starts, last, before)
-
-
-def _weights(program: ChunkProgram, values: dict[str, Value]) -> dict[str, Any]:
-    """What each value that gradients are made of counts in them: a number, or one for each step."""
-    weight: dict[str, Any] = {}
-    for gradient in program.causal.program.gradients:
-        _add(weight, gradient.value.name, 1)
-    for e in reversed(program.equations.gradients):
-        if e.name not in weight:
-            continue
-        op, now = OPS[e.op], weight[e.name]
-        for sign, argument in zip(op.terms, e.args, strict=bool(op.terms)):
-            _add(weight, referred(argument).name, now if sign == 1 else sign * now)
-        if op.power:
-            value, number = e.args if program.is_gradient(e.args[0]) else reversed(e.args)
-            factor = values[value_key(number)] if isinstance(number, Ref) else number
-            _add(weight, referred(value).name, now * factor if op.power == 1 else now / factor)
-    return weight
+    return ChunkGradients(gradients, starts, [one.answers.before for one in classes])
 
 
 def _by_loop(

@@ -28,6 +28,7 @@ from etcompile.lowering.schedules.chunk_program import ChunkProgram
 from etcompile.lowering.schedules.chunk_sizes import ChunkSizes
 from etcompile.lowering.schedules.chunk_values import chunk_values, filtered, without_loss
 from etcompile.lowering.schedules.class_traces import class_traces
+from etcompile.lowering.schedules.counts import counts
 from etcompile.lowering.sums import added, by_name
 from etcompile.schedule import Schedule
 
@@ -98,7 +99,10 @@ class Chunked(SequenceSchedule):
         traces = self.causal.carried.wide(loop.traces)
         seen = chunk_values(program, run, loop, steps, traces)
         steps_seen = (run.weights, seen.passed, seen.inputs)
-        classes = [] if program.pushes else class_traces(program, *steps_seen, seen.values, traces)
+        classes = []
+        if not program.pushes:
+            weight = counts(program, seen.values) if program.pulled is None else None
+            classes = class_traces(program, *steps_seen, seen.values, traces, weight)
         gradients = chunk_gradients(program, run.weights, seen, classes, traces)
         if program.pushes:
             traces = ends_step_by_step(self.causal, *steps_seen, loop.traces)
@@ -119,7 +123,7 @@ class Chunked(SequenceSchedule):
         else:
             traces = self.causal.carried.wide(loop.traces)
             values, filters = filtered(program, values, traces)
-            classes = class_traces(program, weights, passed, inputs, values, traces)
+            classes = class_traces(program, weights, passed, inputs, values, traces, None)
             ends = ends_of_classes(program, values, classes, traces, ChunkGradients({}))
             traces = self.causal.stored({**filters, **ends})
         return Loop(passed.states, traces, loop.sums, loop.carried), outputs

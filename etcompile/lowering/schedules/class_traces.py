@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,15 @@ from etcompile.lowering.causal import Traces
 from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.schedules.chunk_program import ChunkProgram
 from etcompile.lowering.schedules.first_pass import Passed
-from etcompile.lowering.schedules.recurrence import Again, Recurrence, Rows, TraceClass, referred, value_key
+from etcompile.lowering.schedules.recurrence import (
+    Again,
+    Answers,
+    Recurrence,
+    Rows,
+    TraceClass,
+    referred,
+    value_key,
+)
 from etcompile.lowering.schedules.relation_traces import RelationTraces
 
 __all__ = ["ClassTraces", "class_traces", "rows_at_start"]
@@ -29,11 +37,11 @@ class ClassTraces:
 
     Attributes
     ----------
-    recurrence : Recurrence
+    answers : Answers
     relations : tuple of RelationTraces
     """
 
-    recurrence: Recurrence
+    answers: Answers
     relations: tuple[RelationTraces, ...]
 
 
@@ -44,13 +52,23 @@ def class_traces(
     inputs: list[Array],
     values: dict[str, Value],
     traces: Traces,
+    weight: dict[str, Any] | None,
+    later: Sequence[dict[str, Rows]] | None = None,
+    *,
+    ends: bool = True,
 ) -> list[ClassTraces]:
-    """The traces over a chunk with these values; of the carried ones shapes are enough."""
-    again = _again(program, weights, passed, inputs)
-    return [
-        ClassTraces(_recurrence(program, one, again(one), values, traces), tuple(_relations(program, one)))
-        for one in program.equations.classes
-    ]
+    """The traces over a chunk with these values; of the carried ones shapes are enough.
+
+    ``weight`` is what each contraction counts in the gradients, None where none are asked for; ``later`` what steps after these
+    ask of the traces of each class; ``ends`` tells whether the traces at the end are asked for.
+    """
+    again, classes = _again(program, weights, passed, inputs), program.equations.classes
+    found = []
+    for one, asks in zip(classes, later or [None] * len(classes), strict=True):
+        recurrence = _recurrence(program, one, again(one), values, traces)
+        answers = recurrence.backwards(weight, asks, ends=ends)
+        found.append(ClassTraces(answers, tuple(_relations(program, one))))
+    return found
 
 
 def rows_at_start(program: ChunkProgram, one: TraceClass, traces: Traces) -> dict[str, Rows]:

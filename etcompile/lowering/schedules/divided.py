@@ -21,6 +21,8 @@ __all__ = ["divided_products"]
 
 #: Numbers of a weight that the loop need not read for one that it reads instead, from where on it gains.
 _WORTH = 8
+#: Bytes of them below which nothing is gained: the nearest cache has them anyway, and each part is one more kernel.
+_SMALL = 1 << 13
 
 
 def divided_products(graph: Graph, weights: Sequence[int], states: Sequence[int]) -> Graph:
@@ -110,7 +112,9 @@ class _Product:
         lengths = [b - a for a, b in itertools.pairwise(self.ends)]
         outside = sum(n for n, moves in zip(lengths, self.changing, strict=True) if not moves)
         width = weight.size // max(1, weight.shape[self.axis])
-        return 2 * outside >= self.ends[-1] and outside * width >= _WORTH * result.size
+        gained = outside * width
+        large = gained * np.dtype(weight.dtype).itemsize >= _SMALL
+        return large and 2 * outside >= self.ends[-1] and gained >= _WORTH * result.size
 
     def divided(self, avals: list[Aval]) -> list[Operation]:
         """The operations in its place; new variables are added to ``avals``."""

@@ -31,6 +31,7 @@ from etcompile.lowering.pushed import PushedTransition
 
 __all__ = [
     "Again",
+    "Answers",
     "Left",
     "Recurrence",
     "Rows",
@@ -139,6 +140,27 @@ class Again:
     make: Callable[[Any], Mapping[str, Value]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What is asked of a class of traces over one chunk; empty where it was not asked for.
+
+    Attributes
+    ----------
+    asked : dict of str to tuple of arrays
+        a_t: what the chunk's gradients ask of each step's additions, by the ``outer`` equations of the class's first relation,
+        time on axis 0.
+    before : dict of str to tuple of arrays
+        a_0: what they ask of the traces at its start, by the carried traces.
+    left : dict of str to list
+        r_t and r_0: how much of each step's additions, and of the traces at the start, is in a row at the end; by carried trace
+        and row.
+    """
+
+    asked: dict[str, Rows]
+    before: dict[str, Rows]
+    left: dict[str, list[Left]]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recurrence:
     """One class of traces over one chunk.
@@ -166,15 +188,67 @@ class Recurrence:
     start: Mapping[str, Rows]
     again: Again | None = None
 
-    def asked(
-        self, weight: Mapping[str, Any], later: Mapping[str, Rows] | None = None
-    ) -> tuple[dict[str, Rows], dict[str, Rows]]:
-        """a_t and a_0: what the chunk's gradients ask of each step's additions, and of the traces at its start.
+    def backwards(
+        self, weight: Mapping[str, Any] | None, later: Mapping[str, Rows] | None = None, *, ends: bool = True
+    ) -> Answers:
+        """Both answers, by one loop from the last step to the first: in each, the equations of the step transposed.
 
-        ``weight`` is what a contraction counts in its gradient: a number, or one per step. With ``later``, a_0 of the steps after
-        these, their gradients ask as well.
+        Parameters
+        ----------
+        weight : mapping, optional
+            What a contraction counts in its gradient, by name: a number, or one per step. None: no gradient is asked for.
+        later : mapping, optional
+            a_0 of the steps after these: their gradients ask as well.
+        ends : bool
+            Whether the traces at the chunk's end are asked for.
         """
-        signals = {
+        signals, seeds = self._signals(weight or {}), self._seeds() if ends else []
+        asks = later if later is not None else self._zeros() if jax.tree.leaves(signals) else None
+        first = (None if asks is None else dict(asks), self._seeded(seeds) if seeds else None)
+        given = self.again.given if self.again is not None else None
+        of_steps = (self._read, signals, given)
+        steps = next((v.shape[0] for v in jax.tree.leaves((dict(self.added), of_steps))), 0)
+        added = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), dict(self.added))
+        one = jnp.ones((), self._dtype)
+
+        def back(after: Any, now: Any) -> tuple[Any, Any]:
+            """What is asked of a step's additions, and of the traces before it, by what is asked of those after it."""
+            plain, signal, given = now
+            known = {**plain, **self.again.make(given)} if self.again is not None else plain
+
+            def kept(added: dict[str, Rows], before: dict[str, Rows]) -> dict[str, Rows]:
+                return self._step(added, before, known)[1]
+
+            def kept_and_contracted(added: dict[str, Rows], before: dict[str, Rows]) -> Any:
+                found, kept = self._step(added, before, known)
+                return kept, self._contracted(found, before, signal)
+
+            asks, left = after
+            of_asks = of_left = None
+            if asks is not None:
+                pull = jax.linear_transpose(kept_and_contracted, added, dict(self.start))
+                of_asks, asks = pull((asks, one))
+            if left is not None:
+                of_left, left = jax.vmap(jax.linear_transpose(kept, added, dict(self.start)))(left)
+            return (asks, left), (of_asks, of_left)
+
+        before, found = lax.scan(back, first, of_steps, length=steps, reverse=True)
+        (a_0, r_0), (a_t, r_t) = before, found
+        if asks is None and weight is not None:  # no contraction counts
+            a_t, a_0 = jax.tree.map(
+                lambda v: jnp.zeros(v.shape, v.dtype), (dict(self.added), dict(self.start))
+            )
+        left: dict[str, list[Any]] = {name: [None] * len(rows) for name, rows in self.start.items()}
+        for j, (name, k) in enumerate(seeds):
+            left[name][k] = (
+                jax.tree.map(lambda v, j=j: v[:, j], r_t),
+                jax.tree.map(lambda v, j=j: v[j], r_0),
+            )
+        return Answers(a_t or {}, a_0 or {}, left)
+
+    def _signals(self, weight: Mapping[str, Any]) -> dict[str, Rows]:
+        """L_t of each contraction that counts, as much as it counts."""
+        return {
             e.name: tuple(
                 None if s is None else weighted(s, weight[e.name])
                 for s in self.plain[value_key(referred(e.args[0]))] or ()
@@ -183,45 +257,15 @@ class Recurrence:
             if e.name in weight
         }
 
-        dtype = _widest(self.added, self.start)
-
-        # sum_t contract(L_t, e_t), with the positions' share of a contraction alone: linear in what is added
-        def contracted(found: dict[str, Rows], before: dict[str, Rows], signal: dict[str, Rows]) -> Array:
-            total = jnp.zeros((), dtype)
-            for e in self.traces.contracts:
-                rows = _trace(e.args[1], found, before)
-                product = _dot(signal[e.name], rows) if rows is not None and e.name in signal else None
-                if product is not None:
-                    total = total + jnp.sum(product)
-            return total
-
-        one = jnp.ones((), dtype)
-        if self.again is not None:
-            return self._step_by_step(self._zeros() if later is None else later, signals, contracted, one)
-
-        def total(added: dict[str, Rows], start: dict[str, Rows]) -> Any:
-            end, per_step = self._run(added, start, signals, contracted)
-            return jnp.sum(per_step) if later is None else (jnp.sum(per_step), end)
-
-        asks = one if later is None else (one, dict(later))
-        return jax.linear_transpose(total, dict(self.added), dict(self.start))(asks)
-
-    def left(self) -> dict[str, list[Left]]:
-        """r_t and r_0, per carried trace and row: how much of each step's additions, and of the traces at the start, is in it."""
-        seeds = [
+    def _seeds(self) -> list[tuple[str, int]]:
+        """The rows at the end: of each carried trace those that it has."""
+        return [
             (name, k) for name, rows in self.start.items() for k, row in enumerate(rows) if row is not None
         ]
-        result: dict[str, list[Any]] = {name: [None] * len(rows) for name, rows in self.start.items()}
-        if not seeds:
-            return result
-        ends = self._step_by_step
-        if self.again is None:
-            ends = jax.linear_transpose(
-                lambda added, start: self._run(added, start, None, None)[0],
-                dict(self.added),
-                dict(self.start),
-            )
-        stacked = {
+
+    def _seeded(self, seeds: list[tuple[str, int]]) -> dict[str, Rows]:
+        """Asking for each row at the end alone; which of them, on axis 0."""
+        return {
             name: tuple(
                 None
                 if row is None
@@ -230,52 +274,14 @@ class Recurrence:
             )
             for name, rows in self.start.items()
         }
-        found = jax.vmap(ends)(stacked)
-        for j, (name, k) in enumerate(seeds):
-            result[name][k] = jax.tree.map(lambda v, j=j: v[j], found)
-        return result
-
-    def _run(
-        self, added: dict[str, Rows], start: dict[str, Rows], signals: Any, contracted: Callable | None
-    ) -> tuple[dict[str, Rows], Any]:
-        """The trace equations forward in time, with what each step adds given: e_t = D_t e_{t-1} + added_t, for one."""
-
-        def one(before: dict[str, Rows], now: Any) -> tuple[dict[str, Rows], Array | None]:
-            added, plain, signal = now
-            return self._step(before, added, plain, signal, contracted)
-
-        steps = (added, self._read, signals)
-        return lax.scan(
-            one, start, steps, length=None if jax.tree.leaves(steps) else 0
-        )  # 0: all of it is zero
-
-    def _step_by_step(
-        self,
-        later: Mapping[str, Rows],
-        signals: Any = None,
-        contracted: Callable | None = None,
-        one: Array | None = None,
-    ) -> tuple[dict[str, Rows], dict[str, Rows]]:
-        """The same transposed, each step by itself: JAX would keep what all of a loop's transitions are made of."""
-        again = self.again
-        assert again is not None
-        added = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), dict(self.added))
-
-        def back(later: dict[str, Rows], now: Any) -> tuple[dict[str, Rows], dict[str, Rows]]:
-            plain, signal, given = now
-            known = {**plain, **again.make(given)}
-            pull = jax.linear_transpose(
-                lambda before, added: self._step(before, added, known, signal, contracted),
-                dict(self.start),
-                added,
-            )
-            return pull((later, one))
-
-        start, steps = lax.scan(back, dict(later), (self._read, signals, again.given), reverse=True)
-        return steps, start
 
     def _zeros(self) -> dict[str, Rows]:
         return jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), dict(self.start))
+
+    @property
+    def _dtype(self) -> Any:
+        rows = jax.tree.leaves((dict(self.added), dict(self.start)))
+        return jnp.result_type(jnp.float32, *[v.dtype for v in rows])
 
     @property
     def _read(self) -> dict[str, Value]:
@@ -284,19 +290,23 @@ class Recurrence:
         return {key: self.plain[key] for e in read for key in map(value_key, e.refs) if key in self.plain}
 
     def _step(
-        self,
-        before: dict[str, Rows],
-        added: dict[str, Rows],
-        plain: Mapping[str, Value],
-        signal: Any,
-        contracted: Callable | None,
-    ) -> tuple[dict[str, Rows], Array | None]:
-        """The traces after one step, and what it contracts."""
+        self, added: dict[str, Rows], before: dict[str, Rows], plain: Mapping[str, Value]
+    ) -> tuple[dict[str, Any], dict[str, Rows]]:
+        """The trace equations of a step, with what it adds given, and what is kept: e_t = D_t e_{t-1} + added_t, for one."""
         found: dict[str, Any] = {}
         for e in self.traces.first:
             found[e.name] = added.get(e.name) if OPS[e.op].injects else self._value(e, plain, found, before)
-        kept = {name: _kept(rows, found[name]) for name, rows in before.items()}
-        return kept, contracted(found, before, signal) if contracted else None
+        return found, {name: _kept(rows, found[name]) for name, rows in before.items()}
+
+    def _contracted(self, found: dict[str, Any], before: dict[str, Rows], signal: dict[str, Rows]) -> Array:
+        """The sum of contract(L_t, e_t), with the positions' share of each alone: linear in what is added."""
+        total = jnp.zeros((), self._dtype)
+        for e in self.traces.contracts:
+            rows = _trace(e.args[1], found, before)
+            product = _dot(signal[e.name], rows) if rows is not None and e.name in signal else None
+            if product is not None:
+                total = total + jnp.sum(product)
+        return total
 
     def _value(
         self, e: Equation, plain: Mapping[str, Value], found: dict[str, Rows], before: dict[str, Rows]
@@ -348,7 +358,3 @@ def _scaled_rows(units: Any, rows: Rows) -> Rows:
     """Rows times the numbers of their units: one for each state, or one for all of them."""
     of_row = units if isinstance(units, tuple) else (units,) * len(rows)
     return tuple(None if n is None or r is None else n * r for n, r in zip(of_row, rows, strict=True))
-
-
-def _widest(*trees: Any) -> Any:
-    return jnp.result_type(jnp.float32, *[v.dtype for v in jax.tree.leaves(trees)])

@@ -19,6 +19,7 @@ from etcompile.lowering.schedules.chunk_losses import results_of_steps, written_
 from etcompile.lowering.schedules.chunk_program import ChunkProgram
 from etcompile.lowering.schedules.chunk_values import chunk_values, filtered, without_loss
 from etcompile.lowering.schedules.class_traces import class_traces, rows_at_start
+from etcompile.lowering.schedules.counts import counts
 from etcompile.lowering.sums import by_name
 
 __all__ = ["Traceless"]
@@ -70,7 +71,10 @@ class Traceless:
         program = self.program
         seen = chunk_values(program, run, loop, steps, loop.traces)
         of_steps = (run.weights, seen.passed, seen.inputs)
-        classes = [] if program.pulled else class_traces(program, *of_steps, seen.values, program.shapes)
+        classes = []
+        if program.pulled is None:
+            weight, values = counts(program, seen.values), (seen.values, program.shapes)
+            classes = class_traces(program, *of_steps, *values, weight, later, ends=False)
         gradients = chunk_gradients(program, run.weights, seen, classes, loop.traces, later)
         sums = by_name(gradients.sites, seen.own)
         traces: Traces = {**loop.traces, **seen.filters}
