@@ -17,6 +17,12 @@ STEPS, INPUTS, UNITS, OUT = 7, 12, 5, 2
 rng = np.random.default_rng(3)
 
 
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch):
+    """Weights of tests are small; whether a cache holds them is asked in one test."""
+    monkeypatch.setattr(divided, "_SMALL", 0)
+
+
 def numbers(*shape):
     return jnp.asarray(0.4 * rng.normal(size=shape))
 
@@ -104,6 +110,11 @@ def parts(fn, batch, x_size=INPUTS):
     """Operations of the loop over steps, and those that take parts of a weight before it."""
     first = FirstPass(step_of(fn, batch, x_size).executor.compiled.causal.model)
     return [o.name for o in first._parts.inside], [o.name for o in first._parts.once]
+
+
+def test_parts_that_the_nearest_cache_holds_stay(monkeypatch):
+    monkeypatch.setattr(divided, "_SMALL", 1 << 13)
+    assert parts(state_behind, 1) == (["concatenate", "dot_general", "tanh"], [])
 
 
 def test_where_it_pays():

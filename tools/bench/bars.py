@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cases import LARGE, MANY_AXES
-from results import AUTO, BPTT, BRAINTRACE, CAUSAL, EVENTS, FORWARD, HAND, Found, found_cases, ratio
+from results import AUTO, BPTT, BRAINTRACE, CAUSAL, DROPPED, EVENTS, FORWARD, HAND, Found, found_cases, ratio
 
 __all__ = ["BARS", "Bar", "Verdict"]
 
@@ -128,16 +128,20 @@ def _faster(found: Found, steps: int) -> float | None:
     return None if mine is None or mine["zero"] else found.faster(steps)
 
 
-def _over(other: str) -> Callable[[Found, int], float | None]:
-    return lambda f, steps: ratio(f.milliseconds(AUTO, steps), f.milliseconds(other, steps))
+def _over(other: str, who: str = AUTO) -> Callable[[Found, int], float | None]:
+    return lambda f, steps: ratio(f.milliseconds(who, steps), f.milliseconds(other, steps))
 
 
-def _over_bptt(*which: tuple[str, tuple[str, ...]]) -> Callable[[Mapping[str, Any]], Values]:
-    return lambda results: [
-        (f"{label}, {rule}" if rule != "d_rtrl" else label, v)
-        for rule, models in which
-        for label, v in _sequences(results, rule, models, _over(BPTT))
-    ]
+def _over_bptt(*which: tuple[str, tuple[str, ...]], who: str = AUTO) -> Callable[[Mapping[str, Any]], Values]:
+    def values(results: Mapping[str, Any]) -> Values:
+        return [
+            (f"{label}, {rule}" if rule != "d_rtrl" else label, v)
+            for rule, models in which
+            for label, v in _sequences(results, rule, models, _over(BPTT, who))
+            if v is not None or who == AUTO  # others were not always measured
+        ]
+
+    return values
 
 
 def _many_axes(results: Mapping[str, Any]) -> Values:
@@ -282,8 +286,27 @@ BARS = (
         needs_peer=False,
     ),
     Bar(
+        "dropped-bptt",
+        "the same by sequences that leave no traces, as backpropagation (`Schedule(keep_traces=False)`), D-RTRL at the median",
+        0.5,
+        True,
+        _over_bptt(("d_rtrl", (*_GATED, "spiking")), who=DROPPED),
+        _plain,
+        median=True,
+        needs_peer=False,
+    ),
+    Bar(
+        "dropped-spiking-bptt",
+        "the same, spiking networks, and e-prop with filter, at worst",
+        1.0,
+        True,
+        _over_bptt(("d_rtrl", ("spiking",)), ("e_prop", (*_GATED, "spiking", "conv")), who=DROPPED),
+        _plain,
+        needs_peer=False,
+    ),
+    Bar(
         "many-axes",
-        "the same, states of many axes, 500 steps that leave no traces, at the median",
+        "the same, states of many axes, 500 steps, at the median",
         1.0,
         True,
         _many_axes,

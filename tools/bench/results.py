@@ -16,6 +16,7 @@ __all__ = [
     "CALLS",
     "CAUSAL",
     "CHECKPOINT",
+    "DROPPED",
     "EVENTS",
     "FORWARD",
     "HAND",
@@ -29,8 +30,8 @@ __all__ = [
 
 #: The contenders, as they are called in results: etcompile in chunks and step by step,
 AUTO, CAUSAL = "etcompile", "step by step"
-#: and with traces at the end, where it does without, and sparse networks by events,
-KEPT, EVENTS = "traces kept", "by events"
+#: with traces at the end where it does without, without where it makes them, and sparse networks by events,
+KEPT, DROPPED, EVENTS = "traces kept", "no traces", "by events"
 #: braintrace step by step and in windows,
 BRAINTRACE, WINDOWS = "braintrace", "braintrace, windows"
 #: and what people write themselves.

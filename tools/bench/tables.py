@@ -13,6 +13,7 @@ from results import (
     CALLS,
     CAUSAL,
     CHECKPOINT,
+    DROPPED,
     EVENTS,
     FORWARD,
     HAND,
@@ -80,14 +81,14 @@ def machines(everything: All) -> str:
 def sequences(everything: All, rule: str) -> str:
     """Milliseconds per step of every contender."""
     by_hand = rule == "d_rtrl"
-    head = ["on", "model", "batch", "steps", "etcompile"]
+    head = ["on", "model", "batch", "steps", "etcompile", "no traces"]
     head += ["by hand", "step by step"] * by_hand
     head += ["braintrace, fastest", "braintrace, step by step", "bptt", "checkpointed", "forward", "floor"]
-    head += ["faster than braintrace", "over bptt"] + ["over by hand"] * by_hand
+    head += ["faster than braintrace", "over bptt", "no traces over bptt"] + ["over by hand"] * by_hand
     rows = []
     for label, f in _cases(everything, ("sequence", "long"), rule):
         for steps in f.steps if f.model not in MANY_AXES else ():
-            ours, back, hand = (f.milliseconds(who, steps) for who in (AUTO, BPTT, HAND))
+            ours, short, back, hand = (f.milliseconds(who, steps) for who in (AUTO, DROPPED, BPTT, HAND))
             mine = [_windowed(f, HAND, steps), _ms(f.milliseconds(CAUSAL, steps))] * by_hand
             theirs = (_fastest(*f.fastest_peer(steps)), _ms(f.milliseconds(BRAINTRACE)))
             rest = (
@@ -96,11 +97,10 @@ def sequences(everything: All, rule: str) -> str:
                 _ms(f.milliseconds(FORWARD)),
                 _ms(f.floor()),
             )
-            ratios = (_ratio(f.faster(steps)), _ratio(ratio(ours, back)))
+            ratios = (_ratio(f.faster(steps)), _ratio(ratio(ours, back)), _ratio(ratio(short, back)))
             more = [_ratio(ratio(ours, hand))] * by_hand
-            rows.append(
-                (label, f.title, str(f.batch), str(steps), _ms(ours), *mine, *theirs, *rest, *ratios, *more)
-            )
+            own = (_ms(ours), _ms(short), *mine)
+            rows.append((label, f.title, str(f.batch), str(steps), *own, *theirs, *rest, *ratios, *more))
     return table(head, rows)
 
 

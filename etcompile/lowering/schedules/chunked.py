@@ -29,6 +29,7 @@ from etcompile.lowering.schedules.chunk_sizes import ChunkSizes
 from etcompile.lowering.schedules.chunk_values import chunk_values, filtered, without_loss
 from etcompile.lowering.schedules.class_traces import class_traces
 from etcompile.lowering.schedules.counts import counts
+from etcompile.lowering.schedules.traceless import Traceless
 from etcompile.lowering.sums import added, by_name
 from etcompile.schedule import Schedule
 
@@ -88,11 +89,13 @@ class Chunked(SequenceSchedule):
     # -- one chunk ----------------------------------------------------------------------------------------------
 
     def over(self, run: Run, loop: Loop, steps: Steps, size: int) -> tuple[Loop, Found]:
-        alone = not self.causal.keeps and steps.count <= size
-        if alone and self.program.pulled is not None:
-            # one chunk: traces are zero before it, and of no use after it
-            loop = dataclasses.replace(loop, traces=self.program.without_rows(loop.traces))
-        return super().over(run, loop, steps, size)
+        if self.causal.keeps or steps.count > size:
+            return super().over(run, loop, steps, size)
+        alone = Traceless(self.program)  # one chunk: traces are zero before it, and of no use after it
+        end, found, _ = alone.credited(run, alone.start(loop), steps)
+        return dataclasses.replace(
+            end, traces=self.causal.stored(end.traces), sums=added(loop.sums, end.sums)
+        ), found
 
     def part(self, run: Run, loop: Loop, steps: Steps) -> tuple[Loop, Found]:
         program = self.program

@@ -66,7 +66,9 @@ class Traceless:
         _, filters = filtered(program, values, loop.traces)
         return Loop(passed.states, {**loop.traces, **filters}, loop.sums, carried)
 
-    def credited(self, run: Run, loop: Loop, steps: Steps, later: Credit) -> tuple[Loop, Found, Credit]:
+    def credited(
+        self, run: Run, loop: Loop, steps: Steps, later: Credit = None
+    ) -> tuple[Loop, Found, Credit]:
         """Some steps from :meth:`start`, with what later ones ask: the loop with their gradients as sums, and what these ask."""
         program = self.program
         seen = chunk_values(program, run, loop, steps, loop.traces)
