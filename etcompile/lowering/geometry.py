@@ -255,9 +255,8 @@ class TraceGeometry:
         sizes = tuple(self.logical_shape[a] for a in self.summed)
         folded = [tuple(_folded(v, first, first + len(axes), sizes) for v in pair) for pair in pairs]
         found = sum_products(folded, first, dtype)
-        if large_ones(
-            [row for _, row in rows]
-        ):  # it must be known that they were read before they are overwritten
+        if large_ones([row for _, row in rows]):
+            # Traces are overwritten once this is known, so it must not be computed of them again.
             found = computed_once(found, found)
         return self.to_weight(found, left)
 

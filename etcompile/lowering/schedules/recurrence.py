@@ -203,7 +203,7 @@ class Recurrence:
             Whether the traces at the chunk's end are asked for.
         """
         signals, seeds = self._signals(weight or {}), self._seeds() if ends else []
-        asks = later if later is not None else self._zeros() if jax.tree.leaves(signals) else None
+        asks = later if later is not None else _zeros(self.start) if jax.tree.leaves(signals) else None
         first = (None if asks is None else dict(asks), self._seeded(seeds) if seeds else None)
         given = self.again.given if self.again is not None else None
         of_steps = (self._read, signals, given)
@@ -232,12 +232,9 @@ class Recurrence:
                 of_left, left = jax.vmap(jax.linear_transpose(kept, added, dict(self.start)))(left)
             return (asks, left), (of_asks, of_left)
 
-        before, found = lax.scan(back, first, of_steps, length=steps, reverse=True)
-        (a_0, r_0), (a_t, r_t) = before, found
+        (a_0, r_0), (a_t, r_t) = lax.scan(back, first, of_steps, length=steps, reverse=True)
         if asks is None and weight is not None:  # no contraction counts
-            a_t, a_0 = jax.tree.map(
-                lambda v: jnp.zeros(v.shape, v.dtype), (dict(self.added), dict(self.start))
-            )
+            a_t, a_0 = _zeros(self.added), _zeros(self.start)
         left: dict[str, list[Any]] = {name: [None] * len(rows) for name, rows in self.start.items()}
         for j, (name, k) in enumerate(seeds):
             left[name][k] = (
@@ -274,9 +271,6 @@ class Recurrence:
             )
             for name, rows in self.start.items()
         }
-
-    def _zeros(self) -> dict[str, Rows]:
-        return jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), dict(self.start))
 
     @property
     def _dtype(self) -> Any:
@@ -328,6 +322,10 @@ class Recurrence:
             units, rows = args
             return None if rows is None else _scaled_rows(units, rows)
         return EVALUATE[e.op](self.context, e, args)
+
+
+def _zeros(shapes: Mapping[str, Rows]) -> dict[str, Rows]:
+    return jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), dict(shapes))
 
 
 def _trace(argument: Argument, found: dict[str, Rows], before: dict[str, Rows]) -> Rows | None:
