@@ -137,6 +137,14 @@ class LoweredModel:
         body = self.analysis.split.body
         return StepDerivatives(self, Tape(body, [*weights, *states, *inputs], self.frozen, known, quiet))
 
+    def one_of_many(
+        self, weights: list[Array], states: list[Array], inputs: list[Array], known: Mapping[int, Array]
+    ) -> StepDerivatives:
+        """One of many steps with the same weights, after they were run: it does nothing beside its results again."""
+        body = self.analysis.split.body
+        tape = Tape(body, [*weights, *states, *inputs], self.frozen, known, quiet=True, parts=True)
+        return StepDerivatives(self, tape)
+
     @cached_property
     def effects(self) -> tuple[int, ...] | None:
         """Results that a step gets from outside; None where it does nothing beside its results."""

@@ -18,6 +18,7 @@ from etcompile.analysis.dependence import NO_DERIVATIVE, NO_REVERSE
 from etcompile.frontend.jaxpr import Constant, Graph, Operation, bind, read, silenced, without_derivative
 from etcompile.frontend.loops import Use, within
 from etcompile.frontend.walks import BackwardWalk, ForwardWalk
+from etcompile.lowering.joined import JoinedOperand, pullback_to_parts
 from etcompile.lowering.refused import REFUSALS, refusal
 from etcompile.lowering.transposes import written_pullback
 
@@ -40,6 +41,9 @@ class Tape:
     quiet : bool
         Whether the step ran before: what it does beside its results (prints, calls to the host) is not done again. ``known`` then
         holds the results of such operations.
+    parts : bool
+        Whether of ``concatenate([x, h]) @ W`` credit is pulled to those parts alone that are asked for. It is less arithmetic, and
+        worth a copy of the weight's rows where many steps have the same weights.
     """
 
     def __init__(
@@ -49,9 +53,11 @@ class Tape:
         frozen: Set[Use],
         known: Mapping[int, Array] | None = None,
         quiet: bool = False,
+        parts: bool = False,
     ) -> None:
         self.graph = graph
         self.frozen = frozen
+        self._parts = parts
         self.values: dict[int, Array] = dict(zip(graph.inputs, inputs, strict=True))
         known = known or {}
         for operation in graph.operations:
@@ -64,7 +70,7 @@ class Tape:
                 operation = silenced(operation)
             results = bind(operation, [read(self.values, v) for v in operation.inputs])
             self.values.update(zip(operation.outputs, results, strict=True))
-        self._pulls: dict[Any, Callable] = {}
+        self._pulls: dict[Any, Any] = {}
         #: Cotangents by what they were made of; what is kept is the only object with its id.
         self._made: dict[Any, tuple[Any, Any]] = {}
         self._reach: dict[frozenset[int], set[int]] = {}
@@ -113,6 +119,13 @@ class Tape:
                 and self.graph.avals[v].differentiable
             )
             if not moving or _passes_none(operation):
+                continue
+            if self._parts and (
+                parts := self._pulled_to_parts(number, moving, wanted, reach, cuts, found)
+            ):
+                for variable, cotangent in parts:
+                    self._accumulate(cotangents, variable, cotangent)
+                    walk.add(variable)
                 continue
             pulled = self._pulled(number, moving, within(cuts, number) if operation.loop else {}, found)
             for k, cotangent in zip(moving, pulled, strict=True):
@@ -277,6 +290,34 @@ class Tape:
         return self._once(
             (number, moving, *map(id, found)), found, lambda: self._pullback(number, moving)(found)
         )
+
+    def _pulled_to_parts(
+        self,
+        number: int,
+        moving: tuple[int, ...],
+        wanted: Set[int],
+        reach: Set[int],
+        cuts: Mapping[Use, np.ndarray],
+        found: list[Array | None],
+    ) -> list[tuple[int, Array]] | None:
+        """Of a product the cotangents of what an operand joins, where not all of it is asked for and none of it is cut."""
+        operation = self.graph.operations[number]
+        joined = JoinedOperand.of(self.graph, operation, moving[0]) if len(moving) == 1 else None
+        if joined is None or joined.variable in wanted:
+            return None
+        asked = joined.asked_for(reach)
+        uses = {(number, moving[0]), *((joined.joining, k) for k in asked)}
+        if len(asked) == len(joined.parts) or not uses.isdisjoint(self.frozen | cuts.keys()):
+            return None
+        key = (number, "parts", asked)
+        if key not in self._pulls:
+            operands = [self.read(v) for v in operation.inputs]
+            (result,) = operation.outputs
+            self._pulls[key] = pullback_to_parts(operation, joined, asked, operands, self.values[result])
+        pull, (cotangent,) = self._pulls[key], found
+        if pull is None:
+            return None
+        return self._once((*key, id(cotangent)), found, lambda: pull(cotangent))
 
     def _accumulate(self, cotangents: dict[int, Array], variable: int, value: Array) -> None:
         if variable in cotangents:

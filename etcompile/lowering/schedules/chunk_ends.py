@@ -54,7 +54,7 @@ def ends_step_by_step(
         return causal.stored(dict.fromkeys(traces))
 
     def one(now: Traces, given: Any) -> tuple[Traces, None]:
-        step = causal.model.step(weights, *given, quiet=True)
+        step = causal.model.one_of_many(weights, *given)
         context = Context(causal.program, causal.model, step, None, causal.functions)
         values = evaluate(context, causal.early, {}, now)
         return {name: causal.kept(name, values[name]) for name in now}, None

@@ -22,7 +22,7 @@ def results_of_steps(run: Run, passed: Passed, inputs: list[Array]) -> tuple[lis
     """Outputs and new states of all steps, which a loss is made of."""
 
     def results(old: list[Array], costly: dict[int, Array], x: list[Array]) -> Any:
-        step = run.causal.model.step(run.weights, old, x, costly, quiet=True)
+        step = run.causal.model.one_of_many(run.weights, old, x, costly)
         return step.outputs, step.new_states
 
     return mapped(results, passed.before, passed.costly, inputs)

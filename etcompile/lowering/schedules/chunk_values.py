@@ -78,7 +78,7 @@ def without_loss(
     def at_step(
         old: list[Array], costly: dict[int, Array], x: list[Array]
     ) -> tuple[list[Array], dict[str, Value]]:
-        step = causal.model.step(weights, old, x, costly, quiet=True)
+        step = causal.model.one_of_many(weights, old, x, costly)
         context = Context(causal.program, causal.model, step, None, causal.functions)
         return step.outputs, _written(evaluate(context, program.equations.alone, {}, {}))
 
@@ -122,7 +122,7 @@ def _at_all_steps(
     def at_step(
         old: list[Array], costly: dict[int, Array], x: list[Array], given: Any, now: Any
     ) -> tuple[Found, dict[str, Value], Any]:
-        step = causal.model.step(run.weights, old, x, costly, quiet=True)
+        step = causal.model.one_of_many(run.weights, old, x, costly)
         found, cotangents = loss_and_cotangents(
             run.of_step, without_params, step.outputs, step.new_states, run.params, now, given[0]
         )

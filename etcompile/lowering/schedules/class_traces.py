@@ -89,7 +89,7 @@ def _again(
 
     def make(given: Any) -> dict[str, Value]:
         old, costly, x = given
-        step = causal.model.step(weights, old, x, costly, quiet=True)
+        step = causal.model.one_of_many(weights, old, x, costly)
         context = Context(causal.program, causal.model, step, None, causal.functions)
         return evaluate(context, program.made_again, {}, {})
 

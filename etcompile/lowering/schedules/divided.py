@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from etcompile.frontend.jaxpr import Aval, Constant, Graph, Operand, Operation, variables
+from etcompile.lowering.joined import JoinedOperand
 
 __all__ = ["divided_products"]
 
@@ -39,9 +40,7 @@ def divided_products(graph: Graph, weights: Sequence[int], states: Sequence[int]
             changing.update(operation.outputs)
         elif reads and reads <= fixed:
             fixed.update(operation.outputs)
-        found = None
-        if operation.name == "dot_general":
-            found = _Product.of(graph, operation, changing, fixed)
+        found = _Product.of(graph, operation, changing, fixed)
         operations += found.divided(avals) if found is not None and found.pays else [operation]
     return dataclasses.replace(graph, avals=tuple(avals), operations=tuple(operations))
 
@@ -52,51 +51,34 @@ class _Product:
 
     Attributes
     ----------
-    operation, joining : Operation
-        The product, and the concatenation.
-    joined : int
-        Which of its operands that is.
-    axis : int
-        The axis of the weight along which parts of it meet parts of the other operand.
-    ends : list of int
-        Where along it a part begins, and the last one ends.
+    operation : Operation
+    joined : JoinedOperand
     changing : list of bool
-        Whether a part changes within the loop.
+        Whether a part of it changes within the loop.
     avals : sequence of Aval
         Of the graph.
     """
 
     operation: Operation
-    joining: Operation
-    joined: int
-    axis: int
-    ends: list[int]
+    joined: JoinedOperand
     changing: list[bool]
     avals: Sequence[Aval]
 
     @classmethod
     def of(cls, graph: Graph, operation: Operation, changing: set[int], fixed: set[int]) -> _Product | None:
         """The product, if some of what it joins changes within the loop and some does not, and the other operand is a weight."""
-        for joined in (0, 1):
-            one, weight = operation.inputs[joined], operation.inputs[1 - joined]
-            if not isinstance(one, int) or weight not in fixed or one not in graph.made_by:
+        for operand in (0, 1):
+            joined = JoinedOperand.of(graph, operation, operand)
+            if joined is None or operation.inputs[1 - operand] not in fixed:
                 continue
-            joining = graph.operations[graph.made_by[one]]
-            contracted, _ = operation.params["dimension_numbers"]
-            if joining.name != "concatenate" or joining.params["dimension"] not in contracted[joined]:
-                continue
-            dimension = joining.params["dimension"]
-            sizes = [graph.aval(v).shape[dimension] for v in joining.inputs]
-            axis = int(contracted[1 - joined][list(contracted[joined]).index(dimension)])
-            moves = [isinstance(v, int) and v in changing for v in joining.inputs]
-            if all(moves) or not any(moves):
-                continue
-            return cls(operation, joining, joined, axis, [0, *np.cumsum(sizes).tolist()], moves, graph.avals)
+            moves = [isinstance(v, int) and v in changing for v in joined.parts]
+            if any(moves) and not all(moves):
+                return cls(operation, joined, moves, graph.avals)
         return None
 
     @property
     def _weight(self) -> int:
-        weight = self.operation.inputs[1 - self.joined]
+        weight = self.operation.inputs[1 - self.joined.operand]
         assert isinstance(weight, int)
         return weight
 
@@ -109,24 +91,24 @@ class _Product:
         weight, result = self.avals[self._weight], self.avals[self.operation.outputs[0]]
         if np.dtype(result.dtype).itemsize < 4:
             return False
-        lengths = [b - a for a, b in itertools.pairwise(self.ends)]
+        lengths = [b - a for a, b in itertools.pairwise(self.joined.ends)]
         outside = sum(n for n, moves in zip(lengths, self.changing, strict=True) if not moves)
-        width = weight.size // max(1, weight.shape[self.axis])
+        width = weight.size // max(1, weight.shape[self.joined.axis])
         gained = outside * width
         large = gained * np.dtype(weight.dtype).itemsize >= _SMALL
-        return large and 2 * outside >= self.ends[-1] and gained >= _WORTH * result.size
+        return large and 2 * outside >= self.joined.ends[-1] and gained >= _WORTH * result.size
 
     def divided(self, avals: list[Aval]) -> list[Operation]:
         """The operations in its place; new variables are added to ``avals``."""
-        new = _New(avals, self.operation.source)
+        new, joined = _New(avals, self.operation.source), self.joined
         result = self.avals[self.operation.outputs[0]]
         products = []
         for moves in (False, True):
             parts = [k for k, changing in enumerate(self.changing) if changing == moves]
-            operand = new.joined([self.joining.inputs[k] for k in parts], self.joining.params["dimension"])
-            rows = [new.rows(self._weight, self.axis, self.ends[k], self.ends[k + 1]) for k in parts]
-            pair = [operand, new.joined(rows, self.axis)]
-            inputs = pair if self.joined == 0 else pair[::-1]
+            operand = new.joined([joined.parts[k] for k in parts], joined.dimension)
+            rows = [new.rows(self._weight, joined.axis, *joined.ends[k : k + 2]) for k in parts]
+            pair = [operand, new.joined(rows, joined.axis)]
+            inputs = pair if joined.operand == 0 else pair[::-1]
             products.append(new.made(self.operation.primitive, self.operation.params, inputs, result))
         total = Operation(lax.add_p, {}, tuple(products), self.operation.outputs, self.operation.source)
         return [*new.operations, total]

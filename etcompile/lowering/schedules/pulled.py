@@ -146,7 +146,7 @@ class PulledCredit:
     ) -> Any:
         """One step of the loop, forwards: the tangents after it, and what the loss makes of those before and of what is added."""
         old, known, inputs, outputs, states = seen
-        step = self.model.step(weights, old, inputs, known, quiet=True)
+        step = self.model.one_of_many(weights, old, inputs, known)
         asked = step.with_loss(outputs, states).seeds
         of_y = {self.model.analysis.site(name).y: u for name, u in added.items()}
         for name, v in always.items():
