@@ -10,6 +10,7 @@ from references import autodiff, compiled, fresh
 from zoo import by_name
 
 import etcompile
+from etcompile.lowering.schedules import chunk_sizes
 
 T, B = 6, 4
 SEQUENCES = etcompile.Schedule(keep_traces=False)
@@ -165,6 +166,20 @@ def in_blocks(name, algo, how, chunk, loss=None):
     return (found, step.executor.live.states()), step
 
 
+@pytest.fixture
+def cached(monkeypatch):
+    """Gives a number of steps to blocks of which the first pass over a sequence is kept, as where a cache holds so few."""
+
+    def of(steps):
+        of_steps = property(lambda sizes: (1 << 20) // steps)
+        monkeypatch.setattr(chunk_sizes.ChunkSizes, "bytes_of_a_step", of_steps)
+        monkeypatch.setattr(chunk_sizes, "_CACHE", 2 << 20)
+        for name in ("_FEW_CACHES", "_LEAST", "_PER_GRADIENT"):
+            monkeypatch.setattr(chunk_sizes, name, 0)
+
+    return of
+
+
 @pytest.mark.parametrize(
     ("name", "algo", "block"),
     [
@@ -225,6 +240,14 @@ def test_what_does_not_fit_as_one_chunk_is_replayed(units):
     assert relative_error(found[1][1], found[0][1]) < 1e-10
 
 
+@pytest.mark.parametrize(("name", "how"), [("gru_no_batch", "chunks"), ("lstm_no_batch", "replay")])
+def test_no_step_runs_twice_where_traces_take_fewer_products(name, how):
+    """Of a GRU those of the reset gate have none; an LSTM's have two rows."""
+    step = compiled(fresh(by_name(name)), "d_rtrl", schedule=SEQUENCES)
+    schedule = etcompile.Schedule(keep_traces=False, memory=1 << 16)
+    assert step.executor.functions.plan(schedule, 1024).how.name == how
+
+
 def test_blocks_are_of_as_many_steps_as_take_little_memory():
     """Where block starts take more than is allowed, traces go from chunk to chunk, whose memory does not grow."""
     model, _ = model_of(5)
@@ -243,10 +266,34 @@ def test_blocks_are_of_as_many_steps_as_take_little_memory():
         assert (found.how.name, found.size) == (how, size)
 
 
-def test_what_a_loss_writes_goes_from_block_to_block():
+def test_what_a_loss_writes_goes_from_block_to_block(cached):
+    steps = len(jax.tree.leaves(by_name("gru_no_batch")().xs)[0])
     wanted, found = (
-        in_blocks("gru_no_batch", "d_rtrl", how, 3, loss_that_counts())[0] for how in ("chunks", "replay")
+        in_blocks("gru_no_batch", "d_rtrl", how, chunk, loss_that_counts())[0]
+        for how, chunk in (("chunks", steps), ("replay", 3))
     )
+    assert relative_error(found, wanted) < 1e-10
+    cached(3)
+    found, _ = in_blocks("gru_no_batch", "d_rtrl", "chunks", steps, loss_that_counts())
+    assert relative_error(found, wanted) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("name", "algo", "block"),
+    [
+        ("gru_gru", "d_rtrl", 3), ("lstm_no_batch", "d_rtrl", 1), ("lru_complex_parameters", "d_rtrl", 3),
+        ("alif_exponential", "e_prop", 2), ("gru_no_batch", "pp_prop", 3),
+    ],
+)  # fmt: skip
+def test_one_chunk_in_blocks_is_one_chunk(name, algo, block, cached):
+    """The first pass over all steps is kept; what is filtered is filtered on the way to each block."""
+    steps = len(jax.tree.leaves(by_name(name)().xs)[0])
+    wanted, step = in_blocks(name, algo, "chunks", steps)
+    (how,) = step.executor.functions.schedules
+    assert how.sizes.block(steps) == steps
+    cached(block)
+    found, step = in_blocks(name, algo, "chunks", steps)
+    assert how.sizes.block(steps) == block
     assert relative_error(found, wanted) < 1e-10
 
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cached_property
 
 import jax
+import jax.numpy as jnp
 
 from etcompile.lowering.schedules.chunk_program import ChunkProgram
 from etcompile.lowering.schedules.traffic import chunks_pay_off
+from etcompile.precision import accumulator
 
 __all__ = ["ENOUGH_WITHOUT_TRACES", "ChunkSizes", "evenly"]
 
 #: Steps after which a longer chunk gains little: with traces to be made at its end, and without, where a cache should hold it.
 _ENOUGH, ENOUGH_WITHOUT_TRACES = 128, 64
+#: Bytes of a cache that cores share, and how many of them a chunk may count and stay whole: not all of it is there at one time.
+_CACHE, _FEW_CACHES = 32 << 20, 2
+#: Of a block: its least steps, and its bytes for each of the gradients that it adds to.
+_LEAST, _PER_GRADIENT = 16, 12
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,10 +56,45 @@ class ChunkSizes:
     def together(self, steps: int, memory: int) -> int:
         """Steps of a chunk, of a sequence of ``steps``, where chunks pay off."""
         possible = min(steps, memory // self.bytes_of_a_step)
-        if self.stands_alone and steps * self.bytes_of_a_step <= self.memory_alone(memory):
+        if self.stands_alone and self.alone(steps) <= self.memory_alone(memory):
             return steps
         enough = _ENOUGH if self.program.has_traces else ENOUGH_WITHOUT_TRACES
         return evenly(steps, max(1, min(possible, enough)))
+
+    def block(self, steps: int) -> int:
+        """Steps of a part of a chunk without traces that all but the first pass handles together; all where a cache holds them.
+
+        Each block adds gradients of all weights to those of the others, which should take little beside the block's values. The
+        loop of all credits (``ChunkProgram.pulled``) goes step by step, so it gains nothing.
+        """
+        if self.program.pulled is not None or steps * self.bytes_of_a_step <= _FEW_CACHES * _CACHE:
+            return steps
+        enough = max(_CACHE // 2, _PER_GRADIENT * self._bytes_of_gradients) // self.bytes_of_a_step
+        return evenly(steps, min(steps, max(_LEAST, enough)))
+
+    def alone(self, steps: int) -> int:
+        """Bytes of a sequence as one chunk without traces, about: what the first pass leaves of all steps, and a block."""
+        block = self.block(steps)
+        left = (steps - block) * self.program.first_pass.bytes_left
+        return left + block * self.bytes_of_a_step  # a block counts its own first pass
+
+    @cached_property
+    def traces_are_quick(self) -> bool:
+        """Whether traces at the end of chunks take less than a second first pass, counted in products with the weights."""
+        program, causal = self.program, self.program.causal
+        if program.pushes or causal.carried.too_large:
+            return False
+        filters = program.filters_of(program.shapes)
+        kept = [v for name, v in program.shapes.items() if name not in filters]
+        learning = {relation.site for relation in causal.model.analysis.relations}
+        forwards = [causal.model.sites[site] for site in learning]
+        again = sum(math.prod((*does.y.shape, *does.contracted)) for does in forwards)
+        return sum(v.size for v in jax.tree.leaves(kept)) < again
+
+    @cached_property
+    def _bytes_of_gradients(self) -> int:
+        weights = [site.weight for site in self.program.causal.model.sites.values()]
+        return sum(w.size * jnp.dtype(accumulator(w.dtype)).itemsize for w in weights)
 
     @property
     def _bytes_of_traces(self) -> int:

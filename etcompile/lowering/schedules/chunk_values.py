@@ -58,10 +58,13 @@ class ChunkValues:
     asked: Any
 
 
-def chunk_values(program: ChunkProgram, run: Run, loop: Loop, steps: Steps, traces: Traces) -> ChunkValues:
-    """The values of some steps; ``traces`` are those of the loop, widened."""
+def chunk_values(
+    program: ChunkProgram, run: Run, loop: Loop, steps: Steps, traces: Traces, passed: Passed | None = None
+) -> ChunkValues:
+    """The values of some steps; ``traces`` are those of the loop, widened; ``passed`` their first pass, if it is known."""
     inputs = run.inputs(steps.inputs)
-    passed = program.first_pass(run.weights, loop.states, inputs)  # h_0 ... h_C
+    if passed is None:
+        passed = program.first_pass(run.weights, loop.states, inputs)  # h_0 ... h_C
     loss, values, own, asked = _at_all_steps(
         program, run, loop.carried, steps, passed, inputs
     )  # D_t, f_t, x_t, L_t, K_t

@@ -92,10 +92,15 @@ class Chunked(SequenceSchedule):
         if self.causal.keeps or steps.count > size:
             return super().over(run, loop, steps, size)
         alone = Traceless(self.program)  # one chunk: traces are zero before it, and of no use after it
-        end, found, _ = alone.credited(run, alone.start(loop), steps)
-        return dataclasses.replace(
-            end, traces=self.causal.stored(end.traces), sums=added(loop.sums, end.sums)
-        ), found
+        start, block = alone.start(loop), self.sizes.block(steps.count)
+        if block < steps.count and not run.loss.program.effects:  # these come in the order of the steps
+            inputs = run.inputs(steps.inputs)
+            passed = self.program.first_pass(run.weights, loop.states, inputs)
+            end, found = alone.in_blocks(run, start, steps, block, passed)
+        else:
+            end, found, _ = alone.credited(run, start, steps)
+            end = dataclasses.replace(end, sums=added(loop.sums, end.sums))
+        return dataclasses.replace(end, traces=self.causal.stored(end.traces)), found
 
     def part(self, run: Run, loop: Loop, steps: Steps) -> tuple[Loop, Found]:
         program = self.program

@@ -67,6 +67,14 @@ class Passed:
     across: dict[int, Array]
     starts: list[Array] | None = None
 
+    def part(self, first: Any, count: int) -> Passed:
+        """Some of the steps, where these are not taken in blocks; :attr:`states` are still those after all."""
+        assert self.starts is None, "states of all steps are kept"
+        before, costly = jax.tree.map(
+            lambda v: lax.dynamic_slice_in_dim(v, first, count), (self.before, self.costly)
+        )
+        return Passed(self.states, before, costly, {})
+
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
@@ -195,6 +203,11 @@ class FirstPass:
         kept = (*self._states, *self._costly, *self._parts.across)
         wide = [v for v in kept if self._is_wide(v) and v in self._read_by_derivatives]
         return max(1, 2 * self._bytes(made) + self._bytes(dict.fromkeys(wide)))
+
+    @cached_property
+    def bytes_left(self) -> int:
+        """What the first pass leaves of one step."""
+        return self._bytes(dict.fromkeys((*self._states, *self._costly, *self._parts.across)))
 
     @cached_property
     def _read_by_derivatives(self) -> set[int]:

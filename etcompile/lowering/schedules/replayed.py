@@ -4,7 +4,8 @@ What the gradients of later steps ask of a trace at some time has the size of th
 sequence in blocks of k steps needs the states at the start of each block, found by a first pass that keeps nothing else, and
 then the blocks from last to first: each is a chunk whose credit starts at its end with what the block behind it asks, and ends
 with what it asks of the block before (:mod:`etcompile.lowering.schedules.traceless`). The credit is that of one chunk over all
-steps, with the same cuts, whatever k is. Memory is that of k steps and of steps / k states.
+steps, with the same cuts, whatever k is. Memory is that of k steps and of steps / k states. Chunks that make traces run each step
+once; where their traces take fewer products than the second run, they are taken.
 """
 
 from __future__ import annotations
@@ -15,16 +16,12 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from etcompile.errors import EtcompileError, UnsupportedError
 from etcompile.lowering.schedules.base import Found, Loop, Run, SequenceSchedule, Steps
-from etcompile.lowering.schedules.chunk_gradients import Credit
 from etcompile.lowering.schedules.chunk_sizes import ENOUGH_WITHOUT_TRACES, evenly
 from etcompile.lowering.schedules.chunked import Chunked
 from etcompile.lowering.schedules.traceless import Traceless
-from etcompile.lowering.sums import Sums, added
 from etcompile.schedule import Schedule
 
 __all__ = ["Replayed"]
@@ -62,7 +59,10 @@ class Replayed(SequenceSchedule):
         return self._chunked.refusal()
 
     def size(self, schedule: Schedule, steps: int, wanted: int | str | None) -> int:
-        """Steps of a block, where a sequence cannot be one chunk; 0 where it can, and where a length of chunks is asked for."""
+        """Steps of a block, where a sequence cannot be one chunk; 0 where it can, and where chunks with traces are quicker.
+
+        So it is where a length of chunks is asked for.
+        """
         named = schedule.how == self.name
         wanted = schedule.chunk if wanted is None else wanted
         if self.causal.keeps or (isinstance(wanted, int) and not named) or self.refusal() is not None:
@@ -72,8 +72,12 @@ class Replayed(SequenceSchedule):
         if not named and not (self._chunked.sizes.stands_alone and self._chunked.sizes.pays_off):
             return 0
         allowed = self._chunked.sizes.memory_alone(schedule.memory)
+        if not named and (
+            self._chunked.sizes.alone(steps) <= allowed or self._chunked.sizes.traces_are_quick
+        ):
+            return 0
         if steps * self.bytes_of_a_step <= allowed:
-            return 0 if not named else steps
+            return steps
         size = self._of_block(steps, allowed)
         held = size * self.bytes_of_a_step + -(-steps // size) * self._bytes_of_start
         return size if named or held <= allowed or self.causal.carried.too_large else 0
@@ -110,22 +114,5 @@ class Replayed(SequenceSchedule):
             together = self._chunked.size(self.causal.schedule, steps.count, None)
             return self._chunked.over(run, loop, steps, together or 1)
         alone = Traceless(self._chunked.program)
-        whole, rest = divmod(steps.count, size)
-
-        def onward(now: Loop, k: Array) -> tuple[Loop, Loop]:
-            return alone.onward(run, now, steps.part(k * size, size)), now
-
-        def back(later: tuple[Credit, Sums], given: tuple[Array, Loop]) -> Any:
-            (credit, sums), (k, start) = later, given
-            end, found, credit = alone.credited(run, start, steps.part(k * size, size), credit)
-            return (credit, added(sums, end.sums)), found
-
-        end, starts = lax.scan(onward, alone.start(loop), jnp.arange(whole))
-        later, parts = (alone.no_credit(), loop.sums), []
-        if rest:
-            end, found, credit = alone.credited(run, end, steps.part(whole * size, rest), later[0])
-            later, parts = (credit, added(loop.sums, end.sums)), [found]
-        (_, sums), found = lax.scan(back, later, (jnp.arange(whole), starts), reverse=True)
-        parts.insert(0, jax.tree.map(lambda v: v.reshape(v.shape[0] * v.shape[1], *v.shape[2:]), found))
-        left = dataclasses.replace(end, traces=self.causal.stored(end.traces), sums=sums)
-        return left, parts[0] if len(parts) == 1 else jax.tree.map(lambda *v: jnp.concatenate(v), *parts)
+        end, found = alone.in_blocks(run, alone.start(loop), steps, size)
+        return dataclasses.replace(end, traces=self.causal.stored(end.traces)), found
