@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -102,6 +103,44 @@ def test_equations_of_a_step_with_gradients_grow_with_the_model(name):
         return len(jax.make_jaxpr(jax.grad(loss))(step.params, step.init_carry(), EXAMPLE).jaxpr.eqns)
 
     assert growth(equations, 3) < 2.1
+
+
+def delayed(n):
+    """Leaky units with a shift register of n slots: what each slot passes on is constant."""
+
+    def fn(params, state, x):
+        h = 0.7 * state["h"] + x @ params["w"] + state["slots"][-1] @ params["r"]
+        return {"h": h, "slots": jnp.stack([h, *state["slots"][:-1]])}, h
+
+    params = {"w": jnp.full((WIDTH, WIDTH), 0.1), "r": jnp.full((WIDTH, WIDTH), 0.1)}
+    return fn, params, {"h": jnp.zeros((BATCH, WIDTH)), "slots": jnp.zeros((n, BATCH, WIDTH))}
+
+
+@contextlib.contextmanager
+def xla_programs():
+    """A list with an entry for each program that XLA compiles."""
+    found = []
+
+    def seen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(seen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(seen)
+
+
+def test_constant_responses_take_no_programs_of_their_own():
+    with xla_programs() as found:
+        jax.jit(lambda x: x * 1.25)(jnp.ones(7))
+    assert found, "programs are counted"
+    model = etcompile.from_function(*delayed(9))
+    with xla_programs() as found:
+        step = etcompile.compile(model, EXAMPLE)
+        assert "constant=" in str(step.program)
+    assert not found
 
 
 @pytest.mark.parametrize("name", ["populations", "leaky populations"])

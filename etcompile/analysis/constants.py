@@ -24,7 +24,17 @@ from etcompile.analysis.dependence import Dependence, dependence
 from etcompile.analysis.groups import HiddenGroup
 from etcompile.analysis.relations import Relation
 from etcompile.analysis.sites import SplitStep
-from etcompile.frontend.jaxpr import Constant, Graph, Operand, bind, has_effects, is_traced, vjp_graph
+from etcompile.frontend.jaxpr import (
+    Constant,
+    Graph,
+    Operand,
+    Operation,
+    computed,
+    has_effects,
+    is_traced,
+    read,
+    vjp_graph,
+)
 from etcompile.frontend.loops import Use, within
 from etcompile.frontend.step_model import StepModel
 from etcompile.frontend.walks import BackwardWalk
@@ -96,8 +106,7 @@ def find_constant_responses(
     wanted = {r.name: (r, entries) for r in relations if (entries := walk.entries(r))}
     if not wanted:
         return {}
-    with jax.ensure_compile_time_eval():
-        known = jax.device_get(walk.values())
+    known = jax.device_get(walk.values())
     found = {
         name: next(filter(None, (_responses(walk, r, some, known) for some in entries)), None)
         for name, (r, entries) in wanted.items()
@@ -307,18 +316,19 @@ class _Numbers:
             graph = walk.cotangents(number, operands)
             assert graph is not None
             found = self.once(
-                "pull", (graph, *primals, *given), (), lambda g=graph, p=primals, c=given: g.evaluate(*p, *c)
+                "pull", (graph, *primals, *given), (), lambda g=graph, v=(*primals, *given): _evaluated(g, v)
             )
             for k, cotangent in zip(operands, found, strict=True):
                 mask = cuts.get((number, k))
                 if mask is not None:
-                    zero = jnp.zeros((), cotangent.dtype)
-                    cotangent = jnp.where(mask, zero, cotangent)
+                    cotangent = np.where(mask, np.zeros((), cotangent.dtype), cotangent)
                 v = operation.inputs[k]
                 assert isinstance(v, int)
                 if v in cotangents:
                     before = cotangents[v]
-                    cotangent = self.once("sum", (before, cotangent), (), lambda a=before, b=cotangent: a + b)
+                    cotangent = self.once(
+                        "sum", (before, cotangent), (), lambda a=before, b=cotangent: np.add(a, b)
+                    )
                 cotangents[v] = cotangent
         return cotangents
 
@@ -342,9 +352,23 @@ class _Numbers:
             return self.once("number", (), (aval, np.asarray(value).tobytes()), lambda: value)
         if operand not in self.known:
             operation = self.body.operations[self.body.made_by[operand]]
-            results = bind(operation, [self.value(v) for v in operation.inputs])
+            results = _applied(self.body, operation, [self.value(v) for v in operation.inputs])
             self.known.update(zip(operation.outputs, results, strict=True))
         return self.known[operand]
+
+
+def _evaluated(graph: Graph, args: Sequence[Any]) -> list[Any]:
+    """A graph on known values, operation by operation."""
+    env = dict(zip(graph.inputs, args, strict=True))
+    for operation in graph.operations:
+        results = _applied(graph, operation, [read(env, v) for v in operation.inputs])
+        env.update(zip(operation.outputs, results, strict=True))
+    return [read(env, v) for v in graph.outputs]
+
+
+def _applied(graph: Graph, operation: Operation, values: Sequence[Any]) -> list[Any]:
+    """The results of an operation; of any size by numpy, which is where they are looked at."""
+    return computed(operation, values, [graph.avals[v] for v in operation.outputs], limit=None)
 
 
 # ----------------------------------------------------------------------------------------------------------------
