@@ -58,4 +58,5 @@ class Compiled:
             self.changes,
             self.functions.bytes_of_a_step,
             self.functions.events,
+            self.functions.held_back,
         )

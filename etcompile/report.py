@@ -106,6 +106,8 @@ class Report:
         About what each step holds in place of traces where many are handled together; 0 where they cannot be.
     events : mapping of str to float
         Of the parameters that are summed by events in sequences, the part of the synapses that a step may take so.
+    held_back : str
+        Why long sequences carry traces though the schedule keeps none, where it is for what a step does beside its results.
     windows : bool
         Credit inside of windows is exact.
     between_layers : bool
@@ -131,6 +133,7 @@ class Report:
     windows: bool = False
     between_layers: bool = False
     events: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    held_back: str = ""
 
     @property
     def trace_bytes(self) -> int:
@@ -156,6 +159,7 @@ class Report:
             "trace_bytes": self.trace_bytes,
             "bytes_of_a_step": self.bytes_of_a_step,
             "events": dict(self.events),
+            "held_back": self.held_back,
             "windows": self.windows,
             "between_layers": self.between_layers,
             "trace_owners": dict(self.trace_owners),
@@ -378,6 +382,7 @@ def make_report(
     changes: bool = False,
     bytes_of_a_step: int = 0,
     events: Mapping[str, float] | None = None,
+    held_back: str = "",
 ) -> Report:
     """The report of one compiled program; ``traces`` holds arrays or their shapes, by name; ``devices`` where arrays lie."""
     import jax
@@ -415,6 +420,7 @@ def make_report(
         another=another,
         bytes_of_a_step=bytes_of_a_step,
         events=events or {},
+        held_back=held_back,
         windows=program.window is not None,
         between_layers=_between_layers(program),
     )

@@ -43,6 +43,8 @@ def _lines(report: Report) -> Iterator[str]:
     for path, share in report.events.items():
         yield f"  events     of {path} a step of a sequence takes the synapses of those that send, up to {share:.3g} of all;"
         yield "             where more is sent it takes all of them"
+    if report.held_back:
+        yield f"  sequences  {report.held_back}"
     if report.windows:
         yield f"  windows    chunk= of scan_value_and_grad is their length{held}"
     if report.between_layers:

@@ -318,6 +318,10 @@ def test_what_a_step_does_beside_its_results_is_done_once():
     model = etcompile.from_function(told, params, {"h": jnp.zeros((B, 5))})
     xs, targets = data_of(5)
     step = etcompile.compile(model, xs[0], schedule=etcompile.Schedule(keep_traces=False, memory=1))
+    assert "each step would run twice" in str(step.report()).replace("\n", " ")
+    assert not etcompile.compile(model, xs[0]).report().held_back  # traces are kept
+    quiet = etcompile.compile(model_of(5)[0], xs[0], schedule=SEQUENCES)
+    assert not quiet.report().held_back
     jax.block_until_ready(step.scan_value_and_grad(loss)(xs, targets))
     jax.effects_barrier()
     assert len(seen) == T
@@ -337,6 +341,22 @@ def test_a_loss_that_says_something_says_it_in_order():
     jax.block_until_ready(step.scan_value_and_grad(told, chunk=2)(xs, targets))
     jax.effects_barrier()
     assert seen == [float(t) for t in targets[:, 0, 0]]
+
+
+def test_what_runs_for_a_loss_that_says_something_is_what_the_cost_is_of():
+    def told(out, target):
+        jax.debug.callback(lambda: None)
+        return loss(out, target)
+
+    model, xs = model_of(5)[0], data_of(5)[0]
+    each = etcompile.compile(model, xs[0]).report().bytes_of_a_step
+    schedule = etcompile.Schedule(keep_traces=False, memory=200 * each)
+    step = etcompile.compile(model, xs[0], schedule=schedule)
+    plan = step.executor.functions.plan
+    assert plan(schedule, 4096).how.name == "replay"
+    assert plan(schedule, 4096, ordered=True).how.name == "chunks"
+    costs = [step.cost(steps=4096, loss_fn=of, targets=(jnp.zeros((B, 3)),)) for of in (loss, told)]
+    assert [cost.chunk for cost in costs] == [64, 128]
 
 
 def test_replay_is_for_sequences_that_leave_no_traces():

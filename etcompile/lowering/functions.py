@@ -69,6 +69,11 @@ class StepFunctions:
         )
 
     @property
+    def held_back(self) -> str:
+        """Why long sequences do not run by a schedule that would be for them but for what a step does beside its results."""
+        return next(filter(None, (schedule.held_back for schedule in self.schedules)), "")
+
+    @property
     def events(self) -> dict[str, float]:
         """Parameters that are summed by events in sequences, with the part of their synapses that a step may take so."""
         found = {name: share for schedule in self.schedules for name, share in schedule.shares.items()}
@@ -170,9 +175,11 @@ class StepFunctions:
         )
         return self._held(found), self._gradients(leaves, sums), self._leave(states, traces)
 
-    def plan(self, schedule: Schedule, steps: int, wanted: int | str | None = None) -> Plan:
+    def plan(
+        self, schedule: Schedule, steps: int, wanted: int | str | None = None, ordered: bool = False
+    ) -> Plan:
         """How ``steps`` steps are run: see :func:`choose`."""
-        return choose(self.schedules, schedule, steps, wanted)
+        return choose(self.schedules, schedule, steps, wanted, ordered)
 
     @promoting
     def sequence(

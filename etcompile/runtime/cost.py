@@ -157,7 +157,7 @@ class _Compiled:
             inputs, given = jax.tree.map(
                 lambda v: jax.ShapeDtypeStruct((steps, *v.shape), v.dtype), (inputs, given)
             )
-            plan = functions.plan(schedule, steps, chunk)
+            plan = functions.plan(schedule, steps, chunk, bool(self.loss.program.effects))
             fn, together = apart(sequence(functions, plan), self.loss.program), plan.together(steps)
         args = (
             self.params,

@@ -123,7 +123,7 @@ def sequence_gradients(
     mask = check_mask(mask, steps)
     carry = run.carry(give_away=True)
     bound = bound_loss(run, loss, targets, mask, steps)
-    plan = _plan(run, steps, chunk)
+    plan = _plan(run, steps, chunk, ordered=bool(bound.loss.program.effects))
     key, whole = ("sequence", bound.loss.program, plan), sequence(run.functions, plan)
     data = inputs, bound.item(targets, mask, 1), given_with(program, None, modulator)
     if progress is not False:
@@ -160,9 +160,9 @@ def _advanced(
     return LossValue(value, aux, carried), grads
 
 
-def _plan(run: Executor, steps: int, chunk: int | str | None) -> Plan:
+def _plan(run: Executor, steps: int, chunk: int | str | None, ordered: bool) -> Plan:
     """How a sequence is run; what there is to say of it is said."""
-    plan = run.functions.plan(run.compiled.schedule, steps, chunk)
+    plan = run.functions.plan(run.compiled.schedule, steps, chunk, ordered)
     if caution := plan.how.caution(plan.together(steps), steps):
         warn(caution, EtcompileWarning)
     return plan

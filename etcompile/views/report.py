@@ -42,6 +42,8 @@ def headline(report: Report) -> Markup:
     notes = [f"{report.algorithm}: {report.leaves_out}"] if report.leaves_out else []
     if report.forgotten:
         notes.append(f"keeps nothing of {short_list(report.forgotten)} from step to step")
+    if report.held_back:
+        notes.append(report.held_back)
     if report.learning:
         notes.append(
             f"goes on at steps with a loss alone, of which it is made: {short_list(report.learning)}"

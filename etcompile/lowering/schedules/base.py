@@ -244,6 +244,16 @@ class SequenceSchedule:
         """Sites of which a step takes some elements alone, with the part that it may take."""
         return {}
 
+    @property
+    def in_order(self) -> SequenceSchedule:
+        """What runs instead where a loss does something beside its results, which comes in the order of the steps."""
+        return self
+
+    @property
+    def held_back(self) -> str:
+        """Why long sequences do not run like this, where all but what a step does beside its results is for it; else none."""
+        return ""
+
     def caution(self, size: int, steps: int) -> str:
         """What a user should be told of running ``steps`` steps like this."""
         return ""

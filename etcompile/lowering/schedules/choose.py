@@ -72,7 +72,11 @@ def schedules_for(causal: CausalProgram, schedule: Schedule) -> tuple[SequenceSc
 
 
 def choose(
-    among: tuple[SequenceSchedule, ...], schedule: Schedule, steps: int, wanted: int | str | None = None
+    among: tuple[SequenceSchedule, ...],
+    schedule: Schedule,
+    steps: int,
+    wanted: int | str | None = None,
+    ordered: bool = False,
 ) -> Plan:
     """How ``steps`` steps are run: by the first of ``among`` that is for them.
 
@@ -85,6 +89,8 @@ def choose(
     steps : int
     wanted : int, "auto" or None
         The steps that this call asks to handle together.
+    ordered : bool
+        The loss does something beside its results, which comes in the order of the steps.
 
     Raises
     ------
@@ -99,4 +105,7 @@ def choose(
     refusal = how.refusal()
     if refusal is not None:
         raise refusal
+    if ordered and how.in_order is not how:
+        how = how.in_order
+        size = how.size(schedule, steps, wanted) or 1
     return Plan(how, 0 if size >= steps and not how.loops else size)

@@ -69,18 +69,44 @@ class Replayed(SequenceSchedule):
             return 0
         if isinstance(wanted, int):
             return min(wanted, steps)
-        if not named and not (self._chunked.sizes.stands_alone and self._chunked.sizes.pays_off):
+        if not named and not self._is_quick:
             return 0
         allowed = self._chunked.sizes.memory_alone(schedule.memory)
-        if not named and (
-            self._chunked.sizes.alone(steps) <= allowed or self._chunked.sizes.traces_are_quick
-        ):
+        if not named and self._chunked.sizes.alone(steps) <= allowed:
             return 0
         if steps * self.bytes_of_a_step <= allowed:
             return steps
         size = self._of_block(steps, allowed)
         held = size * self.bytes_of_a_step + -(-steps // size) * self._bytes_of_start
         return size if named or held <= allowed or self.causal.carried.too_large else 0
+
+    @cached_property
+    def _is_quick(self) -> bool:
+        """Whether blocks take less time than single steps, and than chunks that make traces."""
+        sizes = self._chunked.sizes
+        return sizes.stands_alone and sizes.pays_off and not sizes.traces_are_quick
+
+    @property
+    def in_order(self) -> SequenceSchedule:
+        return self._chunked
+
+    @property
+    def held_back(self) -> str:
+        causal = self.causal
+        if causal.model.effects is None or causal.keeps or causal.schedule.how is not None:
+            return ""
+        if (
+            causal.program.window is not None
+            or self._chunked.refusal() is not None
+            or isinstance(causal.schedule.chunk, int)
+            or causal.carried.too_large
+            or not self._is_quick
+        ):
+            return ""
+        return (
+            "a sequence that memory does not hold as one chunk carries traces from part to part: without, each step "
+            f"would run twice, and {causal.model.analysis.model.name} prints, checks a value, or calls back to Python"
+        )
 
     @property
     def bytes_of_a_step(self) -> int:
@@ -110,9 +136,6 @@ class Replayed(SequenceSchedule):
         return self.over(run, loop, steps, steps.count)
 
     def over(self, run: Run, loop: Loop, steps: Steps, size: int) -> tuple[Loop, Found]:
-        if run.loss.program.effects:  # in the order of the steps
-            together = self._chunked.size(self.causal.schedule, steps.count, None)
-            return self._chunked.over(run, loop, steps, together or 1)
         alone = Traceless(self._chunked.program)
         end, found = alone.in_blocks(run, alone.start(loop), steps, size)
         return dataclasses.replace(end, traces=self.causal.stored(end.traces)), found
