@@ -300,11 +300,11 @@ def _transpose_of(
             return bind(op, [v if k == operand else values[k] for k in range(len(avals))])[0]
 
         def pull(a: Array, dtype: Any = dtype, fn: Any = fn) -> Array:
-            shape = jax.ShapeDtypeStruct(avals[operand].shape, dtype)
+            shape, a = jax.ShapeDtypeStruct(avals[operand].shape, dtype), np.asarray(a).astype(dtype)
             try:
-                return jax.linear_transpose(fn, shape)(jnp.asarray(a, dtype))[0]
+                return jax.linear_transpose(fn, shape)(a)[0]
             except NotImplementedError:
-                return jax.vjp(fn, jnp.zeros(shape.shape, dtype))[1](jnp.asarray(a, dtype))[0]
+                return jax.vjp(fn, np.zeros(shape.shape, dtype))[1](a)[0]
 
         try:
             pull(np.zeros(_result_shape(op, avals)))
@@ -331,7 +331,7 @@ def _gather(op: Operation, avals: Sequence[Aval], operand: int, results: list[Ar
     params["fill_value"] = -1
     moved = Operation(op.primitive, params, op.inputs, op.outputs, op.source)
     with jax.ensure_compile_time_eval():
-        source = bind(moved, [jnp.asarray(_indices(avals[0]), jnp.int32), op.inputs[1].value])[0]
+        source = bind(moved, [np.asarray(_indices(avals[0]), np.int32), op.inputs[1].value])[0]
     return scatter_join(np.asarray(source), influence, avals[0].size).reshape(avals[0].shape)
 
 

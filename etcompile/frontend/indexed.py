@@ -181,7 +181,7 @@ def _gathered(
     clip = mode == lax.GatherScatterMode.CLIP
     with jax.ensure_compile_time_eval():
         found = lax.gather(
-            jnp.asarray(places, jnp.int32), jnp.asarray(indices, jnp.int32), numbers, tuple(sizes),
+            np.asarray(places, np.int32), np.asarray(indices, np.int32), numbers, tuple(sizes),
             mode="clip" if clip else "fill", fill_value=-1,
         )  # fmt: skip
     return np.asarray(found, np.int64)
