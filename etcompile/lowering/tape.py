@@ -42,7 +42,7 @@ class Tape:
         Whether the step ran before: what it does beside its results (prints, calls to the host) is not done again. ``known`` then
         holds the results of such operations.
     parts : bool
-        Whether of ``concatenate([x, h]) @ W`` credit is pulled to those parts alone that are asked for. It is less arithmetic, and
+        Whether of ``concatenate([x, h]) @ W`` credit is pulled to those parts alone that are asked for. It is less work, and
         worth a copy of the weight's rows where many steps have the same weights.
     """
 
@@ -120,9 +120,7 @@ class Tape:
             )
             if not moving or _passes_none(operation):
                 continue
-            if self._parts and (
-                parts := self._pulled_to_parts(number, moving, wanted, reach, cuts, found)
-            ):
+            if self._parts and (parts := self._pulled_to_parts(number, moving, wanted, reach, cuts, found)):
                 for variable, cotangent in parts:
                     self._accumulate(cotangents, variable, cotangent)
                     walk.add(variable)
