@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     peer = environment.has_braintrace() and not options.alone
     settings = dataclasses.replace(QUICK if options.quick else FULL, peer=peer)
     if options.kernels:
-        return show_kernels(chosen(options.kernels), settings)
+        return show_kernels(chosen(options.kernels), settings, False if options.no_traces else None)
     where = options.page or environment.ROOT / ("out/bench" if options.quick else "docs") / "benchmarks.md"
     started = time.perf_counter()
     if not options.page_only:
@@ -64,14 +64,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--kernels", nargs="+", metavar="PATTERN", help="show the kernels of these cases by time"
     )
+    parser.add_argument(
+        "--no-traces", action="store_true", help="with --kernels: of sequences that leave no traces"
+    )
     parser.add_argument("--page", type=Path, help="the page; JSON files and picture go beside it")
     return parser.parse_args(arguments)
 
 
-def show_kernels(cases: list[Case], settings: Settings) -> int:
+def show_kernels(cases: list[Case], settings: Settings, keep_traces: bool | None) -> int:
     """Print where the time of each case goes."""
     for case in cases:
-        found = fresh("kernels:profile", case=case.to_dict(), settings=dataclasses.asdict(settings))
+        found = fresh(
+            "kernels:profile",
+            case=case.to_dict(),
+            settings=dataclasses.asdict(settings),
+            keep_traces=keep_traces,
+        )
         if "error" in found:
             raise SystemExit(found["error"])
         table = Table(

@@ -36,14 +36,17 @@ _HOLDING = (
 )
 
 
-def profile(case: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def profile(
+    case: dict[str, Any], settings: dict[str, Any], keep_traces: bool | None = None
+) -> dict[str, Any]:
     """Milliseconds of a step, and its kernels, longest first: ``{"ms": ..., "kernels": [[name, ms, runs per step], ...]}``.
 
-    Kernels on several threads run side by side, and a profiled run takes longer: their sum says nothing.
+    ``keep_traces`` as of ``etcompile.Schedule``; None: as the case has it. Kernels on several threads run side by side, and a
+    profiled run takes longer: their sum says nothing.
     """
     one, how = Case(**case), Settings(**settings)
     data = Data(MODELS[one.model], how.units(one.units), one.batch)
-    step = ours.compiled(data, one.rule, data.model())
+    step = ours.compiled(data, one.rule, data.model(), keep_traces)
     steps = how.slow_steps if one.kind == "update" else how.lengths[-1]
     run = ours.updates(step) if one.kind == "update" else ours.sequence(step)
     xs, ys = data.sequence(steps)
