@@ -262,6 +262,62 @@ def test_a_state_replaced_inside_of_a_list_is_seen():
     assert not step.executor.live.holders.linked(model)
 
 
+class Shared(brainstate.nn.Module):
+    """A state that lies in the class, so that no dict of the module says which one it is."""
+
+    kept = None
+
+    def __init__(self):
+        super().__init__()
+        self.w = brainstate.ParamState(draw(1, 3))
+
+    @property
+    def h(self):
+        return type(self).kept
+
+    def update(self, x):
+        self.h.value = 0.9 * self.h.value + self.w.value * x
+        return self.h.value
+
+
+def test_entries_that_come_go_and_change_from_call_to_call():
+    model = Listed()
+    step, first = etcompile.compile(model, jnp.ones(3)), model.cells[0]
+    for _ in range(3):
+        step(jnp.ones(3))
+    unchanged = step.executor._unchanged
+    for k, change in enumerate(
+        [
+            lambda: setattr(model, "note", 0),  # the last entry of a dict comes, changes and goes
+            lambda: setattr(model, "note", 1),
+            lambda: delattr(model, "note"),
+            lambda: model.cells.append(None),
+            lambda: model.cells.pop(),
+        ]
+    ):
+        change()
+        assert not unchanged._entries.same(step.executor.compilations.attributes)
+        before = first.h.value
+        step(jnp.full(3, float(k)))
+        same(first.h.value, 0.9 * before + k * first.w.value)
+        assert step.executor._unchanged is unchanged  # the call was not made in full
+        assert unchanged._entries.same(step.executor.compilations.attributes)
+    model.cells[0] = Leaky()
+    with pytest.raises(CarryError, match=r"state cells\.0\.h of Listed was reset"):
+        step(jnp.ones(3))
+
+
+def test_a_state_that_no_dict_of_the_module_holds_is_looked_for_at_every_call():
+    Shared.kept = brainstate.HiddenState(jnp.zeros(3))
+    model = Shared()
+    step = etcompile.compile(model, jnp.ones(3))
+    for _ in range(3):
+        step(jnp.ones(3))
+    before = Shared.kept.value
+    step(jnp.ones(3))
+    same(Shared.kept.value, 0.9 * before + model.w.value)
+
+
 class Weighed:
     def __init__(self):
         self.weight = 1.0

@@ -51,23 +51,37 @@ class ModuleStates:
     states: dict[str, Any]
     inside: Mapping[str, tuple[str, ...]]
     #: What lies between the model that was looked at last and its ``State`` objects: owner, name and value of every attribute;
-    #: container, key and value of every entry of a list, tuple or dict. None before the first look.
-    _links: tuple[_Links, _Links] | None = dataclasses.field(default=None, init=False, repr=False)
+    #: container, key and value of every entry of a list, tuple or dict, or None. None before the first look.
+    _links: tuple[_Links, _Links | None] | None = dataclasses.field(default=None, init=False, repr=False)
 
     def linked(self, model: Any) -> bool:
         """Whether it is clear at once that these are the ``State`` objects that the model holds now."""
         if self._links is None:
             return False
-        (owners, names, found), (containers, keys, entries) = self._links
+        (owners, names, found), inside = self._links
         try:  # at every call: in C
             return (
                 bool(owners)
                 and owners[0] is model
                 and all(map(operator.is_, map(getattr, owners, names), found))
-                and all(map(operator.is_, map(operator.getitem, containers, keys), entries))
+                and (
+                    inside is None
+                    or all(map(operator.is_, map(operator.getitem, inside[0], inside[1]), inside[2]))
+                )
             )
         except (AttributeError, LookupError):
             return False
+
+    def looked_through(self) -> list[Any] | None:
+        """Dicts, lists and tuples that decide which ``State`` objects these are, where nothing else does; else None."""
+        if self._links is None:
+            return None
+        attributes, inside = self._links
+        for owner, name, found in zip(*attributes, strict=True):
+            if getattr(owner, "__dict__", {}).get(name) is not found:  # a property, an attribute of its class
+                return None
+        held = [*map(vars, attributes[0]), *(inside[0] if inside else ())]
+        return list({id(one): one for one in held}.values())
 
     def refreshed(self, model: Any) -> ModuleStates:
         """The same paths with the ``State`` objects that the model holds now."""
@@ -89,17 +103,20 @@ class ModuleStates:
             self.inside,
         )
 
-    def _links_from(self, model: Any) -> tuple[_Links, _Links]:
+    def _links_from(self, model: Any) -> tuple[_Links, _Links | None]:
         """:attr:`_links` for a model."""
         attributes: _Links = [], [], []
         entries: _Links = [], [], []
+        seen: set[tuple[int, Any]] = set()
 
         def follow(there: Any, part: str) -> Any:
             inside = _is_container(there)
             key = _index(there, part) if inside else part
             value = there[key] if inside else getattr(there, part)
-            for column, one in zip(entries if inside else attributes, (there, key, value), strict=True):
-                column.append(one)
+            if (id(there), key) not in seen:
+                seen.add((id(there), key))
+                for column, one in zip(entries if inside else attributes, (there, key, value), strict=True):
+                    column.append(one)
             return value
 
         for path, held in self._places:
@@ -108,7 +125,7 @@ class ModuleStates:
                 there = follow(there, part)
             for name, _ in held:
                 follow(there, name)
-        return attributes, entries
+        return attributes, entries if entries[0] else None
 
     @cached_property
     def _places(self) -> list[tuple[tuple[str, ...], list[tuple[str, Any]]]]:

@@ -61,7 +61,9 @@ class PlainValues:
 
     Parameters
     ----------
-    states : iterable of State
+    read : iterable of State
+    written : iterable of State
+        Those that are also written.
 
     Attributes
     ----------
@@ -69,27 +71,31 @@ class PlainValues:
         Whether brainstate keeps all of them in the way that this knows; without, nothing here may be used.
     """
 
-    def __init__(self, states: Iterable[Any]) -> None:
-        states = tuple(states)
+    def __init__(self, read: Iterable[Any], written: Iterable[Any]) -> None:
+        read, written = tuple(read), tuple(written)
+        states = (*read, *written)
         self._held = [vars(s) for s in states]
+        self._count = len(read)
+        self._written = self._held[self._count :]
         self._managers = [s.hooks for s in states]
         lists = [getattr(m, "_get_hook_list", None) for m in self._managers]
         self.plain = all(map(_is_plain, states)) and None not in lists
         self._hooks = [of(kind) for of in lists if of is not None for kind in _HOOKS]
         self._counts = [len(hooks) for hooks in self._hooks]
 
-    def read(self) -> list[Any] | None:
-        """The values; None where somebody follows the states who did not before."""
+    def read(self) -> tuple[list[Any], list[Any]] | None:
+        """The values of both; None where somebody follows the states who did not before."""
         held = self._held
         if list(map(len, self._hooks)) != self._counts:
             return None
         if not all(map(operator.is_, map(_MANAGER, held), self._managers)):
             return None
-        return list(map(_VALUE_OF, held))
+        values = list(map(_VALUE_OF, held))
+        return values[: self._count], values[self._count :]
 
     def write(self, values: Iterable[Any]) -> None:
         """Put in other values; right after :meth:`read` gave some."""
-        for held, value in zip(self._held, values, strict=True):
+        for held, value in zip(self._written, values, strict=True):
             held["_value"] = value
 
 

@@ -8,8 +8,9 @@ from typing import Any
 from etcompile.lowering.functions import Call, Carry, Item, StepFunctions, Sums
 from etcompile.lowering.losses import Loss, LossProgram
 from etcompile.lowering.schedules.base import Plan
+from etcompile.runtime.model_states import ModelAccess
 
-__all__ = ["DONATED", "apart", "apply_apart", "one_step", "sequence"]
+__all__ = ["DONATED", "apart", "apply_apart", "listed", "one_step", "sequence"]
 
 #: Which argument of a function made by :func:`apart` may be given away: the traces.
 DONATED = 2
@@ -31,13 +32,26 @@ def apart(whole: Callable, loss: LossProgram) -> Callable:
 
 
 def apply_apart(functions: StepFunctions) -> Callable:
-    """``(params, states, traces, inputs, call) -> ((traces, states), outputs)`` of one step."""
+    """``(params, states, traces, inputs, call) -> ((traces, states), outputs)`` of one step; an empty call may be left out."""
 
-    def fn(p: Any, s: Any, t: Any, i: Any, c: Call) -> Any:
+    def fn(p: Any, s: Any, t: Any, i: Any, c: Call | None = None) -> Any:
         carry, outputs = functions.apply(p, Carry(s, t), i, c)
         return (carry.traces, carry.states), outputs
 
     return fn
+
+
+def listed(fn: Callable, live: ModelAccess) -> Callable:
+    """What :func:`apart` and :func:`apply_apart` give, of values in the order of the model's ``State`` objects.
+
+    Parameters and states come and go as lists, since JAX takes dicts apart at every call, and puts them together again.
+    """
+
+    def run(params: list[Any], states: list[Any], *rest: Any) -> Any:
+        (traces, after), *found = fn(live.as_params(params), live.as_states(states), *rest)
+        return (traces, live.of_states(after)), *found
+
+    return run
 
 
 def one_step(functions: StepFunctions) -> Callable:

@@ -59,6 +59,11 @@ class PlainAttributes:
         self._entries: list[Any] = [c.values() if isinstance(c, dict) else c for _, c, _ in self._held]
         self._remember()
 
+    @property
+    def containers(self) -> list[Any]:
+        """The dicts and lists whose entries are followed."""
+        return [container for _, container, _ in self._held]
+
     def _counts(self, owner: Any, key: Any, value: Any) -> bool:
         """Whether a step may read a value, and would not see it change."""
         return (owner is None or key in self._read) and _is_plain(value)

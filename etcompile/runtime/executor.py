@@ -280,7 +280,8 @@ class Executor:
         """What the jitted function under a key gives beside the carry, where all but these data is as the last call left it.
 
         None where it is not, or where the function has not seen such data: the call is then made in full, and says what is wrong
-        if anything is. It is for functions ``(params, states, traces, inputs, *data) -> ((traces, states), ...)``.
+        if anything is. It is for functions ``(params, states, traces, inputs, *data) -> ((traces, states), ...)`` of lists of
+        values, as ``listed`` makes them.
         """
         unchanged = self._unchanged
         carry = None if unchanged is None else unchanged.carry()

@@ -55,6 +55,7 @@ class ForeignWrites:
         self._other_step = False
         self._quiet = 0
         self._left: tuple[list[Any], Any] | None = None
+        self._bare = False  # the values of the states are their leaves
         self._fresh: weakref.ref | None = current_trace()
 
     @property
@@ -102,21 +103,22 @@ class ForeignWrites:
         self._fresh = None
         leaves, tree = jax.tree.flatten(states)
         self._left = None if any(map(is_traced, leaves)) else (leaves, tree)
+        self._bare = isinstance(states, dict) and all(map(jax.tree_util.treedef_is_leaf, tree.children()))
 
     def as_left(self, leaves: Sequence[Any], tree: Any) -> bool:
         """Whether these are the very arrays that the step left."""
         return self._left is not None and tree == self._left[1] and not _differ(leaves, self._left[0])
 
-    def left_again(self, values: Sequence[Any]) -> None:
+    def left_again(self, values: list[Any]) -> None:
         """The step leaves other arrays in states of the structure that it left before."""
         if self._left is not None:
-            self._left = jax.tree.leaves(values), self._left[1]
+            self._left = values if self._bare else jax.tree.leaves(values), self._left[1]
 
-    def undisturbed(self, values: Sequence[Any]) -> bool:
+    def undisturbed(self, values: list[Any]) -> bool:
         """Whether these hold the very arrays that the step left, and nobody else has written since."""
         if self._left is None or self._reset or self._other_step:
             return False
-        return not _differ(jax.tree.leaves(values), self._left[0])
+        return not _differ(values if self._bare else jax.tree.leaves(values), self._left[0])
 
     def alone_on(self, states: Iterable[Any]) -> bool:
         """Whether nobody else follows these ``State`` objects."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from etcompile.lowering.functions import Carry
-from etcompile.runtime.calls import apply_apart
+from etcompile.runtime.calls import apply_apart, listed
 from etcompile.runtime.checks import check_one, given_with, steps_of
 from etcompile.runtime.executor import Executor
 from etcompile.runtime.gradients import sequence_inputs
@@ -24,7 +24,7 @@ __all__ = ["called", "run_sequence"]
 
 def called(run: Executor, inputs: tuple[Any, ...], target: Any, modulator: Any) -> Any:
     """Outputs of one step; of many where something is multi-step data."""
-    if target is None and modulator is None and (again := run.again("apply", inputs, {})) is not None:
+    if target is None and modulator is None and (again := run.again("apply", inputs)) is not None:
         return again[0]
     given = inputs, target, modulator
     if has_multi_step(given):
@@ -37,10 +37,12 @@ def _one_step(run: Executor, inputs: tuple[Any, ...], target: Any, modulator: An
     run.follow_environment()
     carry = run.carry()
     call = given_with(run.compiled.program, target, modulator)
-    params, carry, data = run.placed(carry, (run.with_environment(inputs), call))
-    fn = run.jit("apply", apply_apart(run.functions))
-    (traces, states), out = run.call(fn, params, carry.states, carry.traces, *data, given=inputs)
-    run.commit(Carry(states, traces))
+    data = (run.with_environment(inputs), call) if call else (run.with_environment(inputs),)
+    params, carry, data = run.placed(carry, data)
+    fn, live = run.jit("apply", listed(apply_apart(run.functions), run.live)), run.live
+    args = live.of_params(params), live.of_states(carry.states), carry.traces, *data
+    (traces, states), out = run.call(fn, *args, given=inputs)
+    run.commit(Carry(live.as_states(states), traces))
     return out
 
 

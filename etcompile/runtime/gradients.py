@@ -14,7 +14,7 @@ from etcompile.frontend.user_code import warn
 from etcompile.lowering.functions import Carry
 from etcompile.lowering.losses import LossProgram, LossValue
 from etcompile.lowering.schedules.base import Plan
-from etcompile.runtime.calls import DONATED, apart, one_step, sequence
+from etcompile.runtime.calls import DONATED, apart, listed, one_step, sequence
 from etcompile.runtime.checks import as_inputs, check_sequence, given_with, stacked_steps, steps_of
 from etcompile.runtime.executor import Executor
 from etcompile.runtime.losses import BoundLoss, JoinedLoss, LossFunction, check_mask, join_loss
@@ -149,13 +149,14 @@ def _advanced(
 ) -> tuple[LossValue, Any]:
     """What ``whole(params, carry, loss, *data)`` gives, jitted; its carry is committed, and what the loss writes."""
     donated = () if run.asks_host(bound.loss.program) else (DONATED,)
-    loss = bound.loss
-    fn = run.jit(key, apart(whole, loss.program), donate=donated)
+    loss, live = bound.loss, run.live
+    fn = run.jit(key, listed(apart(whole, loss.program), live), donate=donated)
     params, carry, data = run.placed(carry, data, time)
     inputs, *items = data
-    args = params, carry.states, carry.traces, inputs, (loss.fixed, loss.carried), *items
+    of_model = live.of_params(params), live.of_states(carry.states), carry.traces
+    args = *of_model, inputs, (loss.fixed, loss.carried), *items
     (traces, states), (value, aux, carried), grads = run.call(fn, *args, loss=loss, given=given)
-    run.commit(Carry(states, traces))
+    run.commit(Carry(live.as_states(states), traces))
     bound.write(carried)
     return LossValue(value, aux, carried), grads
 

@@ -108,6 +108,8 @@ class BoundLoss:
 
     def write(self, carried: Any) -> None:
         """Put what the loss left into the states that it writes."""
+        if not self.written:
+            return
         for state, value in zip(self.written, carried, strict=True):
             state.value = value
 

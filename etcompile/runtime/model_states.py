@@ -60,6 +60,8 @@ class ModelAccess(Protocol):
 
     def as_looked_up(self) -> bool: ...
 
+    def looked_through(self) -> list[Any] | None: ...
+
     def initialise(self, batch_size: int) -> None: ...
 
     def trace(self, inputs: tuple[Any, ...]) -> TracedStep: ...
@@ -68,6 +70,8 @@ class ModelAccess(Protocol):
     def param_states(self) -> dict[str, Any]: ...
 
     def as_params(self, values: list[Any]) -> Any: ...
+
+    def of_params(self, params: Any) -> list[Any]: ...
 
     def as_states(self, values: list[Any]) -> Any: ...
 
@@ -178,10 +182,19 @@ class ModuleAccess:
         found = self.found
         return found is not None and (found.linked(self.module) or found.refreshed(self.module) is found)
 
+    def looked_through(self) -> list[Any] | None:
+        """Dicts, lists and tuples that decide which ``State`` objects the module has, where nothing else does; else None."""
+        return None if self.found is None else self.found.looked_through()
+
     def as_params(self, values: list[Any]) -> Any:
         """Parameters as the compiled functions take them, of values in the order of :attr:`param_states`."""
         assert self.found is not None
         return dict(zip(self.found.params, values, strict=True))
+
+    def of_params(self, params: Any) -> list[Any]:
+        """The values again of which :meth:`as_params` makes the parameters."""
+        assert self.found is not None
+        return list(map(params.__getitem__, self.found.params))
 
     def as_states(self, values: list[Any]) -> Any:
         """States as the compiled functions take them, of values in the order of :attr:`state_objects`."""
@@ -359,8 +372,14 @@ class FunctionAccess:
     def as_looked_up(self) -> bool:
         return True
 
+    def looked_through(self) -> list[Any] | None:
+        return []
+
     def as_params(self, values: list[Any]) -> Any:
         return values[0]
+
+    def of_params(self, params: Any) -> list[Any]:
+        return [params]
 
     def as_states(self, values: list[Any]) -> Any:
         return values[0]

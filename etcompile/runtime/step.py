@@ -310,14 +310,15 @@ class Step:
 
     # -- running ------------------------------------------------------------------------------------------------
 
-    @named_arguments("step")
-    def __call__(self, *inputs: Any, target: Any = None, modulator: Any = None) -> Any:
+    def __call__(self, *inputs: Any, target: Any = None, modulator: Any = None, **others: Any) -> Any:
         """Run one time step; advances the model's states and the traces.
 
         Arguments wrapped in :class:`etcompile.MultiStepData` have time on axis 0 and make the call one of many steps, at
         which the others are the same; outputs then have time on axis 0. ``target`` and ``modulator`` are for rules that read
         them, where the step is differentiated.
         """
+        if others:
+            refuse_others("step", others, ("inputs", "target", "modulator"))
         with self.executor.turns:
             return called(self.executor, inputs, target, modulator)
 
@@ -364,7 +365,8 @@ class Step:
         def run(
             x: Any, *targets: Any, modulator: Any = None, mask: Any = None, **others: Any
         ) -> tuple[Any, Any]:
-            refuse_others("step.value_and_grad(loss_fn)", others, ("modulator", "mask"))
+            if others:
+                refuse_others("step.value_and_grad(loss_fn)", others, ("modulator", "mask"))
             with executor.turns:
                 found, grads = called_with_gradients(executor, loss, x, targets, modulator, mask)
             return as_asked(found, loss), grads
