@@ -296,12 +296,12 @@ def test_entries_that_come_go_and_change_from_call_to_call():
         ]
     ):
         change()
-        assert not unchanged._entries.same(step.executor.compilations.attributes)
+        assert not unchanged._looked_up._entries.same(step.executor.compilations.attributes)
         before = first.h.value
         step(jnp.full(3, float(k)))
         same(first.h.value, 0.9 * before + k * first.w.value)
         assert step.executor._unchanged is unchanged  # the call was not made in full
-        assert unchanged._entries.same(step.executor.compilations.attributes)
+        assert unchanged._looked_up._entries.same(step.executor.compilations.attributes)
     model.cells[0] = Leaky()
     with pytest.raises(CarryError, match=r"state cells\.0\.h of Listed was reset"):
         step(jnp.ones(3))

@@ -7,7 +7,7 @@ parameters and states, so where there is nobody to tell, it is asked for once.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import brainstate
@@ -61,9 +61,11 @@ class PlainValues:
 
     Parameters
     ----------
-    read : iterable of State
-    written : iterable of State
-        Those that are also written.
+    states : sequence of State
+    written : iterable of int
+        Places of those that are also written.
+    known : tuple of type
+        Kinds of states with a ``value`` of their own, of which the maker knows that it lies where it always does.
 
     Attributes
     ----------
@@ -71,36 +73,33 @@ class PlainValues:
         Whether brainstate keeps all of them in the way that this knows; without, nothing here may be used.
     """
 
-    def __init__(self, read: Iterable[Any], written: Iterable[Any]) -> None:
-        read, written = tuple(read), tuple(written)
-        states = (*read, *written)
+    def __init__(self, states: Sequence[Any], written: Iterable[int], known: tuple[type, ...] = ()) -> None:
         self._held = [vars(s) for s in states]
-        self._count = len(read)
-        self._written = self._held[self._count :]
+        self._written = [self._held[k] for k in written]
         self._managers = [s.hooks for s in states]
         lists = [getattr(m, "_get_hook_list", None) for m in self._managers]
-        self.plain = all(map(_is_plain, states)) and None not in lists
+        self.plain = all(_is_plain(s, known) for s in states) and None not in lists
         self._hooks = [of(kind) for of in lists if of is not None for kind in _HOOKS]
         self._counts = [len(hooks) for hooks in self._hooks]
 
-    def read(self) -> tuple[list[Any], list[Any]] | None:
-        """The values of both; None where somebody follows the states who did not before."""
+    def read(self) -> list[Any] | None:
+        """The values; None where somebody follows the states who did not before."""
         held = self._held
         if list(map(len, self._hooks)) != self._counts:
             return None
         if not all(map(operator.is_, map(_MANAGER, held), self._managers)):
             return None
-        values = list(map(_VALUE_OF, held))
-        return values[: self._count], values[self._count :]
+        return list(map(_VALUE_OF, held))
 
     def write(self, values: Iterable[Any]) -> None:
-        """Put in other values; right after :meth:`read` gave some."""
+        """Put in other values of those that are written; right after :meth:`read` gave some."""
         for held, value in zip(self._written, values, strict=True):
             held["_value"] = value
 
 
-def _is_plain(state: Any) -> bool:
+def _is_plain(state: Any, known: tuple[type, ...]) -> bool:
     """Whether ``value`` of a state is what lies in its dict under ``_value``."""
     kind, held = type(state), vars(state)
-    own = all(getattr(kind, part, None) is getattr(brainstate.State, part, None) for part in _PARTS)
+    parts = _PARTS[1:] if kind in known else _PARTS
+    own = all(getattr(kind, part, None) is getattr(brainstate.State, part, None) for part in parts)
     return own and held.keys() >= {"_value", "_hooks_manager"}

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from etcompile.compiled import Compiled
 from etcompile.errors import OptionError
@@ -23,7 +22,9 @@ from etcompile.lowering.placement import Placement
 from etcompile.runtime.carry_checks import other_states, refuse_unrecorded, require_alive, require_arrays
 from etcompile.runtime.compilations import Compilation, Compilations, Lower
 from etcompile.runtime.foreign_writes import ForeignWrites
-from etcompile.runtime.jitted import MissingConstants, NotSeen
+from etcompile.runtime.jitted import Around, MissingConstants, NotSeen
+from etcompile.runtime.learned_again import LearnedAgain
+from etcompile.runtime.losses import JoinedLoss
 from etcompile.runtime.model_states import ModelAccess
 from etcompile.runtime.resizing import batch_leaves
 from etcompile.runtime.shapes import kinds_of, shapes_of
@@ -84,7 +85,7 @@ class Executor:
     def __init__(self, live: ModelAccess, lower: Lower, inputs: tuple[Any, ...], compiled: Compiled) -> None:
         self.live = live
         self.turns = threading.RLock()
-        self._writes = ForeignWrites(self._clear_for_others)
+        self._writes = ForeignWrites(self._clear_for_others, lambda: self.traces.cleared)
         self.compilations = Compilations(live, lower, self._writes)
         self._lost = ""
         self._watched: tuple[Any, Any] = None, None
@@ -106,7 +107,7 @@ class Executor:
         new.compilations.goes_on_from(self.compilations)
         live.initial = self.live.initial
         if now.traces.allocated:
-            new.traces.set_own(jax.tree.map(jnp.copy, now.traces.own()))
+            new.traces.copy_of(now.traces)
         new._writes.copied(self._writes)
         return new
 
@@ -195,6 +196,11 @@ class Executor:
         self._left_by = self.compilation
         if self._unchanged is None or not self._unchanged.of_now():
             self._unchanged = Unchanged.of(self.live, self.compilations, self._writes)
+
+    def moved(self) -> None:
+        """States and traces are those that a compiled function left, which has run the step in it."""
+        self._writes.left(self.live.states())
+        self._left_by = self.compilation
 
     def initial_carry(self) -> Carry:
         """The model's initial states and zero traces; copies."""
@@ -302,6 +308,10 @@ class Executor:
         unchanged.leave(states, traces)
         return found
 
+    def learned_again(self, loop: Around, joined: JoinedLoss, args: tuple[Any, ...]) -> LearnedAgain | None:
+        """For more calls of a learner's loop like the one that has just :meth:`moved` states and traces."""
+        return LearnedAgain.of(self.live, self.compilations, self._writes, loop, joined, args)
+
     def asks_host(self, loss: LossProgram | None = None) -> bool:
         """Whether the step, or a loss, calls back to Python while it runs; it may fail there, so traces are not given away."""
         return self.functions.asks_host or (loss is not None and loss.asks_host)
@@ -405,11 +415,11 @@ class Executor:
         state = self.traces
         counts = {k: v for k, v in counts.items() if kinds_of(v) == kinds_of(state.shapes.get(k))}
         if in_transformation():  # what a compiled function does at its first call it does at every one
-            state.set_own({**state.zeros(), **counts})
+            state.clear(counts)
             return
         state.release()  # zeros at the next use
         if counts:
-            state.set_own({**state.own(), **counts})
+            state.clear(counts)
 
 
 def _told(error: BaseException) -> str:

@@ -45,11 +45,14 @@ class ForeignWrites:
     ----------
     clear : callable
         Makes the traces zero, here and now: inside of a transformation as a part of what is traced.
+    cleared : callable
+        Whether nobody has written the traces since: a compiled function may, without a line of Python.
     """
 
-    def __init__(self, clear: Callable[[], None]) -> None:
+    def __init__(self, clear: Callable[[], None], cleared: Callable[[], bool]) -> None:
         self._name = ""
         self._clear = clear
+        self._cleared = cleared
         self._watched: dict[int, _Watched] = {}
         self._reset: set[str] = set()
         self._other_step = False
@@ -61,7 +64,7 @@ class ForeignWrites:
     @property
     def fresh(self) -> bool:
         """Whether no step ran since the traces were made zero, in what is traced now: they hold no credit."""
-        return self._fresh is not None and self._fresh() is current_trace()()
+        return self._fresh is not None and self._fresh() is current_trace()() and self._cleared()
 
     def copied(self, other: ForeignWrites) -> None:
         """Be as fresh as another."""

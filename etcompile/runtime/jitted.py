@@ -15,13 +15,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import brainstate
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from etcompile.frontend.captured import Same
 from etcompile.frontend.jaxpr import is_traced, run_jaxpr
 
-__all__ = ["Constants", "Jitted", "MissingConstants", "NotSeen", "around"]
+__all__ = ["Around", "Constants", "Jitted", "MissingConstants", "NotSeen"]
 
 Array = Any
 
@@ -161,32 +163,64 @@ def _values(constants: Constants, keys: Sequence[Key]) -> list[Array]:
     return [given[key] for key in keys]
 
 
-def around(fn: Callable, constants: Constants, jit: Callable[..., Any]) -> Callable:
-    """``fn`` compiled by another ``jit``; the constants of what it runs of :class:`Jitted` are its arguments as well."""
-    keys: tuple[Key, ...] = ()
+class Around:
+    """``fn`` compiled by brainstate's ``jit``; the constants of what it runs of :class:`Jitted` are its arguments as well.
+
+    Parameters
+    ----------
+    fn : callable
+        It may read and write ``State`` objects.
+    constants : Constants
+        Where those constants are kept.
+    """
+
+    def __init__(self, fn: Callable, constants: Constants) -> None:
+        def with_constants(values: Sequence[Array], *args: Any) -> Any:
+            if self._again:
+                raise NotSeen
+            with self._given(values):
+                return fn(*args)
+
+        self._again = False
+        self._constants = constants
+        self._keys: tuple[Key, ...] = ()
+        self._compiled: Any = brainstate.transform.jit(with_constants)
+        self._states: tuple[Any, ...] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        while True:
+            try:
+                return self._compiled(_values(self._constants, self._keys), *args)
+            except MissingConstants as missing:
+                if set(missing.keys) <= set(self._keys):
+                    raise
+                self._keys = (*self._keys, *missing.keys)
+
+    def states(self, *args: Any) -> tuple[Sequence[Any], Sequence[bool]] | None:
+        """The ``State`` objects that it reads for arguments with which it was called, and which of them it writes.
+
+        None where they are others for other arguments.
+        """
+        found = self._compiled.stateful_fun.get_state_trace(_values(self._constants, self._keys), *args)
+        now = *map(Same, found.states), *found.been_writen
+        self._states = now if self._states is None or self._states == now else ()
+        return (found.states, found.been_writen) if self._states else None
+
+    def again(self, values: list[Any], *args: Any) -> tuple[Sequence[Any], Any]:
+        """New values of these states, for those that they have, and what it gives; no state is read or written.
+
+        Raises :class:`NotSeen` for arguments that are not like those of an earlier call.
+        """
+        self._again = True
+        try:
+            return self._compiled.jitted_fun(values, _values(self._constants, self._keys), *args)
+        finally:
+            self._again = False
 
     @contextmanager
-    def given(values: Sequence[Array]) -> Iterator[None]:
-        token = _GIVEN.set(dict(zip(keys, values, strict=True)))
+    def _given(self, values: Sequence[Array]) -> Iterator[None]:
+        token = _GIVEN.set(dict(zip(self._keys, values, strict=True)))
         try:
             yield
         finally:
             _GIVEN.reset(token)
-
-    def with_constants(values: Sequence[Array], *args: Any) -> Any:
-        with given(values):
-            return fn(*args)
-
-    compiled = jit(with_constants)
-
-    def call(*args: Any) -> Any:
-        nonlocal keys
-        while True:
-            try:
-                return compiled(_values(constants, keys), *args)
-            except MissingConstants as missing:
-                if set(missing.keys) <= set(keys):
-                    raise
-                keys = (*keys, *missing.keys)
-
-    return call

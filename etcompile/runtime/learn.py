@@ -24,7 +24,8 @@ from etcompile.runtime.gradients import (
     sequence_gradients,
     step_gradients,
 )
-from etcompile.runtime.jitted import around
+from etcompile.runtime.jitted import Around
+from etcompile.runtime.learned_again import LearnedAgain
 from etcompile.runtime.losses import JoinedLoss, LossFunction, check_mask
 from etcompile.runtime.observing.measures import Measures, Wanted, observation
 from etcompile.runtime.observing.observer import Observer, as_observers, observed
@@ -42,6 +43,9 @@ __all__ = ["Learner"]
 
 #: Compiled loops kept per learner.
 _KEPT = 16
+
+#: Of a loop's data, modulator, mask and environment of a call without any.
+_NOTHING_ELSE = None, None, ((), ())
 
 
 class Learner:
@@ -94,7 +98,8 @@ class Learner:
         zeros = jax.tree.map(jnp.zeros_like, {path: s.value for path, s in step.param_states.items()})
         self._sum = brainstate.ShortTermState(zeros)
         self._count = brainstate.ShortTermState(jnp.zeros((), jnp.int32))
-        self._loops: dict[Any, Callable] = {}
+        self._loops: dict[Any, Around] = {}
+        self._again: LearnedAgain | None = None
 
     def __call__(
         self,
@@ -138,11 +143,15 @@ class Learner:
             The losses; with ``learn(outputs=True)`` and ``learn(has_aux=True)`` a tuple of losses, outputs and aux values,
             as far as asked for, time on axis 0.
         """
-        refuse_others(
-            "step.learn(loss_fn, optimizer)",
-            others,
-            ("modulator", "mask", "progress", "checkpoints", "callback"),
-        )
+        if others:
+            known = ("modulator", "mask", "progress", "checkpoints", "callback")
+            refuse_others("step.learn(loss_fn, optimizer)", others, known)
+        plain = modulator is None and mask is None and progress is False and checkpoints is callback is None
+        if plain and (again := self._again) is not None:
+            with self._step.executor.turns:
+                found = again(self._loss, (xs, targets, *_NOTHING_ELSE))
+            if found is not None:
+                return self._as_asked(found)
         observers = as_observers(callback, progress)
         with self._step.executor.turns:
             return self._learn(xs, targets, modulator, mask, progress, checkpoints, observers)
@@ -157,6 +166,7 @@ class Learner:
         checkpoints: Checkpoints | None,
         observers: tuple[Observer, ...],
     ) -> Any:
+        given, self._again = (xs, targets), None
         xs, targets, mask = over_time((xs, targets, mask))
         run = self._step.executor
         xs, targets = stacked_steps(run.model, xs, targets)
@@ -172,7 +182,10 @@ class Learner:
         around = environments(run, joined, steps)
         data = run.placement.put_batch((xs, targets, every, mask, around), 1)
         if progress is False and checkpoints is None and not observers:
-            return self._as_asked(self._run(joined, Wanted(), *data))
+            found = self._run(joined, Wanted(), *data)
+            if self._every == 1 and _as_given(data, (*given, *_NOTHING_ELSE)):
+                self._again = run.learned_again(self._loop(self._one, joined, Wanted()), joined, data)
+            return self._as_asked(found)
         return self._as_asked(self._in_pieces(joined, data, steps, progress, checkpoints, observers))
 
     def _in_pieces(
@@ -233,13 +246,22 @@ class Learner:
     # -- loops --------------------------------------------------------------------------------------------------
 
     def _run(self, joined: JoinedLoss, wanted: Wanted, *data: Any) -> tuple[Any, ...]:
-        """Losses, what else the loss gave, and what was measured, of all steps.
+        """Losses, what else the loss gave, and what was measured, of all steps."""
+        run = self._step.executor
+        if in_transformation():
+            return self._run_parts(joined, wanted, *data)
+        run.carry()  # what is wrong with it is said where a loop that is compiled already would not look
+        how = self._run_or_put_back if run.asks_host(joined.program) else self._run_parts
+        found = how(joined, wanted, *data)
+        run.moved()
+        return found
 
-        A program that asks the host may fail there, when some of its parts have run: everything is then put back.
+    def _run_or_put_back(self, joined: JoinedLoss, wanted: Wanted, *data: Any) -> tuple[Any, ...]:
+        """As :meth:`_run_parts`, of a program that asks the host: it may fail there, when some parts have run.
+
+        Everything is then put back.
         """
         run = self._step.executor
-        if not run.asks_host(joined.program) or in_transformation():
-            return self._run_parts(joined, wanted, *data)
         own = list(self.saved_states().values())
         before = [s.value for s in own]
         try:
@@ -285,17 +307,16 @@ class Learner:
         waiting = self._count.value
         return 0 if is_traced(waiting) else min(-int(waiting) % self._every, steps)
 
-    def _loop(self, one: Callable, joined: JoinedLoss, wanted: Wanted) -> Callable:
+    def _loop(self, one: Callable, joined: JoinedLoss, wanted: Wanted) -> Around:
         """A compiled loop over ``one``; another one where the compilation, or what the loss closes over or reads, is another."""
         read = Same(joined.environment) if joined.environment.reads else None
         key = (one.__name__, wanted, Same(self._step.executor.compilation), read, *self._loss.key())
         if key not in self._loops:
             while len(self._loops) >= _KEPT:
                 self._loops.pop(next(iter(self._loops)))
-            self._loops[key] = around(
+            self._loops[key] = Around(
                 lambda *v: brainstate.transform.for_loop(functools.partial(one, joined, wanted), *v),
                 self._step.executor.compilation.constants,
-                jit=brainstate.transform.jit,
             )
         return self._loops[key]
 
@@ -369,6 +390,12 @@ class Learner:
         if norms:
             of_steps["updated"] = every == self._every - 1
         return found.value, found.aux, {"activity": activity, "norms": of_steps}
+
+
+def _as_given(data: tuple[Any, ...], given: tuple[Any, ...]) -> bool:
+    """Whether a loop's data are the very arrays of the call, laid out as they were given."""
+    (now, tree), (then, structure) = jax.tree.flatten(data), jax.tree.flatten(given)
+    return tree == structure and all(a is b for a, b in zip(now, then, strict=True))
 
 
 def _uphill(grads: Any) -> Any:

@@ -30,15 +30,25 @@ class TraceState(brainstate.ShortTermState):
     Parameters
     ----------
     shapes : dict of str to ShapeDtypeStruct
+
+    Attributes
+    ----------
+    allocated : bool
+        They are arrays.
+    shared : bool
+        Somebody beside the step may hold them.
+    cleared : bool
+        They are zero, since nobody has written others.
     """
 
     shapes: dict[str, Any]
     allocated: bool
     shared: bool
+    cleared: bool
 
     def __init__(self, shapes: dict[str, Any]) -> None:
         super().__init__(shapes)
-        vars(self).update(shapes=shapes, allocated=False, shared=False)
+        vars(self).update(shapes=shapes, allocated=False, shared=False, cleared=True)
 
     @property
     def value(self) -> Any:
@@ -79,7 +89,17 @@ class TraceState(brainstate.ShortTermState):
             self._write_value(traces)
         else:
             brainstate.State.value.fset(self, traces)  # type: ignore[attr-defined]
-        vars(self)["shared"] = False
+        vars(self).update(shared=False, cleared=False)
+
+    def copy_of(self, other: TraceState) -> None:
+        """Be a copy of others of the same shapes."""
+        self.set_own(jax.tree.map(jnp.copy, other.own()))
+        vars(self)["cleared"] = other.cleared
+
+    def clear(self, others: Any) -> None:
+        """Traces of zero, but for ``others``, by name."""
+        self.set_own({**self.zeros(), **others})
+        vars(self)["cleared"] = True
 
     def _plainly(self) -> bool:
         """Whether nobody follows reads and writes of states: then there is no need to tell brainstate of them."""
@@ -102,6 +122,7 @@ class TraceState(brainstate.ShortTermState):
         if self.allocated:
             self._write_value(self.shapes)
             vars(self)["allocated"] = False
+        vars(self)["cleared"] = True
 
 
 def zeros_of(shapes: Any) -> Any:
