@@ -63,6 +63,9 @@ TIMES = {
         "value_and_grad(loss)(x, y)": 0.2,
         "value_and_grad(loss)(x, y), brainstate": 0.16,
         "value_and_grad(loss)(x, y), bare": 0.08,
+        "learn(loss, sgd)(xs, ys)": 0.3,
+        "learn(loss, sgd)(xs, ys), brainstate": 0.18,
+        "learn(loss, sgd)(xs, ys), bare": 0.09,
     },
 }
 LENGTHS = {

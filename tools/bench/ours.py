@@ -61,33 +61,45 @@ def calls(
     """One step as a user calls it, and beside it the model alone, and a bare jitted function.
 
     The model is another one of the kind, under brainstate's own `jit`; the function has the same work and arguments as the step.
+    To learn is a sequence of one step, with its update.
     """
-    gradient = step.value_and_grad(loss_fn)
-    forward, with_loss = CALLS.values()
-    ours = dict(zip(CALLS, (lambda: step(x), lambda: gradient(x, y)), strict=True))
-    alone = dict(zip((forward[0], with_loss[0]), _alone(model, x, y), strict=True))
-    return {**ours, **alone, **dict(zip((forward[1], with_loss[1]), _bare(step, x, y), strict=True))}
+    xs, ys = x[None], y[None]
+    gradient, learn = step.value_and_grad(loss_fn), updates(step)
+    ours = dict(zip(CALLS, (lambda: step(x), lambda: gradient(x, y), lambda: learn(xs, ys)), strict=True))
+    columns = zip(*CALLS.values(), strict=True)
+    others = (_alone(model, x, y), _bare(step, x, y))
+    beside = (dict(zip(names, found, strict=True)) for names, found in zip(columns, others, strict=True))
+    return {**ours, **{who: call for found in beside for who, call in found.items()}}
 
 
-def _alone(
-    model: brainstate.nn.Module, x: jax.Array, y: jax.Array
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The model without traces: one step, and the gradient of one step."""
+def _alone(model: brainstate.nn.Module, x: jax.Array, y: jax.Array) -> tuple[Callable[[], Any], ...]:
+    """The model without traces: one step, the gradient of one step, and that with an update."""
     transform: Any = brainstate.transform
     weights = model.states(brainstate.ParamState)
+    optimizer = optax.sgd(update_rate)
+    kept = brainstate.ShortTermState(optimizer.init({k: w.value for k, w in weights.items()}))
 
     def with_loss(x: jax.Array, y: jax.Array) -> Any:
         return transform.grad(lambda: loss_fn(model(x), y), weights, return_value=True)()
 
-    forward, gradient = transform.jit(model), transform.jit(with_loss)
-    return lambda: forward(x), lambda: gradient(x, y)
+    def with_update(x: jax.Array, y: jax.Array) -> Any:
+        grads, value = with_loss(x, y)
+        params = {k: w.value for k, w in weights.items()}
+        changes, kept.value = optimizer.update(dict(grads), kept.value, params)
+        for k, value_of in optax.apply_updates(params, changes).items():
+            weights[k].value = value_of
+        return value
+
+    forward, gradient, update = map(transform.jit, (model, with_loss, with_update))
+    return lambda: forward(x), lambda: gradient(x, y), lambda: update(x, y)
 
 
-def _bare(step: etcompile.Step, x: jax.Array, y: jax.Array) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The work of a step, and of its gradient, on arguments that the caller keeps."""
-    params, apply, carries = step.params, jax.jit(step.apply), [step.init_carry(), step.init_carry()]
+def _bare(step: etcompile.Step, x: jax.Array, y: jax.Array) -> tuple[Callable[[], Any], ...]:
+    """The work of a step, of its gradient, and of that with an update, on arguments that the caller keeps."""
+    params, apply, carries = step.params, jax.jit(step.apply), [step.init_carry() for _ in CALLS]
+    optimizer = optax.sgd(update_rate)
+    learned = [params, optimizer.init(params)]
 
-    @jax.jit
     def with_loss(params: Any, carry: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any, Any]:
         def loss(params: Any) -> tuple[Any, Any]:
             after, out = step.apply(params, carry, x)
@@ -96,12 +108,24 @@ def _bare(step: etcompile.Step, x: jax.Array, y: jax.Array) -> tuple[Callable[[]
         (value, after), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return after, value, grads
 
+    @jax.jit
+    def with_update(params: Any, kept: Any, carry: Any, x: jax.Array, y: jax.Array) -> tuple[Any, ...]:
+        after, value, grads = with_loss(params, carry, x, y)
+        changes, kept = optimizer.update(grads, kept, params)
+        return optax.apply_updates(params, changes), kept, after, value
+
+    jitted = jax.jit(with_loss)
+
     def forward() -> Any:
         carries[0], out = apply(params, carries[0], x)
         return out
 
     def gradient() -> Any:
-        carries[1], *found = with_loss(params, carries[1], x, y)
+        carries[1], *found = jitted(params, carries[1], x, y)
         return found
 
-    return forward, gradient
+    def update() -> Any:
+        *learned[:], carries[2], value = with_update(*learned, carries[2], x, y)
+        return value
+
+    return forward, gradient, update

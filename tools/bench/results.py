@@ -38,7 +38,10 @@ BRAINTRACE, WINDOWS = "braintrace", "braintrace, windows"
 BPTT, CHECKPOINT, HAND, FORWARD = "bptt", "checkpointed", "by hand", "forward"
 
 #: Calls from Python; beside each the model alone under brainstate's `jit`, and a bare jitted function of the same arguments.
-CALLS = {who: (f"{who}, brainstate", f"{who}, bare") for who in ("step(x)", "value_and_grad(loss)(x, y)")}
+CALLS = {
+    who: (f"{who}, brainstate", f"{who}, bare")
+    for who in ("step(x)", "value_and_grad(loss)(x, y)", "learn(loss, sgd)(xs, ys)")
+}
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
