@@ -183,6 +183,30 @@ def test_a_rule_says_what_the_jacobian_says(name):
         assert check(name, *form), "the operation does not come up"
 
 
+CONSTANT = rng.normal(size=(3, 4))
+INTO_CONSTANTS = {
+    "scatter": lambda y, c: lax.scatter(c, ROWS, y[0, :2], PUT),
+    "scatter-add": lambda y, c: lax.scatter_add(c, TWICE, y[0, :2], PUT),
+    "dynamic_update_slice": lambda y, c: lax.dynamic_update_slice(c, y[0, :2], (1, 0)),
+    "pad": lambda y, c: lax.pad(y[0], c[0, 0], ((0, 1, 0), (0, 0, 2))),
+}
+
+
+@pytest.mark.parametrize("name", INTO_CONSTANTS)
+def test_complex_elements_move_as_real_ones_do_whatever_the_constants_around_them(name):
+    def found(dtype):
+        constant = jnp.asarray(CONSTANT + (1j * CONSTANT if dtype == complex else 0), dtype)
+        graph = graph_of(lambda y: INTO_CONSTANTS[name](y, constant), X.astype(dtype))
+        (operation,) = [o for o in graph.operations if o.name == name]
+        operand = next(k for k, v in enumerate(operation.inputs) if not isinstance(v, Constant))
+        size = graph.aval(operation.outputs[0]).size
+        reached = [np.arange(size).reshape(graph.aval(operation.outputs[0]).shape)]
+        return operand_influence(graph, operation, operand, reached, lambda *_: pytest.fail("no rule"))
+
+    np.testing.assert_array_equal(found(complex), found(float))
+    assert (np.asarray(found(complex)) >= 0).any()
+
+
 def test_every_rule_is_compared():
     assert set(FUNCTIONS) == set(index_rules._RULES)
     assert set(COARSE) <= set(FUNCTIONS)

@@ -290,11 +290,8 @@ def _transpose_of(
 ) -> Callable[[Array], Array] | None:
     """The operation transposed in one operand, the others zero; None where jax cannot transpose it."""
     for dtype in (jnp.float32, avals[operand].dtype):
-        # 16-bit floats cannot hold positions; scatters hold their dtype in a parameter
-        zeros = {k: np.zeros(a.shape, dtype) for k, a in enumerate(avals) if k not in fixed}
-        values = {
-            k: jnp.asarray(v, dtype) if avals[k].differentiable else v for k, v in fixed.items()
-        } | zeros
+        # 16-bit floats cannot hold positions; scatters hold their dtype in a parameter. What moves is the same for all values.
+        values = fixed | {k: np.zeros(a.shape, dtype) for k, a in enumerate(avals) if a.differentiable}
 
         def fn(v: Any, values: dict[int, Any] = values) -> Any:
             return bind(op, [v if k == operand else values[k] for k in range(len(avals))])[0]
