@@ -195,7 +195,7 @@ INTO_CONSTANTS = {
 @pytest.mark.parametrize("name", INTO_CONSTANTS)
 def test_complex_elements_move_as_real_ones_do_whatever_the_constants_around_them(name):
     def found(dtype):
-        constant = jnp.asarray(CONSTANT + (1j * CONSTANT if dtype == complex else 0), dtype)
+        constant = jnp.asarray(CONSTANT + (1j * CONSTANT if dtype is complex else 0), dtype)
         graph = graph_of(lambda y: INTO_CONSTANTS[name](y, constant), X.astype(dtype))
         (operation,) = [o for o in graph.operations if o.name == name]
         operand = next(k for k, v in enumerate(operation.inputs) if not isinstance(v, Constant))

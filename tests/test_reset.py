@@ -247,6 +247,76 @@ def test_constants_of_units_keys_and_delay_lines_of_a_function_are_no_batch(batc
     same(step.value_and_grad(squared)((x, gain), y), other.value_and_grad(squared)((x, gain), y))
 
 
+class Normed(Net):
+    """Its examples meet: the mean over the batch is taken off, and kept in a state."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = brainstate.LongTermState(jnp.zeros(4))
+
+    def update(self, x):
+        u = x @ self.w.value
+        self.mean.value = 0.9 * self.mean.value + 0.1 * u.mean(0)
+        self.h.value = jnp.tanh(0.9 * self.h.value + u - u.mean(0))
+        return self.h.value - self.mean.value
+
+
+def normed(params, state, x):
+    u = x @ params["w"]
+    h = 0.9 * state["h"] + u - u.mean(0)
+    line = jnp.concatenate([state["line"][1:], h[None]])
+    counts = {"mean": 0.9 * state["mean"] + 0.1 * u.mean(0), "seen": state["seen"] + 1}
+    return {"h": h, "line": line, **counts}, jnp.tanh(line[0] - state["mean"])
+
+
+def normed_at(size, units=4):
+    state = {"h": jnp.zeros((size, units)), "line": jnp.zeros((3, size, units)), "mean": jnp.zeros(units)}
+    model = etcompile.from_function(
+        normed, {"w": 0.3 * draw(5, 3, units)}, state | {"seen": jnp.zeros((), int)}
+    )
+    return etcompile.compile(model, jnp.ones((size, 3)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("module", (4, 3)),
+        ("module", (1, 3)),
+        ("function", (2, 5)),
+        ("function", (1, 3)),
+        ("as many units", (4, 3)),
+    ],
+)
+def test_examples_that_meet_may_be_others_in_number(kind, sizes):
+    """As behind batch norm: nothing but the model itself tells that the axis is one of examples, also in the middle of a state."""
+    before, after = sizes
+
+    def build(size):
+        if kind == "module":
+            return etcompile.compile(Normed(), jnp.ones((size, 3)), batch_size=size)
+        return normed_at(size, before if kind == "as many units" else 4)
+
+    step, other = build(before), build(after)
+    step.reset(batch_size=after)
+    shapes = [jax.tree.map(jnp.shape, s.executor.live.states()) for s in (step, other)]
+    assert shapes[0] == shapes[1]
+    xs = draw(6, 4, after, 3)
+    losses = [s.scan_value_and_grad(lambda out: jnp.mean(out**2))(xs) for s in (step, other)]
+    same(*losses)
+
+
+def test_a_model_without_a_batch_axis_says_so():
+    def alone(params, state, x):
+        h = 0.9 * state["h"] + x @ params["w"]
+        return {"h": h}, h
+
+    model = etcompile.from_function(alone, {"w": draw(5, 3, 4)}, {"h": jnp.zeros(4)})
+    step = etcompile.compile(model, jnp.ones(3))
+    with pytest.raises(EtcompileError, match="alone"):
+        step.reset(batch_size=5)
+    assert step(jnp.ones(3)).shape == (4,)
+
+
 def test_names_of_parts_may_have_dots_in_them():
     """As those of brainpy's projections: the same objects are found at every call, and after a change of the batch size."""
 

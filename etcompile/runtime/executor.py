@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 
 from etcompile.compiled import Compiled
-from etcompile.errors import OptionError
+from etcompile.errors import EtcompileError, InputError, OptionError
 from etcompile.frontend.function import own_copy
 from etcompile.frontend.jaxpr import in_transformation
 from etcompile.frontend.loss_errors import underivable_loss
@@ -26,7 +26,7 @@ from etcompile.runtime.jitted import Around, MissingConstants, NotSeen
 from etcompile.runtime.learned_again import LearnedAgain
 from etcompile.runtime.losses import JoinedLoss
 from etcompile.runtime.model_states import ModelAccess
-from etcompile.runtime.resizing import batch_leaves
+from etcompile.runtime.resizing import batch_axes, batch_leaves
 from etcompile.runtime.shapes import kinds_of, shapes_of
 from etcompile.runtime.trace_state import TraceState
 from etcompile.runtime.unchanged import Unchanged
@@ -364,9 +364,7 @@ class Executor:
         before, counts = self.compilation, self.counts()
         try:
             with self._writes.own(), self.live.unchanged_on_error():
-                self.live.resize(batch_size, batch_leaves(self.compiled.analysis)[0])
-                with self.model.environment.supplied():
-                    self.compilations.use(self._inputs_at(batch_size))
+                self._take_batch(batch_size)
                 self.live.remember()
                 if self.compilation is not before:
                     before.traces.release()
@@ -380,17 +378,40 @@ class Executor:
     @contextmanager
     def at_batch(self, batch_size: int) -> Iterator[Compilation]:
         """A compilation for another batch size, from shapes; the model has these meanwhile, and nothing is kept."""
-        inputs = self._inputs_at(batch_size)
-        with self.live.resized(batch_size, batch_leaves(self.compiled.analysis)[0]):
+        states, along = batch_leaves(self.compiled.analysis)
+        inputs = self._inputs_at(batch_size, along)
+        with self.live.resized(batch_size, [0 if batch else None for batch in states]):
             with self.model.environment.supplied():
                 compiled = self.compilations.lowered(inputs)
             traces = TraceState(compiled.causal.init_traces_shapes())
             yield Compilation(compiled, inputs, None, None, traces)
 
-    def _inputs_at(self, batch_size: int) -> Any:
-        """Shapes of the inputs at another batch size."""
+    def _take_batch(self, batch_size: int) -> None:
+        """Make the states for a batch size and use what is compiled for it; an error leaves everything as it was."""
+        before, name, refusal = (self.inputs, self.live.kinds()), self.model.name, None
+        for axes in batch_axes(self.compiled.analysis, self.live.to_resize()):
+            inputs = self._inputs_at(batch_size, axes.inputs)
+            try:
+                with self.live.unchanged_on_error():
+                    self.live.resize(batch_size, axes.states)
+                    with self.model.environment.supplied():
+                        self.compilations.use(inputs)
+            except EtcompileError as error:
+                refusal = refusal or error
+                continue
+            if (inputs, self.live.kinds()) != before or batch_size in _leading(inputs):
+                return
+            break
+        raise refusal or InputError(
+            f"{name} has no batch axis that could change.",
+            got=f"batch_size={batch_size}",
+            expected="step.reset()",
+            hint="compile the model with a batch axis: compile(model, x, batch_size=...), with x for as many examples.",
+        )
+
+    def _inputs_at(self, batch_size: int, along: Sequence[bool]) -> Any:
+        """Shapes of the inputs at another batch size, where these leaves have it as leading axis."""
         leaves, tree = jax.tree.flatten(self.inputs)
-        along = batch_leaves(self.compiled.analysis)[1]
         resized = [
             jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) if b else v
             for v, b in zip(leaves, along, strict=True)
@@ -420,6 +441,10 @@ class Executor:
         state.release()  # zeros at the next use
         if counts:
             state.clear(counts)
+
+
+def _leading(inputs: Any) -> set[int]:
+    return {v.shape[0] for v in jax.tree.leaves(inputs) if v.shape}
 
 
 def _told(error: BaseException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -102,13 +102,15 @@ class ModelAccess(Protocol):
 
     def restart(self) -> None: ...
 
-    def resize(self, batch_size: int, along: list[bool]) -> None: ...
+    def to_resize(self) -> list[Any]: ...
+
+    def resize(self, batch_size: int, along: Sequence[int | None]) -> None: ...
 
     def unchanged(self) -> AbstractContextManager[None]: ...
 
     def unchanged_on_error(self) -> AbstractContextManager[None]: ...
 
-    def resized(self, batch_size: int, along: list[bool]) -> AbstractContextManager[None]: ...
+    def resized(self, batch_size: int, along: Sequence[int | None]) -> AbstractContextManager[None]: ...
 
     def copied(self, memo: dict[int, Any]) -> ModelAccess: ...
 
@@ -259,7 +261,11 @@ class ModuleAccess:
         for path, value in self.initial.items():
             self._states.states[path].value = value
 
-    def resize(self, batch_size: int, along: list[bool]) -> None:
+    def to_resize(self) -> list[Any]:
+        """The states whose batch axis :meth:`resize` has to be told: none, since the module makes them itself."""
+        return []
+
+    def resize(self, batch_size: int, along: Sequence[int | None]) -> None:
         initialise(self.module, batch_size, keep=True)
 
     @contextmanager
@@ -295,7 +301,7 @@ class ModuleAccess:
         return put_back
 
     @contextmanager
-    def resized(self, batch_size: int, along: list[bool]) -> Iterator[None]:
+    def resized(self, batch_size: int, along: Sequence[int | None]) -> Iterator[None]:
         """Meanwhile the states are shapes for another batch size."""
         found = self.found
         shapes = abstract_states(self.module, batch_size)
@@ -435,9 +441,16 @@ class FunctionAccess:
     def restart(self) -> None:
         self.model.state = self._restarted()
 
-    def resize(self, batch_size: int, along: list[bool]) -> None:
+    def to_resize(self) -> list[Any]:
+        """The states whose batch axis :meth:`resize` has to be told."""
+        return jax.tree.leaves(self.model.state)
+
+    def resize(self, batch_size: int, along: Sequence[int | None]) -> None:
         leaves, tree = jax.tree.flatten(self._restarted())
-        resized = [_resized(v, batch_size) if b else v for v, b in zip(leaves, along, strict=True)]
+        resized = [
+            v if axis is None else _resized(v, batch_size, axis)
+            for v, axis in zip(leaves, along, strict=True)
+        ]
         self.model.state = jax.tree.unflatten(tree, resized)
 
     @contextmanager
@@ -460,13 +473,13 @@ class FunctionAccess:
             raise
 
     @contextmanager
-    def resized(self, batch_size: int, along: list[bool]) -> Iterator[None]:
+    def resized(self, batch_size: int, along: Sequence[int | None]) -> Iterator[None]:
         """Meanwhile the state is shapes for another batch size."""
         before = self.model.state
         leaves, tree = jax.tree.flatten(before)
         shapes = [
-            jax.ShapeDtypeStruct((batch_size, *v.shape[1:]) if b else v.shape, v.dtype)
-            for v, b in zip(leaves, along, strict=True)
+            v if axis is None else jax.ShapeDtypeStruct(_shape_at(v.shape, axis, batch_size), v.dtype)
+            for v, axis in zip(leaves, along, strict=True)
         ]
         self.model.state = jax.tree.unflatten(tree, shapes)
         try:
@@ -486,15 +499,20 @@ def _initial(values: Any) -> brainstate.LongTermState:
     return brainstate.LongTermState(values, name="initial values")
 
 
-def _resized(value: Any, batch_size: int) -> Any:
-    """Another number of equal rows."""
-    if not jnp.ndim(value):
-        return value
-    rows = np.asarray(value)
-    if rows.shape[0] != batch_size and not (rows == rows[:1]).all():
+def _shape_at(shape: tuple[int, ...], axis: int, batch_size: int) -> tuple[int, ...]:
+    return (*shape[:axis], batch_size, *shape[axis + 1 :])
+
+
+def _resized(value: Any, batch_size: int, axis: int) -> Any:
+    """Another number of equal entries along an axis."""
+    entries = np.asarray(value)
+    first = entries.take([0], axis)
+    if entries.shape[axis] != batch_size and not (entries == first).all():
         raise CarryError(
             "the initial state has rows that differ, so it cannot be resized.",
-            got=f"batch_size={batch_size} for a state of shape {rows.shape}",
+            got=f"batch_size={batch_size} for a state of shape {entries.shape}",
             hint="build the model again with from_function(fn, params, state) for this batch size.",
         )
-    return jnp.broadcast_to(value[:1], (batch_size, *rows.shape[1:]))
+    return jnp.broadcast_to(
+        value[(slice(None),) * axis + (slice(1),)], _shape_at(entries.shape, axis, batch_size)
+    )

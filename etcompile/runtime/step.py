@@ -284,7 +284,7 @@ class Step:
                     expected="no batch_size: the step has no batch axis"
                     if size is None
                     else f"batch_size={size}",
-                    hint="call step.reset(batch_size=...) first.",
+                    hint=None if size is None else "call step.reset(batch_size=...) first.",
                 )
         return run.initial_carry()
 
