@@ -23,6 +23,7 @@ from etcompile.analysis.sites import (
     separate_opaque_uses,
     split_step,
 )
+from etcompile.analysis.steep import may_be_steep
 from etcompile.analysis.underivable import refuse_without_derivative
 from etcompile.analysis.unfollowed import find_unfollowed, with_reasons
 from etcompile.errors import ModelError
@@ -107,6 +108,11 @@ class Analysis:
     def silent(self) -> Mapping[str, str]:
         """Parameters and hidden states without a differentiable path to any output, and what ends it."""
         return find_silent(self.model, self.dependence, self.roles)
+
+    @cached_property
+    def steep(self) -> bool:
+        """Whether derivatives by old hidden states may be infinite where the step is finite."""
+        return may_be_steep(self.model, self.dependence, (s for g in self.groups for s in g.states))
 
     def site(self, name: str) -> Site:
         return self._named[Site][name]

@@ -20,6 +20,7 @@ from etcompile.errors import ProgramError, UnsupportedError
 from etcompile.frontend.jaxpr import full_dtype
 from etcompile.ir.kinds import KINDS
 from etcompile.ir.program import Argument, Equation, Ref, Symbol, TraceProgram
+from etcompile.lowering.begun import once_begun
 from etcompile.lowering.derivatives import LoweredModel, StepDerivatives
 from etcompile.lowering.estimates import ESTIMATES
 from etcompile.lowering.feedback import FEEDBACK
@@ -180,7 +181,8 @@ def _matmul(context: Context, equation: Equation, args: Sequence[Value]) -> Valu
     if isinstance(a, Operator) or isinstance(b, Operator):
         if equation.type.kind == "snap":
             return None if b is None else advance(context, equation, a.step, a.layer, b)
-        return operate(context, equation, a, b)
+        found = operate(context, equation, a, b)
+        return once_begun(found, b) if isinstance(a, Operator) and context.model.analysis.steep else found
     if kind == "transition":
         columns = range(len(b))
         if context.program.equation(left.name).type.kind == "state":
@@ -188,15 +190,12 @@ def _matmul(context: Context, equation: Equation, args: Sequence[Value]) -> Valu
         return tuple(tuple(_dot(line, [row[j] for row in b]) for j in columns) for line in a)
     geometry = context.model.traces[equation.type.of]
 
-    def to_row(d: Value) -> Value:
-        if d is None:
+    def to_row(d: Value, v: Value) -> Value:
+        if d is None or v is None:
             return None
-        placed = geometry.from_positions(d)
-        return geometry.spread(placed) if kind == "trace" else placed
+        return geometry.spread(geometry.factor(d, v)) if kind == "trace" else geometry.from_positions(d)
 
-    return tuple(
-        _dot([to_row(d) if v is not None else None for d, v in zip(line, b, strict=True)], b) for line in a
-    )
+    return tuple(_dot([to_row(d, v) for d, v in zip(line, b, strict=True)], b) for line in a)
 
 
 def _pushed(context: Context, equation: Equation, a: Value, b: Value) -> Value:
@@ -210,7 +209,10 @@ def _pushed(context: Context, equation: Equation, a: Value, b: Value) -> Value:
             expected="a transition times a trace, or a signal times a transition",
         )
     geometry = context.model.traces[equation.type.of]
-    return a.of_trace(geometry, b) if equation.type.kind == "trace" else a.of_immediate(geometry, b)
+    if equation.type.kind != "trace":
+        return a.of_immediate(geometry, b)
+    found = a.of_trace(geometry, b)
+    return once_begun(found, b) if geometry.steep else found
 
 
 def _scale(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
@@ -254,13 +256,14 @@ def _contract(context: Context, equation: Equation, args: Sequence[Value]) -> Va
     ):
         made_of = context.program.equation(_name(equation.args[1])).type
         if made_of.kind == "snap":
+            signal = once_begun(signal, trace) if context.model.analysis.steep else signal
             return contract_snap(context, made_of.of, made_of.shape[0], signal, trace)
         return contract_layer(context, equation, signal, trace)
     ref = equation.args[1]
     assert isinstance(ref, Ref)
     geometry = context.model.traces[context.program.equation(ref.name).type.of]
     pairs = [
-        (geometry.from_positions(s), e)
+        (geometry.factor(s, e), e)
         for s, e in zip(signal, trace, strict=True)
         if s is not None and e is not None
     ]

@@ -24,6 +24,7 @@ from jax import lax
 
 from etcompile.analysis.analysis import Analysis
 from etcompile.analysis.relations import Relation
+from etcompile.lowering.begun import once_begun
 from etcompile.lowering.in_place import computed_once, in_rows, large_ones, sum_products
 from etcompile.lowering.places import as_places, columns_taken, taken
 from etcompile.precision import accumulator
@@ -116,7 +117,7 @@ class TraceGeometry:
     """Layout and arithmetic of the trace of one relation.
 
     ``order`` is the memory order of the logical axes (y's span, many positions of an element, contracted); ``summed`` are
-    those that are no axes of the weight. ``divided``: arrays are split over devices.
+    those that are no axes of the weight. ``divided``: arrays are split over devices. ``steep``: factors may be infinite.
     """
 
     relation: Relation
@@ -125,6 +126,7 @@ class TraceGeometry:
     order: tuple[int, ...]
     group_shape: tuple[int, ...]
     divided: bool
+    steep: bool = False
 
     @property
     def contracted(self) -> tuple[int, ...]:
@@ -163,6 +165,16 @@ class TraceGeometry:
     def from_positions(self, value: Array) -> Array:
         """An array over the group's positions as one over y's span."""
         return self._gather(value)
+
+    def factor(self, value: Array, row: Array) -> Array:
+        """An array over positions as one over the span of y, to be multiplied with a row of the trace."""
+        placed = self.from_positions(value)
+        return once_begun(placed, row, self._begun) if self.steep else placed
+
+    def _begun(self, row: Array) -> Array:
+        """Over the span of y, where a row of the trace has anything but zeros."""
+        logical = jnp.transpose(row, np.argsort(self.order).tolist())
+        return jnp.any(logical != 0, axis=tuple(range(len(self.relation.shape), logical.ndim)))
 
     @cached_property
     def _gather(self) -> Callable[[Array], Array]:
@@ -309,4 +321,4 @@ def trace_geometry(analysis: Analysis, relation: Relation, divided: bool) -> Tra
     contracted = tuple(range(n_y, n_y + n_c))
     order = (*contracted, *kept, *summed) if many > few and in_rows(many) else (*summed, *contracted, *kept)
     group = analysis.group(relation.group)
-    return TraceGeometry(relation, site, summed, order, group.shape, divided)
+    return TraceGeometry(relation, site, summed, order, group.shape, divided, analysis.steep)

@@ -8,7 +8,7 @@ do not mix).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,6 +20,7 @@ from etcompile.analysis.layers import Layer
 from etcompile.analysis.relations import Relation
 from etcompile.ir.header import Effect
 from etcompile.ir.program import Equation, Ref
+from etcompile.lowering.begun import once_begun
 from etcompile.lowering.geometry import TraceGeometry, trace_geometry
 from etcompile.lowering.mapped import mapped
 from etcompile.precision import accumulator
@@ -51,7 +52,7 @@ class Operator:
         self._others = other_states(step.model, layer)
 
     def push(self, tangents: Sequence[Array]) -> tuple[Array, ...]:
-        found = self.step.tape.push(self._as_values(self._old, tangents), self._new, self._others)
+        found = self.step.tape.push(self._as_values(self._old, tangents), self._new, self._others, zeros=True)
         return tuple(self.step.filled(v, found) for v in self._new)
 
     def pull(self, cotangents: Sequence[Array]) -> tuple[Array, ...]:
@@ -251,6 +252,8 @@ def contract_layer(context: Context, equation: Equation, signal: Value, trace: V
     """Sum over a layer's states: of an influence a weight gradient, of a response a credit of y."""
     if signal is None:
         return None
+    if context.model.analysis.steep:
+        signal = tuple(once_begun(s, e, partial(_begun, s.ndim)) for s, e in zip(signal, trace, strict=True))
     if equation.type.kind == "gradient":
         parts = [jnp.tensordot(s, e, axes=s.ndim) for s, e in zip(signal, trace, strict=True)]
         return reduce(jnp.add, parts)
@@ -261,6 +264,11 @@ def contract_layer(context: Context, equation: Equation, signal: Value, trace: V
         one = jax.vmap(lambda s, e: jnp.tensordot(s, e, axes=s.ndim))
         return reduce(jnp.add, [one(s, e) for s, e in zip(signal, trace, strict=True)])
     return reduce(jnp.add, [jnp.tensordot(s, e, axes=s.ndim) for s, e in zip(signal, trace, strict=True)])
+
+
+def _begun(ndim: int, trace: Array) -> Array:
+    """Of which elements of a state, its first axes, a trace has anything but zeros."""
+    return jnp.any(trace != 0, axis=tuple(range(ndim, trace.ndim)))
 
 
 def _along(model: LoweredModel, effect: Effect) -> bool:

@@ -56,7 +56,7 @@ class PushedTransition:
             return geometry.store(logical.reshape(*logical.shape[:-1], *contracted))
 
         given = tuple(None if row is None else leading(row) for row in rows)
-        found = jax.vmap(lambda given: self._pushed(geometry, given))(given)
+        found = jax.vmap(lambda given: self._pushed(geometry, given, zeros=True))(given)
         return tuple(None if row is None else trailing(row) for row in found)
 
     def of_immediate(self, geometry: TraceGeometry, rows: Row) -> Row:
@@ -82,11 +82,11 @@ class PushedTransition:
         asked = self.step.model.credits_of(self.group.name, [total.get(v) for v in old])
         return tuple(None if v is None else self._times(v) for v in asked)
 
-    def _pushed(self, geometry: TraceGeometry, rows: Row) -> Row:
+    def _pushed(self, geometry: TraceGeometry, rows: Row, zeros: bool = False) -> Row:
         """D times a column over the span of y."""
         inside = geometry.relation.position >= 0
         placed = self.of_positions(
-            tuple(None if row is None else _to_positions(geometry, row) for row in rows)
+            tuple(None if row is None else _to_positions(geometry, row) for row in rows), zeros
         )
         dtype = next(row.dtype for row in rows if row is not None)
         return tuple(
@@ -94,8 +94,8 @@ class PushedTransition:
             for row in placed
         )
 
-    def of_positions(self, rows: Row) -> Row:
-        """D times a column over the group's positions."""
+    def of_positions(self, rows: Row, zeros: bool = False) -> Row:
+        """D times a column over the group's positions; ``zeros`` as of :meth:`Tape.push`."""
         model = self.step.model.analysis.model
         tangents: dict[int, Array] = {}
         for k, (s, row) in enumerate(zip(self.group.states, rows, strict=True)):
@@ -107,7 +107,7 @@ class PushedTransition:
         with self.step.tape.inner():
             for cuts, of in self._by_cuts:
                 targets = [model.new_state_vars[self.group.states[k]] for k in of]
-                pushed = self.step.tape.push(tangents, targets, cuts=cuts)
+                pushed = self.step.tape.push(tangents, targets, cuts=cuts, zeros=zeros)
                 found.update((k, pushed[v]) for k, v in zip(of, targets, strict=True) if v in pushed)
         placed = self.step.model.rows_of(self.group.name, [found.get(k) for k in range(len(rows))])
         return tuple(None if row is None else self._times(row) for row in placed)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from etcompile.analysis.dependence import NO_DERIVATIVE, NO_REVERSE
+from etcompile.analysis.steep import STEEP_ELEMENTS
 from etcompile.frontend.jaxpr import Constant, Graph, Operation, bind, read, silenced, without_derivative
 from etcompile.frontend.loops import Use, within
 from etcompile.frontend.walks import BackwardWalk, ForwardWalk
@@ -146,11 +149,13 @@ class Tape:
         independent: Set[int] = frozenset(),
         cuts: Mapping[Use, np.ndarray] | None = None,
         onto: bool = False,
+        zeros: bool = False,
     ) -> dict[int, Array]:
         """Tangents of ``targets`` for tangents of any variables: the transpose of :meth:`pull`.
 
         Variables in ``independent`` do not move, whatever they are made of. With ``cuts`` no tangent passes these uses, nor those
         of weights at sites. With ``onto`` what reaches a variable with a tangent of its own is added to it, otherwise dropped.
+        With ``zeros`` tangents of zero stay zero at poles of the derivative too; such a push has no transpose.
         """
         found = dict(tangents)
         stopped = frozenset() if cuts is None else self.frozen
@@ -172,7 +177,10 @@ class Tape:
                 for k in moving
                 if isinstance(v := operation.inputs[k], int)
             ]
-            for v, tangent in zip(self._live(number), self._pushed(number, moving, given), strict=True):
+            pushed = self._pushed(number, moving, given)
+            if zeros and operation.name in STEEP_ELEMENTS:
+                pushed = [_of_moving(v, given) for v in pushed]
+            for v, tangent in zip(self._live(number), pushed, strict=True):
                 if v in independent or (v in tangents and not onto):
                     continue
                 found[v] = tangents[v] + tangent if v in tangents else tangent
@@ -364,6 +372,12 @@ class Tape:
 
 def _passing(tangent: Array, cut: np.ndarray | None) -> Array:
     return tangent if cut is None else jnp.where(cut, jnp.zeros((), tangent.dtype), tangent)
+
+
+def _of_moving(tangent: Array, given: Sequence[Array]) -> Array:
+    """A tangent that is zero where none is given, also at a pole of the derivative."""
+    moves = reduce(or_, [v != 0 for v in given])
+    return jnp.where(moves, tangent, jnp.zeros((), tangent.dtype))
 
 
 def _passes_none(operation: Operation) -> bool:

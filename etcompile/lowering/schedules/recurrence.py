@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, reduce
-from operator import add
+from operator import add, mul
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from jax import lax
 from etcompile.ir.kinds import KINDS
 from etcompile.ir.ops import OPS
 from etcompile.ir.program import Argument, Equation, Ref, TraceProgram
+from etcompile.lowering.begun import times
 from etcompile.lowering.evaluate import EVALUATE, Context
 from etcompile.lowering.pushed import PushedTransition
 
@@ -317,7 +318,8 @@ class Recurrence:
             transition, rows = args
             if isinstance(transition, PushedTransition):
                 return None if rows is None else transition.of_positions(rows)
-            return None if rows is None else tuple(_dot(line, rows) for line in transition)
+            product = times if self.context.model.analysis.steep else mul
+            return None if rows is None else tuple(_dot(line, rows, product) for line in transition)
         if OPS[e.op].by_unit:
             units, rows = args
             return None if rows is None else _scaled_rows(units, rows)
@@ -340,8 +342,10 @@ def _kept(before: Rows, now: Rows | None) -> Rows:
     )
 
 
-def _dot(line: Sequence[Array | None], rows: Rows) -> Array | None:
-    terms = [d * row for d, row in zip(line, rows, strict=True) if d is not None and row is not None]
+def _dot(
+    line: Sequence[Array | None], rows: Rows, product: Callable[[Array, Array], Array] = mul
+) -> Array | None:
+    terms = [product(d, row) for d, row in zip(line, rows, strict=True) if d is not None and row is not None]
     return reduce(add, terms) if terms else None
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation, Ref
+from etcompile.lowering.begun import times
 from etcompile.lowering.causal import Traces
 from etcompile.lowering.geometry import TraceGeometry
 from etcompile.lowering.in_place import Moment, all_known_after, known_after, large_ones
@@ -63,13 +64,16 @@ class RelationTraces:
         for f, x, lent in self._added:
             for f_t, a_t in zip(values[value_key(f)], asked[lent], strict=True):
                 if f_t is not None and a_t is not None:
-                    of_span = jax.vmap(self.geometry.from_positions)(a_t) * f_t
+                    of_span = self._product(f_t, jax.vmap(self.geometry.from_positions)(a_t))
                     yield value_key(x), jax.vmap(self.geometry.place)(of_span)
+
+    def _product(self, f_t: Array, value: Array) -> Array:
+        return times(f_t, value) if self.geometry.steep else value * f_t
 
     def gradient_of_start(self, traces: Traces, asked: Mapping[str, Rows]) -> Array | None:
         """a_0 e_0: what the chunk's gradients make of the traces from before it."""
         pairs = [
-            (self.geometry.from_positions(a_0), e_0)
+            (self.geometry.factor(a_0, e_0), e_0)
             for e, lent in self.equations
             if lent in asked
             for a_0, e_0 in zip(asked[lent], traces[e.name], strict=True)
@@ -111,7 +115,7 @@ class RelationTraces:
         for f, x, lent in self._added:
             for r, f_t in zip(left[0][lent], values[value_key(f)], strict=True):
                 if r is not None and f_t is not None:
-                    part = jax.vmap(self.geometry.from_positions)(r) * f_t
+                    part = self._product(f_t, jax.vmap(self.geometry.from_positions)(r))
                     found[value_key(x)] = found[value_key(x)] + part if value_key(x) in found else part
         return found
 
@@ -130,7 +134,7 @@ class RelationTraces:
         for e, lent in self.equations:
             for r, e_0 in zip(left[1][lent], traces[e.name], strict=True) if lent in left[1] else ():
                 if r is not None and e_0 is not None:
-                    kept = self.geometry.spread(self.geometry.from_positions(known_after(r, after)))
+                    kept = self.geometry.spread(self.geometry.factor(known_after(r, after), e_0))
                     total = total + (kept * e_0).astype(like.dtype)
         for z, credit in met.start.items():
             before = self.geometry.presynaptic(traces[z])
