@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from etcompile.analysis.dependence import Dependence
 from etcompile.analysis.loops import everywhere
-from etcompile.frontend.jaxpr import Operation, inner_programs
+from etcompile.frontend.jaxpr import Graph, Operand, Operation, inner_programs
 from etcompile.frontend.step_model import StepModel
 
 __all__ = ["STEEP_ELEMENTS", "may_be_steep"]
@@ -32,15 +32,46 @@ _STEEP = {**STEEP_ELEMENTS, **dict.fromkeys(("cholesky", "eigh", "svd", "qr"), 0
 
 
 def may_be_steep(model: StepModel, dep: Dependence, hidden: Iterable[int]) -> bool:
-    """Whether one of these states reaches such an operation."""
-    mask = 0
-    for state in hidden:
-        mask |= 1 << len(model.params) + state
-    return any(
-        there.on(operation.inputs[k], mask)
-        for _, operation, there in everywhere(model.graph, dep)
-        for k in _steep_operands(operation)
-    )
+    """Whether one of these states, as the step finds it, reaches such an operation on the way to a new state or to an output.
+
+    What lies between a new state and an output has a derivative by the new state alone, as it has in backpropagation.
+    """
+    hidden = list(hidden)
+    graph, new = model.graph, {model.new_state_vars[s] for s in hidden}
+    mask = sum(1 << len(model.params) + s for s in hidden)
+    old, before = {model.state_vars[s] for s in hidden}, _before(graph, new)
+    for number, operation in enumerate(graph.operations):
+        reads_old = not old.isdisjoint(map(_variable, operation.inputs))
+        if (reads_old or number in before) and _is_steep(operation, dep, mask):
+            return True
+        if reads_old:
+            old.update(v for v in operation.outputs if v not in new)
+    return False
+
+
+def _before(graph: Graph, new: Set[int]) -> Set[int]:
+    """Numbers of the operations that one of these variables is made of."""
+    needed, found = set(new), set()
+    for number in range(len(graph.operations) - 1, -1, -1):
+        operation = graph.operations[number]
+        if needed.intersection(operation.outputs):
+            found.add(number)
+            needed.update(v for v in operation.inputs if isinstance(v, int))
+    return found
+
+
+def _variable(operand: Operand) -> int:
+    return operand if isinstance(operand, int) else -1
+
+
+def _is_steep(operation: Operation, dep: Dependence, mask: int) -> bool:
+    """Whether an operation, or one in the body of a loop, has its pole where what depends on the mask comes."""
+    if any(dep.on(operation.inputs[k], mask) for k in _steep_operands(operation)):
+        return True
+    if operation.loop is None:
+        return False
+    inside = everywhere(operation.loop.body, dep.inside[operation.outputs[0]])
+    return any(there.on(o.inputs[k], mask) for _, o, there in inside for k in _steep_operands(o))
 
 
 def _steep_operands(operation: Operation) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import brainstate
 import jax
@@ -75,7 +75,7 @@ def calls(
 def _alone(model: brainstate.nn.Module, x: jax.Array, y: jax.Array) -> tuple[Callable[[], Any], ...]:
     """The model without traces: one step, the gradient of one step, and that with an update."""
     transform: Any = brainstate.transform
-    weights = model.states(brainstate.ParamState)
+    weights = cast(Any, model.states(brainstate.ParamState))
     optimizer = optax.sgd(update_rate)
     kept = brainstate.ShortTermState(optimizer.init({k: w.value for k, w in weights.items()}))
 
@@ -86,8 +86,8 @@ def _alone(model: brainstate.nn.Module, x: jax.Array, y: jax.Array) -> tuple[Cal
         grads, value = with_loss(x, y)
         params = {k: w.value for k, w in weights.items()}
         changes, kept.value = optimizer.update(dict(grads), kept.value, params)
-        for k, value_of in optax.apply_updates(params, changes).items():
-            weights[k].value = value_of
+        for k, new in cast(Any, optax.apply_updates(params, changes)).items():
+            weights[k].value = new
         return value
 
     forward, gradient, update = map(transform.jit, (model, with_loss, with_update))
