@@ -40,7 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
     for rule in options.rules:
         command = [sys.executable, str(Path(__file__).parent), *mine, "--rules", rule, "--alone"]
         subprocess.run(command, check=True)
-    Console().print(table([_load(options, rule) for rule in options.rules]))
+    console = Console()
+    if not console.is_terminal:  # in a file a column is not cut for want of room
+        console = Console(width=130)
+    console.print(table([_load(options, rule) for rule in options.rules]))
     return 0
 
 
@@ -85,8 +88,8 @@ def table(found: list[dict[str, Any]]) -> Table:
         shown.add_row(
             f["rule"],
             f"{f['losses'][0]:.3f} to {f['losses'][-1]:.3f}",
-            f"{ms['learning']:.1f}",
-            f"{ms['forward']:.1f}",
+            f"{ms['learning']:.3g}",
+            f"{ms['forward']:.3g}",
             f"{ms['learning'] / ms['forward']:.2f}",
             *(_size(f[name]) for name in ("trace_bytes", "run_bytes", "predicted_bytes", "peak_bytes")),
             f"{f['seconds_to_compile']:.1f} s",
@@ -108,7 +111,7 @@ def _load(options: argparse.Namespace, rule: str) -> dict[str, Any]:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB"
+    return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e3:,.0f} KB"
 
 
 if __name__ == "__main__":
