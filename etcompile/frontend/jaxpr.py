@@ -1253,27 +1253,23 @@ def _is_its_derivative(
         return np.asarray(numbers, aval.dtype)
 
     def close(values: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
-        full = [
-            i.value if isinstance(i, Constant) else v for i, v in zip(operation.inputs, values, strict=True)
-        ]
-
         def moved(*moving: Any) -> list[Any]:
-            given = list(full)
+            given = list(values)
             for k, v in zip(wrt, moving, strict=True):
                 given[k] = v
             return [o for o in graph.evaluate(*given) if jnp.issubdtype(o.dtype, jnp.inexact)]
 
-        found = jax.vjp(moved, *[full[k] for k in wrt])[1](cotangents)
-        wanted = own.evaluate(*full, *cotangents)
+        found = jax.vjp(moved, *[values[k] for k in wrt])[1](cotangents)
+        wanted = own.evaluate(*values, *cotangents)
         return [_close(a, b) for a, b in zip(found, wanted, strict=True)]
 
     def numbers(events: bool) -> tuple[list[Any], list[Any]]:
+        # Constants are arguments too: of indices of millions XLA would compute at length, where they lie in the program.
+        drawn = [(i, random(a)) for i, a in zip(operation.inputs, avals, strict=True)]
         values = [
-            None if isinstance(i, Constant) else random(a)
-            for i, a in zip(operation.inputs, avals, strict=True)
+            i.value if isinstance(i, Constant) else np.asarray(v > 0, v.dtype) if events else v
+            for i, v in drawn
         ]
-        if events:
-            values = [None if v is None else np.asarray(v > 0, v.dtype) for v in values]
         return values, [random(own.avals[v]) for v in own.inputs[len(avals) :]]
 
     at_random = numbers(events=False)
