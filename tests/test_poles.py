@@ -127,6 +127,11 @@ def norm_of_the_new_state(p, s, x, ended):
     return {"h": h}, h / (1.0 + jnp.sqrt(jnp.sum(h**2, -1, keepdims=True)))
 
 
+def norm_of_the_old_state(p, s, x, ended):
+    h = 0.5 * s["h"] + x @ p["w"]
+    return {"h": h}, h / (1.0 + jnp.sqrt(jnp.sum(s["h"] ** 2, -1, keepdims=True)))
+
+
 def root_of_a_state_on_the_way_to_another(p, s, x, ended):
     v = 0.5 * s["v"] + (x @ p["w"]) ** 2
     return {"h": 0.5 * s["h"] + jnp.sqrt(v), "v": v}, s["h"]
@@ -136,6 +141,7 @@ def root_of_a_state_on_the_way_to_another(p, s, x, ended):
     ("fn", "state", "steep"),
     [
         (norm_of_the_new_state, zeros(h=SIZE), False),
+        (norm_of_the_old_state, zeros(h=SIZE), True),
         (root_of_a_state_on_the_way_to_another, zeros(h=SIZE, v=SIZE), True),
     ],
 )
@@ -143,11 +149,13 @@ def test_poles_between_a_new_state_and_an_output_are_none_of_the_transition(fn, 
     model = etcompile.from_function(fn, W, state)
     step = etcompile.compile(model, XS[0], ENDED[0], batch_size=BATCH)
     assert step.executor.compiled.analysis.steep is steep
-    losses, grads = step.scan_value_and_grad(loss)((XS, ENDED))
 
     def whole(p):
         run = lambda s, x: fn(p, s, *x)  # noqa: E731
         return jnp.sum(jax.vmap(loss)(jax.lax.scan(run, state, (XS, ENDED))[1]))
 
-    assert np.isfinite(losses).all()
-    assert relative_error(grads, jax.grad(whole)(W)) < 1e-10
+    for chunk in (1, 3, "auto"):
+        step.reset()
+        losses, grads = step.scan_value_and_grad(loss, chunk=chunk)((XS, ENDED))
+        assert np.isfinite(losses).all()
+        assert relative_error(grads, jax.grad(whole)(W)) < 1e-10

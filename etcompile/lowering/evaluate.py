@@ -305,6 +305,8 @@ def _pullback(context: Context, equation: Equation, args: Sequence[Value]) -> Va
         return pull_rows(context, made_of.of, x, credit)
     if credit is None:
         return None
+    if context.model.analysis.steep and made_of.kind == "factor":
+        credit = once_begun(credit, x)
     site, span = context.model.sites[equation.type.of], covered(context, equation.args[1])
     return site.pullback(x, credit) if span is None else site.pulled_within(x, credit, span, steps=False)
 

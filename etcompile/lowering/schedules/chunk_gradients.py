@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from etcompile.ir.ops import OPS
+from etcompile.lowering.begun import once_begun
 from etcompile.lowering.causal import Traces
 from etcompile.lowering.evaluate import covered
 from etcompile.lowering.schedules.chunk_program import ChunkProgram
@@ -107,6 +108,8 @@ def _by_classes(
             )
             _add(gradients, site, found)
         for z, credit in met.start.items():
+            if program.context.model.analysis.steep:
+                credit = once_begun(credit, traces[z])
             _add(gradients, site, does.pullback(traces[z], credit))
     return ChunkGradients(gradients, starts, [one.answers.before for one in classes])
 
