@@ -59,4 +59,5 @@ class Compiled:
             self.functions.bytes_of_a_step,
             self.functions.events,
             self.functions.held_back,
+            {name: how.every for name, how in self.causal.carried.deferred.items()},
         )

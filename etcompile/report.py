@@ -108,6 +108,8 @@ class Report:
         Of the parameters that are summed by events in sequences, the part of the synapses that a step may take so.
     held_back : str
         Why long sequences carry traces though the schedule keeps none, where it is for what a step does beside its results.
+    written_every : mapping of str to int
+        Of the traces that are not written at every step, after how many.
     windows : bool
         Credit inside of windows is exact.
     between_layers : bool
@@ -134,6 +136,7 @@ class Report:
     between_layers: bool = False
     events: Mapping[str, float] = dataclasses.field(default_factory=dict)
     held_back: str = ""
+    written_every: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def trace_bytes(self) -> int:
@@ -160,6 +163,7 @@ class Report:
             "bytes_of_a_step": self.bytes_of_a_step,
             "events": dict(self.events),
             "held_back": self.held_back,
+            "written_every": dict(self.written_every),
             "windows": self.windows,
             "between_layers": self.between_layers,
             "trace_owners": dict(self.trace_owners),
@@ -383,6 +387,7 @@ def make_report(
     bytes_of_a_step: int = 0,
     events: Mapping[str, float] | None = None,
     held_back: str = "",
+    written_every: Mapping[str, int] | None = None,
 ) -> Report:
     """The report of one compiled program; ``traces`` holds arrays or their shapes, by name; ``devices`` where arrays lie."""
     import jax
@@ -421,6 +426,7 @@ def make_report(
         bytes_of_a_step=bytes_of_a_step,
         events=events or {},
         held_back=held_back,
+        written_every=written_every or {},
         windows=program.window is not None,
         between_layers=_between_layers(program),
     )

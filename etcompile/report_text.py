@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from etcompile.ir.header import Cut
     from etcompile.report import ParameterLine, Report
 
-__all__ = ["report_text"]
+__all__ = ["report_text", "trace_about"]
 
 #: Rules that follow every path within a layer at least.
 _FOLLOWING = "rtrl, ostl, snap, uoro, kf_rtrl, rank_rtrl, and bptt on whole sequences"
@@ -64,8 +64,7 @@ def _lines(report: Report) -> Iterator[str]:
     if report.traces:
         yield "  traces"
     for name, size in report.traces.items():
-        owner = report.trace_owners.get(name)
-        yield f"    {name}  {bytes_text(size)}" + (f"  {owner}" if owner else "")
+        yield "  ".join(filter(None, (f"    {name}", bytes_text(size), trace_about(report, name))))
     if report.bytes_of_a_step and any(p.positions > 1 for p in report.parameters):
         yield from _many_positions(report)
     if report.devices:
@@ -84,6 +83,12 @@ def _many_positions(report: Report) -> Iterator[str]:
         yield "    needs none of these, with Schedule(keep_traces=False)"
     else:
         yield f"  traces: none is kept; in a chunk a step holds {bytes_text(report.bytes_of_a_step)}"
+
+
+def trace_about(report: Report, name: str) -> str:
+    """Whose a carried value is, and when it is written where that is not at every step."""
+    every = report.written_every.get(name)
+    return ", ".join(filter(None, (report.trace_owners.get(name), every and f"written every {every} steps")))
 
 
 def _named(report: Report, name: str) -> str:

@@ -46,6 +46,11 @@ class Schedule:
         The part of a sparse weight's synapses, above 0 and up to 1, that send something in one step, at most: 0.05 where 5 % of
         the neurons spike. Sequences then run in chunks that take the synapses of those that send alone; a step in which more is
         sent takes all of them, with the same result. None: always all of them.
+    write_every : int or "auto"
+        Where steps run one by one: after how many a trace of a matrix or kernel is written. In between what is added stands
+        beside it, and a gradient reads the trace and a product of what was added; numbers are equal to rounding. It saves two
+        of three passes over the trace for a product of more rows. ``"auto"``: by size, in memory that is slow beside products,
+        on a processor without a mesh; else 1, at every step.
     mesh : jax.sharding.Mesh, optional
         Devices over which parameters, states and traces are split. How its axes are typed does not matter.
     batch : str or tuple of str, optional
@@ -79,6 +84,7 @@ class Schedule:
     trace_dtype: Any = None
     keep_traces: bool = True
     events: float | None = None
+    write_every: int | str = "auto"
     mesh: Mesh | None = None
     batch: str | tuple[str, ...] | None = None
     units: str | tuple[str, ...] | None = None
@@ -94,11 +100,20 @@ class Schedule:
             raise OptionError("how must be the name of a schedule, or None.", got=f"how={self.how!r}")
         if not isinstance(self.keep_traces, bool):
             raise OptionError("keep_traces must be True or False.", got=f"keep_traces={self.keep_traces!r}")
+        if self.write_every != "auto":
+            every = positive_integer("write_every", self.write_every, otherwise=", or 'auto'")
+            object.__setattr__(self, "write_every", every)
+            _check_deferring(self)
         if self.events is not None:
             _check_share(self.events)
         if self.trace_dtype is not None:
             _check_floating(self.trace_dtype)
         _check_mesh(self)
+
+    @property
+    def writes_later(self) -> bool:
+        """Whether traces may be written later than at the step that changes them."""
+        return self.write_every != 1 and self.keep_traces and self.mesh is None
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
@@ -112,6 +127,16 @@ class Schedule:
 
 
 Schedule.__init__ = named_arguments("Schedule")(Schedule.__init__)
+
+
+def _check_deferring(schedule: Schedule) -> None:
+    """Refuse to write traces later where there are none, or where they are split."""
+    if schedule.write_every != 1 and not schedule.writes_later:
+        raise OptionError(
+            f"traces cannot be written later where {'they are split' if schedule.keep_traces else 'none are kept'}.",
+            got=f"write_every={schedule.write_every}, keep_traces={schedule.keep_traces}, mesh={schedule.mesh}",
+            expected="write_every=1, or 'auto'",
+        )
 
 
 def _check_share(events: Any) -> None:

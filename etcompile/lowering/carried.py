@@ -16,9 +16,11 @@ from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation, TraceProgram
 from etcompile.ir.support import carried_rows
 from etcompile.ir.types import Type
+from etcompile.lowering.deferred import DeferredTrace
 from etcompile.lowering.derivatives import LoweredModel
 from etcompile.lowering.layers import list_shapes, rows_shape
 from etcompile.lowering.snap import snap_shape
+from etcompile.lowering.write_every import deferrals
 from etcompile.schedule import Schedule
 from etcompile.sites.operation import WeightOperation
 
@@ -145,6 +147,12 @@ class CarriedValues:
         if not self.keeps:
             self._rows.update(self._without_too_large())
         self._narrow = {} if schedule.trace_dtype is None else self._narrowed(jnp.dtype(schedule.trace_dtype))
+        #: How traces are written that are not written at every step.
+        self.deferred = (
+            deferrals(program, model, schedule, self._rows, self._entry, self._stored_as)
+            if schedule.writes_later
+            else {}
+        )
 
     def entries(self) -> dict[str, Entry]:
         """Shape and dtype of one entry of each."""
@@ -168,18 +176,59 @@ class CarriedValues:
         return {name: v for name, v in traces.items() if outlasts(self._program.equation(name))}
 
     def wide(self, traces: Traces) -> Traces:
-        """In the dtypes in which they are computed with."""
+        """In the dtypes in which they are computed with, those that are written later written."""
+        return self.read(self.all_written(traces))
+
+    def read(self, traces: Traces) -> Traces:
+        """In the dtypes in which they are computed with; those that are written later as they stand."""
         own = {name: self._entry(self._program.equation(name))[1] for name in self._narrow}
-        return {name: _cast(value, own[name]) if name in own else value for name, value in traces.items()}
+        return {
+            name: _cast(value, own[name]) if name in own and not isinstance(value, DeferredTrace) else value
+            for name, value in traces.items()
+        }
+
+    def at_next_step(self, traces: Traces) -> Traces:
+        """:meth:`read` for a step that advances them: those are written that have to be."""
+
+        def ready(name: str, value: Any) -> Any:
+            return self.deferred[name].at_next_step(value) if isinstance(value, DeferredTrace) else value
+
+        return self.read({name: ready(name, value) for name, value in traces.items()})
+
+    def all_written(self, traces: Traces) -> Traces:
+        """What is carried, were all of it written at every step."""
+        return {name: self.written(name, value) for name, value in traces.items()}
+
+    def written(self, name: str, value: Any) -> Any:
+        """What a carried value would be, were it written at every step."""
+        return self.deferred[name].whole(value) if isinstance(value, DeferredTrace) else value
+
+    def later(self, traces: Traces) -> frozenset[str]:
+        """Outer products that these traces are not given at once."""
+        return frozenset(
+            outer
+            for name, value in traces.items()
+            if isinstance(value, DeferredTrace)
+            for outer in value.added
+        )
 
     def stored(self, values: Mapping[str, Any]) -> Traces:
         """What is carried of the values of a step: rounded once, where it is stored narrower."""
-        kept = {name: self.kept(name, values[name]) for name in self._rows}
-        return {name: _cast(value, self._narrow.get(name)) for name, value in kept.items()}
+        return {name: self._as_carried(name, values[name]) for name in self._rows}
+
+    def _as_carried(self, name: str, value: Any) -> Any:
+        if isinstance(value, DeferredTrace):
+            return self.deferred[name].after_step(value)
+        rows = _cast(self.kept(name, value), self._narrow.get(name))
+        return self.deferred[name].begun(rows) if name in self.deferred else rows
 
     def kept(self, name: str, value: Any) -> Any:
         """What of one value is carried, in its own dtype."""
         return self._kept(self._program.equation(name), self._rows[name], value)
+
+    def _stored_as(self, name: str) -> Any:
+        """The dtype in which one entry is stored."""
+        return self._narrow.get(name, self._entry(self._program.equation(name))[1])
 
     def _narrowed(self, dtype: Any) -> dict[str, Any]:
         """Per carried value that is stored in ``dtype`` rather than its own: one dtype, or one for each of its arrays."""

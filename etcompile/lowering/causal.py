@@ -117,8 +117,8 @@ class CausalProgram:
         place = self.placement
         held = place.hold_states(states), place.hold_batch(inputs)
         step = self.model.step(weights, *held, known=done, quiet=done is not None)
-        context = Context(self.program, self.model, step, None, self.functions, call)
-        old = self.carried.wide(traces)
+        old = self.carried.at_next_step(traces)
+        context = Context(self.program, self.model, step, None, self.functions, call, self.carried.later(old))
         values = evaluate(context, self.early, {}, old)
         return step, self.stored({**values, **{name: old[name] for name in self.learning}}), values
 
@@ -137,7 +137,7 @@ class CausalProgram:
         """
         loss = step.with_loss(outputs, new_states, call)
         context = Context(self.program, self.model, step, loss, self.functions)
-        traces = self.carried.wide(traces)
+        traces = self.carried.read(traces)
         return self._totals(evaluate(context, self.late, values, traces), traces), loss
 
     def forward_with_gradients(
@@ -160,9 +160,10 @@ class CausalProgram:
         step = self.model.step(weights, place.hold_states(states), place.hold_batch(inputs))
         value, cotangents = loss(step.outputs, step.new_states)
         after = step.with_loss(cotangents.outputs, cotangents.states, call)
-        quiet = Context(self.program, self.model, step, None, self.functions, call)
-        context = Context(self.program, self.model, step, after, self.functions)
-        old = self.carried.wide(traces)
+        old = self.carried.at_next_step(traces)
+        later = self.carried.later(old)
+        quiet = Context(self.program, self.model, step, None, self.functions, call, later)
+        context = Context(self.program, self.model, step, after, self.functions, later=later)
         values = evaluate(quiet, [e for e in self.early if e.name not in self._advanced], {}, old)
         values = evaluate(context, [e for e in self.late if e.name not in self._advanced], values, old)
         updated = updated_in_order(context, values, old)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import reduce
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from etcompile.frontend.jaxpr import full_dtype
 from etcompile.ir.kinds import KINDS
 from etcompile.ir.program import Argument, Equation, Ref, Symbol, TraceProgram
 from etcompile.lowering.begun import once_begun
+from etcompile.lowering.deferred import DeferredTrace, Outer
 from etcompile.lowering.derivatives import LoweredModel, StepDerivatives
 from etcompile.lowering.estimates import ESTIMATES
 from etcompile.lowering.feedback import FEEDBACK
@@ -51,7 +52,8 @@ class Loss(Protocol):
 class Context:
     """What op rules may ask: the lowered model, the step's derivatives, the loss's derivatives, and registered functions.
 
-    ``call`` is what came with the call, beside inputs; with a loss it is the loss's.
+    ``call`` is what came with the call, beside inputs; with a loss it is the loss's. ``later`` are outer products that are not
+    multiplied out, since the traces that they are added to are written later.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class Context:
         loss: Loss | None,
         functions: Mapping[str, Callable],
         call: Mapping[str, Any] | None = None,
+        later: Collection[str] = (),
     ) -> None:
+        self.later = later
         self.program, self.model, self.step, self.loss, self.functions = program, model, step, loss, functions
         self.call: Mapping[str, Any] = (loss.call if loss is not None else call) or {}
         self.reached: dict[Any, Any] = {}
@@ -155,6 +159,8 @@ def each(fn: Callable[[Any], Any], value: Value) -> Value:
 
 def _outer(context: Context, equation: Equation, args: Sequence[Value]) -> Value:
     f, x = args
+    if equation.name in context.later:
+        return Outer(equation.name, f, x)
     geometry = context.model.traces[equation.type.of]
     spread = geometry.presynaptic(x)
     return tuple(
@@ -189,6 +195,8 @@ def _matmul(context: Context, equation: Equation, args: Sequence[Value]) -> Valu
             return tuple(_dot(a, [row[j] for row in b]) for j in columns)
         return tuple(tuple(_dot(line, [row[j] for row in b]) for j in columns) for line in a)
     geometry = context.model.traces[equation.type.of]
+    if isinstance(b, DeferredTrace):
+        return b.decayed(geometry, a)
 
     def to_row(d: Value, v: Value) -> Value:
         if d is None or v is None:
@@ -262,6 +270,8 @@ def _contract(context: Context, equation: Equation, args: Sequence[Value]) -> Va
     ref = equation.args[1]
     assert isinstance(ref, Ref)
     geometry = context.model.traces[context.program.equation(ref.name).type.of]
+    if isinstance(trace, DeferredTrace):
+        return trace.contracted(geometry, signal)
     pairs = [
         (geometry.factor(s, e), e)
         for s, e in zip(signal, trace, strict=True)

@@ -19,6 +19,7 @@ from typing import Any
 from etcompile.ir.kinds import KINDS
 from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation
+from etcompile.lowering.deferred import DeferredTrace
 from etcompile.lowering.evaluate import Context, evaluate
 from etcompile.lowering.in_place import Moment, computed_once, known_after
 from etcompile.lowering.pushed import PushedTransition
@@ -35,7 +36,7 @@ def updated_in_order(
     """New traces, and the contractions that they wait for.
 
     ``values`` are those of this step known so far: all that is not made of this step's traces. ``old`` are those carried to
-    it. Traces of rules that read them otherwise than by contractions are left out.
+    it. Traces of rules that read them otherwise than by contractions are left out, and those that are written later.
     """
     found: dict[str, Value] = {}
     equations = context.program.equations
@@ -54,6 +55,7 @@ def updated_in_order(
         readers = [equations[k] for k in numbers if equations[k].name not in names]
         if (
             not traces
+            or any(isinstance(old.get(name), DeferredTrace) for name in names)
             or not _row_by_row(traces, names, values)
             or not all(OPS[e.op].contracts for e in readers)
         ):

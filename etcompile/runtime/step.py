@@ -91,10 +91,11 @@ class Step:
 
     @property
     def traces(self) -> dict[str, Any]:
-        """The traces as they stand; copies, safe to keep."""
-        self.executor.require_arrays()
-        with self.executor.turns:
-            return jax.tree.map(jnp.array, self.executor.traces.own())
+        """The traces as they stand, also where they are written later (``Schedule(write_every=)``); copies, safe to keep."""
+        run = self.executor
+        run.require_arrays()
+        with run.turns:
+            return jax.tree.map(jnp.array, run.compiled.causal.carried.all_written(run.traces.own()))
 
     @property
     def traces_state(self) -> TraceState:

@@ -9,6 +9,7 @@ from etcompile.ir.header import Cut
 from etcompile.markup import Markup, bar, joined, table, tag
 from etcompile.paths import short_list, short_text
 from etcompile.report import ParameterLine, Report
+from etcompile.report_text import trace_about
 from etcompile.views.source import source_view
 from etcompile.viz.labels import array_type
 
@@ -112,7 +113,7 @@ def _traces(report: Report) -> Markup:
         (
             tag("code", name),
             bar(size / most if most else 0, bytes_text(size)),
-            report.trace_owners.get(name, ""),
+            trace_about(report, name),
         )
         for name, size in report.traces.items()
     ]
