@@ -87,8 +87,9 @@ def _many_positions(report: Report) -> Iterator[str]:
 
 def trace_about(report: Report, name: str) -> str:
     """Whose a carried value is, and when it is written where that is not at every step."""
-    every = report.written_every.get(name)
-    return ", ".join(filter(None, (report.trace_owners.get(name), every and f"written every {every} steps")))
+    owner, every = report.trace_owners.get(name, ""), report.written_every.get(name)
+    when = f"written every {every} steps" if every else ""
+    return ", ".join(filter(None, (owner, when)))
 
 
 def _named(report: Report, name: str) -> str:

@@ -388,12 +388,10 @@ def test_kernels_of_a_case(bench):
     assert found["ms"] > 0 and any("fusion" in name for name, _, _ in found["kernels"])
 
 
-def test_traces_written_once_in_some_steps_learn_the_same(bench):
-    sizes, tried = (6, 2, 4), bench["deferred"]
-    some = tried.given(*sizes, steps=8)
-    weight = tried.at_every_step(*sizes)(some)
-    assert abs(weight).max() > 1e-3
-    assert abs(tried.deferred(*sizes, every=3)(some) - weight).max() < 1e-6
+def test_steps_between_two_writes_are_timed(bench):
+    found, report = bench["write_every"].milliseconds("gru", 8, 2, [1, 3], steps=4, rounds=1)
+    assert found.keys() == {1, 3} and min(found.values()) > 0
+    assert not report.written_every  # of the default: a cache holds these traces
 
 
 def test_blocks_of_steps_make_the_same(bench):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from etcompile.lowering.geometry import TraceGeometry
-from etcompile.lowering.in_place import computed_once
+from etcompile.lowering.in_place import changed_if, computed_once
 
 __all__ = ["Deferral", "DeferredTrace", "Outer"]
 
@@ -101,9 +101,9 @@ class DeferredTrace:
     def contracted(self, geometry: TraceGeometry, signal: Rows) -> Array | None:
         """A gradient of the weight: the sum over states, examples and steps."""
         columns = range(len(self.since))
-        credit = [_once(_dot(signal, [row[j] for row in self.since])) for j in columns]
+        credit = [_dot(signal, [row[j] for row in self.since]) for j in columns]
         pairs = [
-            (geometry.factor(c, e), e)
+            (_once(geometry.factor(c, e)), e)
             for c, e in zip(credit, self.written, strict=True)
             if c is not None and e is not None
         ]
@@ -152,7 +152,7 @@ class Deferral:
     def at_next_step(self, trace: DeferredTrace) -> DeferredTrace:
         """Before a step: written first where there is no place for what the step adds."""
         full = trace.count == self.every
-        rows = lax.cond(full, self._whole, lambda trace: trace.written, trace)
+        rows = self._written_if(full, trace)
         since = jax.tree.map(lambda new, old: jnp.where(full, new, old), self._unit(), trace.since)
         added = {
             name: (jax.tree.map(lambda f: jnp.where(full, jnp.zeros((), f.dtype), f), fs), xs)
@@ -165,7 +165,13 @@ class Deferral:
 
     def whole(self, trace: DeferredTrace) -> Rows:
         """The rows as they would have been written by now, in the dtype that they are stored in."""
-        return lax.cond(trace.count > 0, self._whole, lambda trace: trace.written, trace)
+        return self._written_if(trace.count > 0, trace)
+
+    def _written_if(self, wanted: Array, trace: DeferredTrace) -> Rows:
+        def write(rows: Rows, given: tuple[Matrix, dict[str, tuple[Rows, Presynaptic]]]) -> Rows:
+            return self._whole(DeferredTrace(rows, *given, trace.count))
+
+        return changed_if(wanted, write, trace.written, (trace.since, trace.added))
 
     def _whole(self, trace: DeferredTrace) -> Rows:
         geometry = self.geometry
@@ -175,7 +181,7 @@ class Deferral:
                 made.append(None)
                 continue
             terms = [
-                geometry.spread(geometry.factor(c, e)) * e
+                geometry.spread(_once(geometry.factor(c, e))) * e
                 for c, e in zip(trace.since[k], trace.written, strict=True)
                 if c is not None and e is not None
             ]
@@ -188,7 +194,7 @@ class Deferral:
     def _outer(self, f: Array, x: Presynaptic, tau: int) -> Array:
         """What the step number ``tau`` since the last write adds to a row."""
         now = jax.tree.map(lambda v: v[tau], x)
-        return self.geometry.spread(f[tau]) * self.geometry.presynaptic(now)
+        return self.geometry.spread(_once(f[tau])) * self.geometry.presynaptic(now)
 
     def _unit(self) -> Matrix:
         def entry(k: int, j: int) -> Array | None:
@@ -214,9 +220,9 @@ def _dot(a: Sequence[Array | None], b: Sequence[Array | None]) -> Array | None:
     return reduce(operator.add, terms) if terms else None
 
 
-def _once(value: Array | None) -> Array | None:
+def _once(value: Array) -> Array:
     """``value``, or XLA would compute it again for each contracted number of a trace that it is spread over."""
-    return None if value is None else computed_once(value, value)
+    return computed_once(value, value)
 
 
 def _in_place_of(new: Any, old: Any) -> Any:

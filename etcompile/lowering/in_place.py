@@ -7,7 +7,7 @@ before it decides about copies, and then copies a whole trace wherever it cannot
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property, reduce
@@ -22,6 +22,7 @@ __all__ = [
     "Moment",
     "alike_at_every_size",
     "all_known_after",
+    "changed_if",
     "computed_once",
     "in_rows",
     "known_after",
@@ -97,6 +98,25 @@ def computed_once(value: Array, other: Array) -> Array:
     if value.shape != other.shape or not (value.ndim and _orders(value) and _orders(other)):
         return value
     return value / (1 + _hidden_zero(other).astype(value.dtype))
+
+
+def changed_if(wanted: Array, change: Callable[[Any, Any], Any], value: Any, given: Any) -> Any:
+    """``change(value, given)`` if it is wanted, in place; else ``value``.
+
+    It is a loop of one round or none. A conditional of XLA's CPU compiler runs on one thread, and copies what it leaves alone.
+    From JAX 0.12 on a loop in which all is element by element runs on one thread, too, however large its arrays are; not one
+    that sorts something. What of a loop's body depends on nothing that changes in it is computed before the loop, wanted or
+    not; so what is given does.
+    """
+
+    def once(now: tuple[Array, Any]) -> tuple[Array, Any]:
+        lower, higher = lax.sort(jnp.stack([now[0], ~now[0]]).astype(jnp.int32))
+        again = lower > higher  # it is not, and no compiler knows
+        return again, change(
+            now[1], jax.tree.map(lambda v: jnp.where(again, jnp.zeros((), v.dtype), v), given)
+        )
+
+    return lax.while_loop(lambda now: now[0], once, (wanted, value))[1]
 
 
 def _first(value: Array) -> Array:

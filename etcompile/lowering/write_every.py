@@ -109,14 +109,13 @@ def _reason(program: TraceProgram, schedule: Schedule) -> str:
 def _best(geometry: TraceGeometry, terms: int, rows: Sequence[bool], examples: int | None, dtype: Any) -> int:
     """Steps between two writes that take the least time, where memory holds the traces.
 
-    1 where it was measured to be slower: of kernels, which have a sum over places as well; of neurons of several states, whose
-    rows read each other when they are written.
+    1 of kernels, where it was measured to be slower: they have a sum over places as well.
     """
-    summed = math.prod(geometry.logical_shape[a] for a in geometry.summed)
-    if sum(rows) > 1 or summed != (examples or 1):
+    if math.prod(geometry.logical_shape[a] for a in geometry.summed) != (examples or 1):
         return 1
-    # For each step kept, beside one pass over the trace, which may be stored in fewer bits.
-    of_product = 2 * terms * np.dtype(geometry.dtype).itemsize / (_BALANCE * np.dtype(dtype).itemsize)
+    # For each step kept, beside one pass over the rows of the trace, which may be stored in fewer bits.
+    narrower = np.dtype(geometry.dtype).itemsize / np.dtype(dtype).itemsize
+    of_product = 2 * terms * narrower / (_BALANCE * sum(rows))
 
     def time(k: int) -> float:
         return 3.0 if k == 1 else 1 + 2 / k + k * of_product

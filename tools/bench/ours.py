@@ -29,10 +29,11 @@ def compiled(
     model: brainstate.nn.Module,
     keep_traces: bool | None = None,
     events: float | None = None,
+    write_every: int | str = "auto",
 ) -> etcompile.Step:
     """The step, by default with traces that go from sequence to sequence where those of the benchmark's model do."""
     keep = data.spec.keep_traces if keep_traces is None else keep_traces
-    schedule = etcompile.Schedule(keep_traces=keep, events=events)
+    schedule = etcompile.Schedule(keep_traces=keep, events=events, write_every=write_every)
     options = {"algo": rule, "batch_size": data.batch, "schedule": schedule, **OPTIONS[rule]}
     return etcompile.compile(model, data.example, **options)
 
