@@ -84,9 +84,9 @@ MODELS = {"gru": gru, "lstm": lstm, "spiking": spiking, "conv": conv}
 RULES = ["d_rtrl", "e_prop", "pp_prop"]
 
 
-def compiled(model, algo, **sizes):
+def compiled(model, algo, schedule=None, **sizes):
     fn, params, state, x = MODELS[model](**sizes)
-    return etcompile.compile(etcompile.from_function(fn, params, state), x, algo=algo)
+    return etcompile.compile(etcompile.from_function(fn, params, state), x, algo=algo, schedule=schedule)
 
 
 def loss(out, y):
@@ -343,7 +343,8 @@ def test_a_module_made_of_shapes():
 def test_a_model_larger_than_any_machine():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     arrays = sum(a.nbytes for a in jax.live_arrays())
-    step = compiled("gru", "d_rtrl", batch=2, n_in=4096, n=65536)
+    sizes = {"batch": 2, "n_in": 4096, "n": 65536}
+    step = compiled("gru", "d_rtrl", etcompile.Schedule(write_every=1), **sizes)
     causal, chunks = step.cost(batch=1024), step.cost(batch=1024, steps=1000, chunk=50)
     inputs = 4096 + 65536
     # One row per gate that carries memory: the update gate's half of the fused weight, the candidate, and their biases.
@@ -354,6 +355,8 @@ def test_a_model_larger_than_any_machine():
     assert sum(a.nbytes for a in jax.live_arrays()) - arrays < 1 << 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
     assert "TiB" in str(causal) and "batch 1024" in str(causal)
+    later = compiled("gru", "d_rtrl", **sizes).cost(batch=1024)  # with f and x of four steps
+    assert 1 < later.trace_bytes / causal.trace_bytes < 1.001
 
 
 def test_compile_allocates_no_traces():
