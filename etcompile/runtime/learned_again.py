@@ -10,10 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import brainstate
-
-from etcompile.frontend.jaxpr import in_transformation
-from etcompile.frontend.module import recording
 from etcompile.frontend.state_values import PlainValues
 from etcompile.runtime.compilations import Compilations
 from etcompile.runtime.foreign_writes import ForeignWrites
@@ -24,8 +20,6 @@ from etcompile.runtime.model_states import ModelAccess
 from etcompile.runtime.trace_state import TraceState
 
 __all__ = ["LearnedAgain"]
-
-_has_global_hooks = brainstate.has_state_hooks
 
 
 class LearnedAgain:
@@ -57,7 +51,6 @@ class LearnedAgain:
         written: Sequence[bool],
         joined: JoinedLoss,
     ) -> None:
-        self._compilations, self._compilation = compilations, compilations.now
         self._writes, self._loop, self._joined = writes, loop, joined
         self._looked_up = LookedUp(live, compilations)
         self._written = [k for k, w in enumerate(written) if w]
@@ -76,13 +69,9 @@ class LearnedAgain:
         args: tuple[Any, ...],
     ) -> LearnedAgain | None:
         """After a call of the loop with these arguments; None where every call has to be made in full."""
-        compiled = compilations.now.compiled
-        functions = compiled.functions
-        if in_transformation() or recording() or functions.asks_host or joined.program.asks_host:
+        if LookedUp.in_full(compilations) or joined.program.asks_host:
             return None
-        if compiled.causal.placement.mesh is not None:
-            return None
-        if functions.model.environment.reads or joined.environment.reads:
+        if compilations.now.functions.model.environment.reads or joined.environment.reads:
             return None
         found = loop.states(*args)
         if found is None or not writes.alone_on(found[0]):
@@ -96,9 +85,7 @@ class LearnedAgain:
 
     def __call__(self, loss: LossFunction, args: tuple[Any, ...]) -> Any | None:
         """What the loop gives, with all states put in; None, with all as it was, where the call has to be made in full."""
-        if in_transformation() or recording() or _has_global_hooks():
-            return None
-        if self._compilations.now is not self._compilation or not self._looked_up.same():
+        if not self._looked_up.same():
             return None
         values = self._values.read()
         if values is None or loss.unchanged() is not self._joined:

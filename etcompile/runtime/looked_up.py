@@ -6,6 +6,10 @@ import itertools
 import operator
 from typing import Any
 
+import brainstate
+
+from etcompile.frontend.jaxpr import in_transformation
+from etcompile.frontend.module import recording
 from etcompile.runtime.changed_attributes import PlainAttributes
 from etcompile.runtime.compilations import Compilations
 from etcompile.runtime.model_states import ModelAccess
@@ -14,6 +18,8 @@ __all__ = ["LookedUp"]
 
 #: Ends a list of entries.
 _END = object()
+
+_has_global_hooks = brainstate.has_state_hooks
 
 
 class LookedUp:
@@ -30,18 +36,27 @@ class LookedUp:
 
     def __init__(self, live: ModelAccess, compilations: Compilations) -> None:
         self._live = live
-        self._compilations = compilations
+        self._compilations, self._compilation = compilations, compilations.now
         self._holders = live.holders
         self._entries: _Entries | None = None
 
+    @staticmethod
+    def in_full(compilations: Compilations) -> bool:
+        """Whether every call has to be made in full: somebody follows the states, or what runs is no function of them alone."""
+        compiled = compilations.now.compiled
+        on_mesh = compiled.causal.placement.mesh is not None
+        return in_transformation() or recording() or compiled.functions.asks_host or on_mesh
+
     def of_now(self) -> bool:
-        """Whether the ``State`` objects that were looked up the last time are those of then."""
-        return self._holders is self._live.holders
+        """Whether it is about what runs now, and the ``State`` objects that were looked up the last time are those of then."""
+        return self._compilation is self._compilations.now and self._holders is self._live.holders
 
     def same(self) -> bool:
-        """Whether the ``State`` objects are those of then; what changed of plain attributes is said."""
+        """Whether nobody follows the states, and they are the objects of then; what changed of plain attributes is said."""
+        if in_transformation() or recording() or _has_global_hooks() or not self.of_now():
+            return False
         attributes, entries = self._compilations.attributes, self._entries
-        if entries is not None and self.of_now() and entries.same(attributes):
+        if entries is not None and entries.same(attributes):
             return True
         if not self._live.as_looked_up() or not self.of_now():
             return False

@@ -10,10 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import brainstate
-
-from etcompile.frontend.jaxpr import in_transformation
-from etcompile.frontend.module import recording
 from etcompile.frontend.state_values import PlainValues
 from etcompile.runtime.compilations import Compilation, Compilations
 from etcompile.runtime.foreign_writes import ForeignWrites
@@ -21,8 +17,6 @@ from etcompile.runtime.looked_up import LookedUp
 from etcompile.runtime.model_states import ModelAccess
 
 __all__ = ["Unchanged"]
-
-_has_global_hooks = brainstate.has_state_hooks
 
 
 class Unchanged:
@@ -54,25 +48,20 @@ class Unchanged:
     @classmethod
     def of(cls, live: ModelAccess, compilations: Compilations, writes: ForeignWrites) -> Unchanged | None:
         """For a model as a call leaves it; None where every call has to be made in full."""
-        now = compilations.now
-        if in_transformation() or recording() or now.functions.asks_host:
-            return None
-        if now.compiled.causal.placement.mesh is not None:
-            return None
-        if not writes.alone_on((*live.param_states.values(), *live.state_objects.values())):
+        if LookedUp.in_full(compilations) or not writes.alone_on(
+            (*live.param_states.values(), *live.state_objects.values())
+        ):
             return None
         new = cls(live, compilations, writes)
         return new if new._values.plain else None
 
     def of_now(self) -> bool:
         """Whether it is about what runs now and the ``State`` objects of the last call."""
-        return self.compilation is self._compilations.now and self._looked_up.of_now()
+        return self._looked_up.of_now()
 
     def carry(self) -> tuple[list[Any], list[Any], Any] | None:
         """Values of parameters and states, and traces; None unless all but parameters' numbers is as the last call left it."""
-        if in_transformation() or recording() or _has_global_hooks():
-            return None
-        if self.compilation is not self._compilations.now or not self._looked_up.same():
+        if not self._looked_up.same():
             return None
         traces, values = self.compilation.traces.alone(), self._values.read()
         if traces is None or values is None:
