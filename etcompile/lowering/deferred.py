@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from etcompile.lowering.geometry import TraceGeometry
-from etcompile.lowering.in_place import changed_if, computed_once
+from etcompile.lowering.in_place import changed_if, spread_once
 
 __all__ = ["Deferral", "DeferredTrace", "Outer"]
 
@@ -103,7 +103,7 @@ class DeferredTrace:
         columns = range(len(self.since))
         credit = [_dot(signal, [row[j] for row in self.since]) for j in columns]
         pairs = [
-            (_once(geometry.factor(c, e)), e)
+            (spread_once(geometry.factor(c, e)), e)
             for c, e in zip(credit, self.written, strict=True)
             if c is not None and e is not None
         ]
@@ -181,7 +181,7 @@ class Deferral:
                 made.append(None)
                 continue
             terms = [
-                geometry.spread(_once(geometry.factor(c, e))) * e
+                geometry.spread(spread_once(geometry.factor(c, e))) * e
                 for c, e in zip(trace.since[k], trace.written, strict=True)
                 if c is not None and e is not None
             ]
@@ -194,7 +194,7 @@ class Deferral:
     def _outer(self, f: Array, x: Presynaptic, tau: int) -> Array:
         """What the step number ``tau`` since the last write adds to a row."""
         now = jax.tree.map(lambda v: v[tau], x)
-        return self.geometry.spread(_once(f[tau])) * self.geometry.presynaptic(now)
+        return self.geometry.spread(spread_once(f[tau])) * self.geometry.presynaptic(now)
 
     def _unit(self) -> Matrix:
         def entry(k: int, j: int) -> Array | None:
@@ -218,11 +218,6 @@ class Deferral:
 def _dot(a: Sequence[Array | None], b: Sequence[Array | None]) -> Array | None:
     terms = [x * y for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     return reduce(operator.add, terms) if terms else None
-
-
-def _once(value: Array) -> Array:
-    """``value``, or XLA would compute it again for each contracted number of a trace that it is spread over."""
-    return computed_once(value, value)
 
 
 def _in_place_of(new: Any, old: Any) -> Any:

@@ -27,6 +27,7 @@ __all__ = [
     "in_rows",
     "known_after",
     "large_ones",
+    "spread_once",
     "sum_products",
 ]
 
@@ -98,6 +99,11 @@ def computed_once(value: Array, other: Array) -> Array:
     if value.shape != other.shape or not (value.ndim and _orders(value) and _orders(other)):
         return value
     return value / (1 + _hidden_zero(other).astype(value.dtype))
+
+
+def spread_once(value: Array) -> Array:
+    """``value``, or XLA would compute it again for each contracted number of a trace that it is spread over."""
+    return computed_once(value, value)
 
 
 def changed_if(wanted: Array, change: Callable[[Any, Any], Any], value: Any, given: Any) -> Any:

@@ -21,7 +21,7 @@ from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation
 from etcompile.lowering.deferred import DeferredTrace
 from etcompile.lowering.evaluate import Context, evaluate
-from etcompile.lowering.in_place import Moment, computed_once, known_after
+from etcompile.lowering.in_place import Moment, computed_once, known_after, spread_once
 from etcompile.lowering.pushed import PushedTransition
 
 __all__ = ["updated_in_order"]
@@ -127,15 +127,12 @@ def _readers_first(count: int, decays: Sequence[Matrix]) -> list[int]:
 
 def _only(f: Sequence[Value], k: int, after: Moment) -> tuple[Value, ...]:
     """Row ``k`` of f alone, known after a moment."""
-    return tuple(_once(known_after(v, after)) if j == k and v is not None else None for j, v in enumerate(f))
+    return tuple(
+        spread_once(known_after(v, after)) if j == k and v is not None else None for j, v in enumerate(f)
+    )
 
 
 def _only_line(decay: Matrix, k: int, after: Moment) -> tuple[tuple[Value, ...], ...]:
     """Row ``k`` of D alone, known after a moment."""
-    line = tuple(None if v is None else _once(known_after(v, after)) for v in decay[k])
+    line = tuple(None if v is None else spread_once(known_after(v, after)) for v in decay[k])
     return tuple(line if i == k else (None,) * len(line) for i in range(len(decay)))
-
-
-def _once(value: Value) -> Value:
-    """``value``, or XLA would compute it again for each contracted number of a trace that it is spread over."""
-    return computed_once(value, value)
