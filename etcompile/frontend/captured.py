@@ -206,11 +206,11 @@ class _Walk:
             self.visit(value, names)
 
     def _function(self, function: types.FunctionType) -> None:
-        of = partial(getattr, function)
-        self.found.append(Same(self._get(of, "__code__")))
         if _of_library(function.__code__.co_filename):
             self.found.append(Same(function))
             return
+        of = partial(getattr, function)
+        self.found.append(Same(self._get(of, "__code__")))
         names = code_names(function.__code__)
         for cell in function.__closure__ or ():
             try:

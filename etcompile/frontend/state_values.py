@@ -79,13 +79,14 @@ class PlainValues:
         self._managers = [s.hooks for s in states]
         lists = [getattr(m, "_get_hook_list", None) for m in self._managers]
         self.plain = all(_is_plain(s, known) for s in states) and None not in lists
-        self._hooks = [of(kind) for of in lists if of is not None for kind in _HOOKS]
-        self._counts = [len(hooks) for hooks in self._hooks]
+        hooks = [of(kind) for of in lists if of is not None for kind in _HOOKS]
+        self._empty, self._hooks = [h for h in hooks if not h], [h for h in hooks if h]
+        self._counts = [len(h) for h in self._hooks]
 
     def read(self) -> list[Any] | None:
         """The values; None where somebody follows the states who did not before."""
         held = self._held
-        if list(map(len, self._hooks)) != self._counts:
+        if any(self._empty) or list(map(len, self._hooks)) != self._counts:
             return None
         if not all(map(operator.is_, map(_MANAGER, held), self._managers)):
             return None

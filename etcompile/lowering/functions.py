@@ -267,7 +267,7 @@ class StepFunctions:
         return jax.tree.unflatten(self.model.param_tree, by_parameters(self.causal, leaves, sums))
 
     def _held(self, found: LossValue) -> LossValue:
-        return dataclasses.replace(found, value=self.placement.hold_whole(found.value))
+        return found._replace(value=self.placement.hold_whole(found.value))
 
     # -- where arrays lie ---------------------------------------------------------------------------------------
 

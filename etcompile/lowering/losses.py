@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,9 +81,7 @@ class Loss:
         return cls(LossProgram(run))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class LossValue:
+class LossValue(NamedTuple):
     """What a step's loss gives: the number, what else the function returned, and what it carries to the next step."""
 
     value: Array
@@ -136,7 +134,7 @@ def masked(run: Callable[..., LossValue], mask: Array, *moving: Any) -> LossValu
 
     found = lax.cond(on, run, still, *moving)
     value = jnp.where(on, found.value * mask.astype(found.value.dtype), jnp.zeros_like(found.value))
-    return dataclasses.replace(found, value=value)
+    return found._replace(value=value)
 
 
 def checked_loss(loss: Any) -> Array:

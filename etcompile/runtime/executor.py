@@ -282,22 +282,17 @@ class Executor:
             raise
         return found
 
-    def again(self, key: Hashable, inputs: Any, *data: Any) -> list[Any] | None:
+    def again(self, key: Hashable, data: tuple[Any, ...]) -> list[Any] | None:
         """What the jitted function under a key gives beside the carry, where all but these data is as the last call left it.
 
         None where it is not, or where the function has not seen such data: the call is then made in full, and says what is wrong
         if anything is. It is for functions ``(params, states, traces, inputs, *data) -> ((traces, states), ...)`` of lists of
         values, as ``listed`` makes them.
         """
-        unchanged = self._unchanged
-        carry = None if unchanged is None else unchanged.carry()
-        if unchanged is None or carry is None:
-            return None
-        fn = unchanged.compilation.jitted.get(key)
-        if fn is None:
+        if self._unchanged is None:
             return None
         try:
-            (traces, states), *found = fn.again(*carry, unchanged.with_environment(inputs), *data)
+            return self._unchanged.again(key, data)
         except NotSeen:
             return None
         except BaseException as error:
@@ -305,8 +300,6 @@ class Executor:
             if isinstance(error, Exception):
                 return None
             raise
-        unchanged.leave(states, traces)
-        return found
 
     def learned_again(self, loop: Around, joined: JoinedLoss, args: tuple[Any, ...]) -> LearnedAgain | None:
         """For more calls of a learner's loop like the one that has just :meth:`moved` states and traces."""

@@ -24,7 +24,7 @@ __all__ = ["called", "run_sequence"]
 
 def called(run: Executor, inputs: tuple[Any, ...], target: Any, modulator: Any) -> Any:
     """Outputs of one step; of many where something is multi-step data."""
-    if target is None and modulator is None and (again := run.again("apply", inputs)) is not None:
+    if target is None and modulator is None and (again := run.again("apply", (inputs,))) is not None:
         return again[0]
     given = inputs, target, modulator
     if has_multi_step(given):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from etcompile.errors import EtcompileWarning, OptionError
 from etcompile.frontend.user_code import warn
 from etcompile.lowering.functions import Carry
-from etcompile.lowering.losses import LossProgram, LossValue
+from etcompile.lowering.losses import LossValue
 from etcompile.lowering.schedules.base import Plan
 from etcompile.runtime.calls import DONATED, apart, listed, one_step, sequence
 from etcompile.runtime.checks import as_inputs, check_sequence, given_with, stacked_steps, steps_of
@@ -71,8 +71,7 @@ def step_gradients(
     carry = run.carry(give_away=True)
     bound = bound_loss(run, loss, targets, mask, None)
     data = inputs, bound.item(targets, mask, 0), given_with(run.compiled.program, None, modulator)
-    key = _step_key(bound.loss.program)
-    return _advanced(run, key, one_step(run.functions), bound, carry, data, time=0, given=given)
+    return _advanced(run, bound.one_step, one_step(run.functions), bound, carry, data, time=0, given=given)
 
 
 def _step_again(
@@ -84,17 +83,13 @@ def _step_again(
         return None
     bound = joined.now(None)
     inputs = (x,) if run.model.input_count == 1 else x
-    read = bound.loss.fixed, bound.loss.carried
-    found = run.again(_step_key(joined.program), inputs, read, bound.item(targets, None, 0), {})
+    found = run.again(bound.one_step, (inputs, bound.read, bound.item(targets, None, 0), {}))
     if found is None:
         return None
     (value, aux, carried), grads = found
-    bound.write(carried)
+    if bound.written:
+        bound.write(carried)
     return LossValue(value, aux, carried), grads
-
-
-def _step_key(program: LossProgram) -> Any:
-    return "value_and_grad", program
 
 
 def sequence_gradients(
@@ -154,7 +149,7 @@ def _advanced(
     params, carry, data = run.placed(carry, data, time)
     inputs, *items = data
     of_model = live.of_params(params), live.of_states(carry.states), carry.traces
-    args = *of_model, inputs, (loss.fixed, loss.carried), *items
+    args = *of_model, inputs, bound.read, *items
     (traces, states), (value, aux, carried), grads = run.call(fn, *args, loss=loss, given=given)
     run.commit(Carry(live.as_states(states), traces))
     bound.write(carried)

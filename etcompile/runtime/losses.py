@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import brainstate
@@ -100,6 +100,16 @@ class BoundLoss:
     loss: Loss
     written: tuple[Any, ...]
     around: tuple[Any, ...]
+
+    @functools.cached_property
+    def one_step(self) -> Hashable:
+        """The key of the jitted function of one step with its gradient."""
+        return "value_and_grad", self.loss.program
+
+    @functools.cached_property
+    def read(self) -> tuple[Any, Any]:
+        """What the loss reads outside of its arguments, and what of that it also writes."""
+        return self.loss.fixed, self.loss.carried
 
     def item(self, targets: tuple[Any, ...], mask: Any, axes: int) -> Item:
         """What belongs to the loss at each step; a mask that has ``axes`` axes is one of steps, not of examples."""

@@ -314,7 +314,7 @@ class SyntheticGradient:
         aux, pairs = found.aux
         if not self.stream:  # nothing ends where a sequence starts
             pairs = jax.tree.map(lambda v: v[1:], pairs)
-        return dataclasses.replace(found, aux=aux), gradients, carry, pairs
+        return found._replace(aux=aux), gradients, carry, pairs
 
     def _gradients(self, params: Params, *args: Any) -> tuple[LossValue, Any, Carry]:
         return self._run(params, *args)[:3]

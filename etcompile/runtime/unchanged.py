@@ -8,6 +8,7 @@ finds.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from etcompile.frontend.state_values import PlainValues
@@ -59,24 +60,29 @@ class Unchanged:
         """Whether it is about what runs now and the ``State`` objects of the last call."""
         return self._looked_up.of_now()
 
-    def carry(self) -> tuple[list[Any], list[Any], Any] | None:
-        """Values of parameters and states, and traces; None unless all but parameters' numbers is as the last call left it."""
-        if not self._looked_up.same():
+    def again(self, key: Hashable, data: tuple[Any, ...]) -> list[Any] | None:
+        """What the jitted function under a key gives beside the carry, which is left in the model.
+
+        None unless all but these data and the parameters' numbers is as the last call left it. It is one function, since
+        a call of one takes as long as what most of these lines ask. What the jitted function raises comes out; it has then given
+        nothing away, unless it was stopped from outside.
+        """
+        fn = self.compilation.jitted.get(key)
+        if fn is None or not self._looked_up.same():
             return None
-        traces, values = self.compilation.traces.alone(), self._values.read()
+        held, values = self.compilation.traces, self._values.read()
+        traces = held.alone()
         if traces is None or values is None:
             return None
-        params, states = values[: self._params], values[self._params :]
-        if not self._writes.undisturbed(states) or (self._reads_environment and self._compilations.differs()):
+        states = values[self._params :]
+        if not self._writes.undisturbed(states):
             return None
-        return params, states, traces
-
-    def with_environment(self, inputs: Any) -> Any:
-        """Inputs of one step with what it takes from ``brainstate.environ``."""
-        return self._compilations.with_environment(inputs) if self._reads_environment else inputs
-
-    def leave(self, values: list[Any], traces: Any) -> None:
-        """Values of states, and traces, after a call that began with :meth:`carry`."""
-        self._values.write(values)
-        self.compilation.traces.put(traces)
-        self._writes.left_again(values)
+        if self._reads_environment:
+            if self._compilations.differs():
+                return None
+            data = self._compilations.with_environment(data[0]), *data[1:]
+        (traces, states), *found = fn.again(values[: self._params], states, traces, *data)
+        self._values.write(states)
+        held.put(traces)
+        self._writes.left_again(states)
+        return found

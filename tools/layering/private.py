@@ -18,6 +18,9 @@ ALLOWED: dict[str, set[str]] = {
     "etcompile/runtime/foreign_writes.py": {"_getframe"},  # of sys: documented, though named so
 }
 
+#: What every named tuple has for all to use, though it is named so.
+_OF_NAMED_TUPLES = {"_replace", "_asdict", "_fields"}
+
 
 def private_reads(sources: Sequence[Source], allowed: Mapping[str, set[str]] = ALLOWED) -> Iterator[Breach]:
     """Private names that a file reads of something that it does not define."""
@@ -50,7 +53,7 @@ def _reads(source: Source) -> Iterator[tuple[int, str]]:
 
 
 def _is_private(name: str) -> bool:
-    return name.startswith("_") and not name.endswith("__")
+    return name.startswith("_") and not name.endswith("__") and name not in _OF_NAMED_TUPLES
 
 
 def _defined(tree: ast.Module) -> set[str]:
