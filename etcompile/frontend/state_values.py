@@ -23,7 +23,7 @@ _VALUE = brainstate.State.value
 #: What they may replace of reading and writing beside.
 _PARTS = ("value", "_read_value", "_write_value", "_setattr", "__setattr__", "check_if_deleted")
 
-_VALUE_OF, _MANAGER = operator.itemgetter("_value"), operator.itemgetter("_hooks_manager")
+_VALUE_OF = operator.itemgetter("_value")
 
 #: Kinds of hooks that a read or a write tells.
 _HOOKS = ("read", "write_before", "write_after")
@@ -76,8 +76,8 @@ class PlainValues:
     def __init__(self, states: Sequence[Any], written: Iterable[int], known: tuple[type, ...] = ()) -> None:
         self._held = [vars(s) for s in states]
         self._written = [self._held[k] for k in written]
-        self._managers = [s.hooks for s in states]
-        lists = [getattr(m, "_get_hook_list", None) for m in self._managers]
+        # A state keeps its manager as long as it lives, and a manager its lists.
+        lists = [getattr(s.hooks, "_get_hook_list", None) for s in states]
         self.plain = all(_is_plain(s, known) for s in states) and None not in lists
         hooks = [of(kind) for of in lists if of is not None for kind in _HOOKS]
         self._empty, self._hooks = [h for h in hooks if not h], [h for h in hooks if h]
@@ -85,12 +85,9 @@ class PlainValues:
 
     def read(self) -> list[Any] | None:
         """The values; None where somebody follows the states who did not before."""
-        held = self._held
         if any(self._empty) or list(map(len, self._hooks)) != self._counts:
             return None
-        if not all(map(operator.is_, map(_MANAGER, held), self._managers)):
-            return None
-        return list(map(_VALUE_OF, held))
+        return list(map(_VALUE_OF, self._held))
 
     def write(self, values: Iterable[Any]) -> None:
         """Put in other values of those that are written; right after :meth:`read` gave some."""
@@ -103,4 +100,4 @@ def _is_plain(state: Any, known: tuple[type, ...]) -> bool:
     kind, held = type(state), vars(state)
     parts = _PARTS[1:] if kind in known else _PARTS
     own = all(getattr(kind, part, None) is getattr(brainstate.State, part, None) for part in parts)
-    return own and held.keys() >= {"_value", "_hooks_manager"}
+    return own and "_value" in held

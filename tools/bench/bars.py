@@ -8,7 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from cases import LARGE, MANY_AXES
-from results import AUTO, BPTT, BRAINTRACE, CAUSAL, DROPPED, EVENTS, FORWARD, HAND, Found, found_cases, ratio
+from results import (
+    AUTO,
+    BPTT,
+    BRAINTRACE,
+    CALLS,
+    CAUSAL,
+    DROPPED,
+    EVENTS,
+    FORWARD,
+    HAND,
+    Found,
+    found_cases,
+    ratio,
+)
 
 __all__ = ["BARS", "Bar", "Verdict"]
 
@@ -220,6 +233,16 @@ def _first_call(found: Found) -> float | None:
     return mine["first"] if mine else None
 
 
+def _calls(results: Mapping[str, Any]) -> Values:
+    """One call over the bare jitted function with its work."""
+    return [
+        (f"`{who}`, {f.title}", ratio(f.milliseconds(who), f.milliseconds(bare)))
+        for f in found_cases(results, "call")
+        for who, (_, bare) in CALLS.items()
+        if f.run(who)
+    ]
+
+
 def _agreement(results: Mapping[str, Any]) -> Values:
     return [(f.label, f.data.get("agreement")) for f in found_cases(results, "sequence", "d_rtrl")]
 
@@ -417,6 +440,15 @@ BARS = (
         False,
         _events,
         _times,
+        needs_peer=False,
+    ),
+    Bar(
+        "calls",
+        "one call from Python over the bare jitted function with its work, networks of 8 and 64 units",
+        1.3,
+        True,
+        _calls,
+        _plain,
         needs_peer=False,
     ),
     Bar(
