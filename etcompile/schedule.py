@@ -50,7 +50,7 @@ class Schedule:
         Where steps run one by one: after how many a trace of a matrix or kernel is written. In between what is added stands
         beside it, and a gradient reads the trace and a product of what was added; numbers are equal to rounding. It saves two
         of three passes over the trace for a product of more rows. ``"auto"``: by size, in memory that is slow beside products,
-        on a processor without a mesh; else 1, at every step.
+        on a processor and without a mesh; else 1, at every step.
     mesh : jax.sharding.Mesh, optional
         Devices over which parameters, states and traces are split. How its axes are typed does not matter.
     batch : str or tuple of str, optional
@@ -113,7 +113,7 @@ class Schedule:
     @property
     def writes_later(self) -> bool:
         """Whether traces may be written later than at the step that changes them."""
-        return self.write_every != 1 and self.keep_traces and self.mesh is None
+        return self.write_every != 1 and self.keep_traces
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
@@ -130,11 +130,11 @@ Schedule.__init__ = named_arguments("Schedule")(Schedule.__init__)
 
 
 def _check_deferring(schedule: Schedule) -> None:
-    """Refuse to write traces later where there are none, or where they are split."""
+    """Refuse to write traces later where there are none."""
     if schedule.write_every != 1 and not schedule.writes_later:
         raise OptionError(
-            f"traces cannot be written later where {'they are split' if schedule.keep_traces else 'none are kept'}.",
-            got=f"write_every={schedule.write_every}, keep_traces={schedule.keep_traces}, mesh={schedule.mesh}",
+            "traces cannot be written later where none are kept.",
+            got=f"write_every={schedule.write_every}, keep_traces={schedule.keep_traces}",
             expected="write_every=1, or 'auto'",
         )
 

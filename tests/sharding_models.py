@@ -135,10 +135,10 @@ def compiled(model, schedule=None, algo="d_rtrl", examples=EXAMPLES, **options):
     return etcompile.compile(built, x, algo=algo, schedule=schedule, **batch, **options)
 
 
-def over(shape, batch="data", units="model"):
+def over(shape, batch="data", units="model", **options):
     """A schedule for a mesh of this shape."""
     mesh = jax.make_mesh(shape, ("data", "model"))
-    return etcompile.Schedule(mesh=mesh, batch=batch, units=units)
+    return etcompile.Schedule(mesh=mesh, batch=batch, units=units, **options)
 
 
 def difference(found, wanted):

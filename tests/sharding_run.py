@@ -51,11 +51,11 @@ def apart(model, schedule, chunk=None, **options):
     return difference(found, on_one_device(model, chunk, tuple(options.items())))
 
 
-def driven(drive):
+def driven(drive, **options):
     """A way to use a step, with the mesh and without."""
 
     def case():
-        found = [drive(compiled("gru", schedule)) for schedule in (over((4, 2)), None)]
+        found = [drive(compiled("gru", schedule)) for schedule in (over((4, 2), **options), None)]
         return difference(*found)
 
     return case
@@ -96,13 +96,31 @@ def pure(step):
     return loss(params), step.apply(params, carry, x)[1]
 
 
+def written_later():
+    """What is kept beside a trace lies where the trace does, also when it was just put there."""
+    step = compiled("gru", over((4, 2), write_every=3))
+    step_by_step(step)
+    held = step.executor.traces.own()["e0"]
+    places = {
+        "written": held.written[0],
+        "since": held.since[0][0],
+        **{name: value for fs, (x,) in held.added.values() for name, value in (("f", fs[0]), ("x", x))},
+    }
+    specs = {name: tuple(value.sharding.spec) for name, value in places.items()}
+    expected = {"written": ("data", None, "model"), "since": ("data", "model")}
+    assert specs == {**expected, "f": (None, "data", "model"), "x": (None, "data")}, specs
+    assert any("trace e0 f of" in line for line in step.report().devices), step.report().devices
+    return 0.0
+
+
 def exact_windows():
     return apart("gru", over((4, 2)), 2, within="exact")
 
 
 def collectives(model, shape, chunk, examples=8, **options):
     """The most that a gather, all-to-all or permutation brings to a device, as a share of its part of the smallest trace."""
-    step = compiled(model, over(shape), examples=examples, **options)
+    schedule = over(shape, write_every=options.pop("write_every", 1))
+    step = compiled(model, schedule, examples=examples, **options)
     header = step.program.header
     traces = [
         leaf.addressable_shards[0].data.size
@@ -182,12 +200,23 @@ GROUPS = {
         **{fn.__name__: driven(fn) for fn in (step_by_step, learn, called, pure)},
         "exact_windows": exact_windows,
     },
+    "later": {
+        **{fn.__name__: driven(fn, write_every=3) for fn in (step_by_step, learn, called, pure)},
+        **{
+            f"{model} {shape}": lambda m=model, s=shape: apart(m, over(s, write_every=3), 1)
+            for model, shape in [("gru", (8, 1)), ("gru", (1, 8)), ("spiking", (4, 2)), ("conv", (2, 4)), ("packed", (4, 2))]
+        },
+        "in chunks": lambda: apart("gru", over((4, 2), write_every=2), 3),
+        "one example": lambda: apart("one_example", over((1, 8), batch=None, write_every=3), 1),
+        "written_later": written_later,
+    },
     "collectives": {
-        f"{model} {shape} chunk {chunk} {options}": lambda m=model, s=shape, c=chunk, o=options: collectives(m, s, c, **o)
+        f"{model} {shape} chunk {chunk} {options}": lambda m=model, s=shape, c=chunk, o=options: collectives(m, s, c, **dict(o))
         for model, shape, chunk, options in [
             *[("wide_gru", shape, 1, {"examples": 32}) for shape in SHAPES],
             *[("wide_gru", shape, 3, {"examples": 32}) for shape in ((4, 2), (1, 8))],
             ("wide_gru", (4, 2), 1, {"examples": 32, "algo": "e_prop", "kappa": 0.7}), ("conv", (2, 4), 1, {}),
+            ("wide_gru", (4, 2), 1, {"examples": 32, "write_every": 3}),
         ]
     },
     "limits": {

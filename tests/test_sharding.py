@@ -41,7 +41,7 @@ def last_line(process):
 
 
 #: Groups of `sharding_run.py` that one process runs: what one device computes they share.
-GROUPS = ("models", "rules", "drivers", "limits")
+GROUPS = ("models", "rules", "drivers", "later", "limits")
 
 
 @shared

@@ -86,7 +86,7 @@ class CausalProgram:
         self.placement = Placement()
         if schedule.mesh is not None:
             shapes = {name: shape for name, (shape, _) in self.carried.entries().items()}
-            self.placement = placement_of(self.model, program, schedule, shapes)
+            self.placement = placement_of(self.model, program, schedule, shapes, self.carried.deferred)
 
     def on(self, model: LoweredModel) -> CausalProgram:
         """The same program on another lowering of the same model."""

@@ -21,6 +21,7 @@ from etcompile.frontend.state_forms import StateForm
 from etcompile.ir.kinds import KINDS, Kind
 from etcompile.ir.program import Equation, TraceProgram
 from etcompile.lowering.axes import Axes, ModelAxes
+from etcompile.lowering.deferred import Deferral, DeferredTrace
 from etcompile.schedule import Schedule, require_divisible_batch
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class Placement:
         Effective weights by site.
     traces : mapping of str to (Placed or tuple of Placed)
         One entry of each carried value, or one for each of its arrays where they differ.
+    deferred : mapping of str to DeferredTrace of Placed
+        All of the traces that are written later.
     note : str
         Why nothing is split over units, where that is so.
     """
@@ -89,6 +92,7 @@ class Placement:
     states: tuple[Placed, ...] = ()
     weights: Mapping[str, Placed] = dataclasses.field(default_factory=dict)
     traces: Mapping[str, Placed | tuple[Placed, ...]] = dataclasses.field(default_factory=dict)
+    deferred: Mapping[str, DeferredTrace] = dataclasses.field(default_factory=dict)
     note: str = ""
 
     # -- inside of compiled functions ---------------------------------------------------------------------------
@@ -112,10 +116,8 @@ class Placement:
         """One carried value of the program; its entries that are zero for every input stay None."""
         if self.mesh is None or value is None:
             return value
-        placed = self.traces[name]
-        if isinstance(placed, tuple):
-            return tuple(self._hold(v, p) for v, p in zip(value, placed, strict=True))
-        return jax.tree.map(lambda v: self._hold(v, placed), value)
+        leaves, structure = jax.tree.flatten(value)
+        return jax.tree.unflatten(structure, self._hold_leaves(leaves, self._of_trace(name, value)))
 
     def hold_traces(self, traces: Mapping[str, Tree]) -> dict[str, Tree]:
         return {name: self.hold_trace(name, value) for name, value in traces.items()}
@@ -150,12 +152,7 @@ class Placement:
     def put_traces(self, traces: Mapping[str, Tree]) -> Mapping[str, Tree]:
         if self.mesh is None:
             return traces
-        found = {}
-        for name, value in traces.items():
-            placed, count = self.traces[name], len(jax.tree.leaves(value))
-            each: tuple[Any, ...] = placed if isinstance(placed, tuple) and count else (placed,) * count
-            found[name] = self._put_leaves(value, each)
-        return found
+        return {name: self._put_leaves(value, self._of_trace(name, value)) for name, value in traces.items()}
 
     def put_batch(self, tree: Tree, axis: int) -> Tree:
         """Data of a call, whose axis number ``axis`` counts the examples where it has their number."""
@@ -170,6 +167,15 @@ class Placement:
             return tree
         leaves, structure = jax.tree.flatten(tree)
         return jax.tree.unflatten(structure, jax.device_put(leaves, [self._sharding(p) for p in placed]))
+
+    def _of_trace(self, name: str, value: Tree) -> list[Placed]:
+        """Where the arrays of one carried value lie, in their order."""
+        if value is None:
+            return []
+        placed = self.deferred[name] if isinstance(value, DeferredTrace) else self.traces[name]
+        return jax.tree.leaves(
+            jax.tree.map(lambda one, part: jax.tree.map(lambda _: one, part), placed, value)
+        )
 
     def _leading(self, shape: tuple[int, ...], axis: int = 0) -> Placed:
         here = self.examples is not None and len(shape) > axis and shape[axis] == self.examples
@@ -189,13 +195,17 @@ class Placement:
         lines = [f"mesh {sizes}" + (f" ({self.note})" if self.note else "")]
         lines += [f"parameter {p}" for p in self.params]
         lines += [f"state {p}" for p in self.states]
-        for placed in self.traces.values():
-            lines += [f"trace {p}" for p in (placed if isinstance(placed, tuple) else (placed,))]
+        for name, placed in self.traces.items():
+            lines += [f"trace {p}" for p in jax.tree.leaves(self.deferred.get(name, placed))]
         return tuple(lines)
 
 
 def placement_of(
-    model: LoweredModel, program: TraceProgram, schedule: Schedule, entries: Mapping[str, Any]
+    model: LoweredModel,
+    program: TraceProgram,
+    schedule: Schedule,
+    entries: Mapping[str, Any],
+    deferred: Mapping[str, Deferral],
 ) -> Placement:
     """Where the arrays of a program lie.
 
@@ -206,6 +216,8 @@ def placement_of(
     schedule : Schedule
     entries : mapping of str to (shape or list of shapes)
         Shapes of one entry of every carried value.
+    deferred : mapping of str to Deferral
+        How traces are written that are not written at every step.
 
     Raises
     ------
@@ -234,7 +246,7 @@ def placement_of(
     kinds = [KINDS[e.type.kind] for e in program.equations]
     every_path = any(kind.large and kind.every_path for kind in kinds)
     units = () if every_path else schedule.unit_axes
-    return _Placing(model, program, mesh, schedule.batch_axes, units, entries).placement(
+    return _Placing(model, program, mesh, schedule.batch_axes, units, entries, deferred).placement(
         f"{program.name} follows every path between units, so nothing is split over {'+'.join(schedule.unit_axes)}"
         if every_path and schedule.unit_axes
         else ""
@@ -250,9 +262,10 @@ class _Placing:
         batch: tuple[str, ...],
         units: tuple[str, ...],
         entries: Mapping[str, Any],
+        deferred: Mapping[str, Deferral],
     ) -> None:
         self.model, self.program, self.mesh = model, program, mesh
-        self.batch, self.units, self.entries = batch, units, entries
+        self.batch, self.units, self.entries, self.deferred = batch, units, entries, deferred
         self.parts = math.prod(mesh.shape[a] for a in units)
         self.axes = ModelAxes(model, self.parts)
 
@@ -275,6 +288,7 @@ class _Placing:
                 for name, a in self.axes.weights.items()
             },
             traces={name: self._of_carried(self.program.equation(name)) for name in self.entries},
+            deferred={name: self._of_deferred(name, how) for name, how in self.deferred.items()},
             note=note,
         )
 
@@ -304,6 +318,29 @@ class _Placing:
             return tuple(self._place(name, s, self.axes.leading(s)) for s in shapes)
         return self._place(name, shapes, self._axes_of(kind, of, shapes))
 
+    def _of_deferred(self, name: str, how: Deferral) -> DeferredTrace:
+        """One entry of each part of a trace that is written later; what is kept of many steps has them on axis 0."""
+        equation = self.program.equation(name)
+        relation = how.geometry.relation
+
+        def place(what: str, shape: tuple[int, ...], axes: Axes) -> Any:
+            return self._place(f"{name} {what}", shape, axes)
+
+        def of_steps(what: str, of_step: Any, axes: Axes) -> Any:
+            return place(what, (how.every, *of_step.shape), _one_further(axes))
+
+        def read(outer: str, x: Any) -> Any:
+            return jax.tree.map(lambda v: of_steps(f"x of {outer}", v, self.axes.leading(v.shape)), x)
+
+        written: Any = self._of_carried(equation)
+        spans = self.axes.relations[equation.type.of]
+        return DeferredTrace(
+            written,
+            place("since", how.position.shape, self.axes.groups[relation.group]),
+            {o: (of_steps(f"f of {o}", how.span, spans), read(o, x)) for o, x in how.read.items()},
+            Placed(f"{name} count", (), ()),
+        )
+
     def _axes_of(self, kind: Kind, of: str, shape: tuple[int, ...]) -> Axes:
         if kind.owner == "relation":
             axes = self.axes.relations[of]
@@ -318,6 +355,11 @@ class _Placing:
         if kind.gradient:
             return self.axes.weights[of]
         return self.axes.leading(shape)
+
+
+def _one_further(axes: Axes) -> Axes:
+    """Of an array with one more axis before them."""
+    return Axes(*[None if a is None else a + 1 for a in (axes.examples, axes.units)])
 
 
 def _in_memory(axes: Axes, order: Sequence[int]) -> Axes:

@@ -74,7 +74,7 @@ def deferrals(
     asked = schedule.write_every
     if asked == "auto":
         size = sum(_bytes(model, program.equation(name), kept, stored(name)) for name, kept in traces.items())
-        if size <= _CACHE or jax.default_backend() != "cpu":
+        if size <= _CACHE or jax.default_backend() != "cpu" or schedule.mesh is not None:
             return {}
     reason = _reason(program, schedule)
     added = {name: () if reason else _added(program, model, name, kept) for name, kept in traces.items()}
