@@ -86,6 +86,21 @@ def test_the_size_of_a_chunk_leaves_no_rest_where_it_can():
     assert size(500, memory=1) == 1
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of the C library")
+@pytest.mark.parametrize(("units", "expected"), [(64, 128), (320, 64), (512, 128)])
+def test_a_chunk_takes_no_new_memory_at_each_run_where_that_leaves_enough_steps(units, expected):
+    """Traces of 1, 26 and 68 MB; with the last no chunk is short enough."""
+    params = {k: jax.ShapeDtypeStruct((units, units), jnp.float32) for k in ("w", "u")}
+
+    def unit(params, state, x):
+        h = 0.5 * state["h"] + jnp.tanh(state["h"] @ params["w"] + x @ params["u"])
+        return {"h": h}, h
+
+    like = jax.ShapeDtypeStruct((32, units), jnp.float32)
+    step = etcompile.compile(etcompile.from_function(unit, params, {"h": like}), like)
+    assert step.executor.functions.plan(etcompile.Schedule(), 6400).together(6400) == expected
+
+
 def test_a_sequence_is_one_chunk_where_traces_are_given_up_and_memory_allows():
     _, step = built_and_step("gru_no_batch", "d_rtrl", schedule=etcompile.Schedule(keep_traces=False))
 

@@ -19,6 +19,12 @@ __all__ = ["ENOUGH_WITHOUT_TRACES", "ChunkSizes", "evenly"]
 _ENOUGH, ENOUGH_WITHOUT_TRACES = 128, 64
 #: Bytes of a cache that cores share, and how many of them a chunk may count and stay whole: not all of it is there at one time.
 _CACHE, _FEW_CACHES = 32 << 20, 2
+#: Bytes of a run up to which the C library keeps what the last run gave back. More comes from the system, zeroed page by page.
+_RECYCLED = 32 << 20
+#: What a chunk takes at a time of what its steps hold: while traces are made at its end, beside these, and before.
+_AT_ITS_END, _BEFORE = 0.2, 0.5
+#: Steps below which a chunk is not cut short for that.
+_FEW = 40
 #: Of a block: its least steps, and its bytes for each of the gradients that it adds to.
 _LEAST, _PER_GRADIENT = 16, 12
 
@@ -58,7 +64,7 @@ class ChunkSizes:
         possible = min(steps, memory // self.bytes_of_a_step)
         if self.stands_alone and self.alone(steps) <= self.memory_alone(memory):
             return steps
-        enough = _ENOUGH if self.program.has_traces else ENOUGH_WITHOUT_TRACES
+        enough = min(_ENOUGH, self._recycled) if self.program.has_traces else ENOUGH_WITHOUT_TRACES
         return evenly(steps, max(1, min(possible, enough)))
 
     def block(self, steps: int) -> int:
@@ -90,6 +96,15 @@ class ChunkSizes:
         forwards = [causal.model.sites[site] for site in learning]
         again = sum(math.prod((*does.y.shape, *does.contracted)) for does in forwards)
         return sum(v.size for v in jax.tree.leaves(kept)) < again
+
+    @cached_property
+    def _recycled(self) -> int:
+        """Steps of a chunk with traces whose memory is that of the last run, about; many where no chunk's is."""
+        if jax.default_backend() != "cpu":
+            return _ENOUGH
+        left = max(0, _RECYCLED - self._bytes_of_traces // 2)
+        steps = int(min(left / _AT_ITS_END, _RECYCLED / _BEFORE) / self.bytes_of_a_step)
+        return steps if steps >= _FEW else _ENOUGH
 
     @cached_property
     def _bytes_of_gradients(self) -> int:
