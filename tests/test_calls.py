@@ -181,8 +181,9 @@ def test_all_is_looked_at_only_where_something_is_another(monkeypatch):
         return in_full(lambda: step(XS[0]))
 
     def gradient():
-        return in_full(lambda: run(XS[0], YS[0]))
+        return in_full(lambda: (run(XS[0], YS[0]), over(XS, YS), over(XS[:3], YS[:3])))
 
+    over = step.scan_value_and_grad(squared)
     state, weight = executor.live.state_objects["h"], step.param_states["w"]
     changes = {
         "reset": step.reset,
@@ -208,6 +209,55 @@ def test_all_is_looked_at_only_where_something_is_another(monkeypatch):
         weight.clear_hooks()
         forward()
         assert not forward() and not gradient(), name
+
+
+def test_sequences_in_a_row_are_as_good_as_the_first():
+    """With another length, mean, mask, loss, weights and states in between, and of a loss that counts its steps."""
+    count = brainstate.ShortTermState(jnp.zeros(()))
+    factor = [1.0]
+
+    def counting(out, target):
+        count.value += 1
+        return factor[0] * squared(out, target) * count.value
+
+    def run(again):
+        """All calls of a step; with ``again`` by functions that ran before, else by new ones."""
+        step, found = fresh(), []
+        count.value, factor[0] = jnp.zeros(()), 1.0
+        kept = {}
+
+        def call(loss, *data, **options):
+            mask = options.pop("mask", None)
+            key = loss, *options.items()
+            made = step.scan_value_and_grad(loss, **options)
+            found.append((kept.setdefault(key, made) if again else made)(*data, mask=mask))
+
+        for _ in range(3):
+            for loss in (squared, counting):
+                call(loss, XS, YS)
+                call(loss, XS, YS, reduction="mean")
+                call(loss, XS[:3], YS[:3], chunk=2)
+                call(loss, XS, YS, mask=jnp.arange(len(XS)) % 2)
+                call(loss, XS, YS)
+            step.params = jax.tree.map(lambda v: 1.1 * v, step.params)
+            factor[0] += 1
+        step.reset()
+        call(squared, XS, YS)
+        return found, count.value
+
+    same(run(True), run(False))
+
+
+@pytest.mark.parametrize("wrong", [XS[:, :, :2], XS[0], XS[:2], "text"])
+def test_a_sequence_that_does_not_fit_is_said_after_sequences_that_did(wrong):
+    step = fresh()
+    run = step.scan_value_and_grad(squared)
+    run(XS, YS), run(XS, YS)
+    held = step.executor.live.states()["h"]
+    with pytest.raises(InputError):
+        run(wrong, YS)
+    assert step.executor.live.states()["h"] is held
+    same(run(XS, YS)[1]["w"].shape, (3, 4))
 
 
 @pytest.mark.by_xla

@@ -173,7 +173,7 @@ def cached(monkeypatch):
     def of(steps):
         of_steps = property(lambda sizes: (1 << 20) // steps)
         monkeypatch.setattr(chunk_sizes.ChunkSizes, "bytes_of_a_step", of_steps)
-        monkeypatch.setattr(chunk_sizes, "_CACHE", 2 << 20)
+        monkeypatch.setattr(chunk_sizes, "shared_cache", lambda: 2 << 20)
         for name in ("_FEW_CACHES", "_LEAST", "_PER_GRADIENT"):
             monkeypatch.setattr(chunk_sizes, name, 0)
 

@@ -20,6 +20,7 @@ from etcompile.ir.kinds import KINDS
 from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation, TraceProgram
 from etcompile.ir.support import support
+from etcompile.lowering.caches import shared_cache
 from etcompile.lowering.deferred import Deferral
 from etcompile.lowering.derivatives import LoweredModel
 from etcompile.lowering.geometry import TraceGeometry
@@ -30,8 +31,6 @@ __all__ = ["deferrals"]
 #: Shape and dtype of one entry of a value, of lists where that is several arrays.
 Entry = Callable[[Equation], tuple[Any, Any]]
 
-#: Bytes of traces that a cache of the processor holds.
-_CACHE = 32 << 20
 #: Operations of a product of few rows in the time in which a number goes through memory, both in one precision.
 _BALANCE = 16.0
 #: Most steps: at each write all that was added is multiplied out, by code that is as long.
@@ -74,7 +73,7 @@ def deferrals(
     asked = schedule.write_every
     if asked == "auto":
         size = sum(_bytes(model, program.equation(name), kept, stored(name)) for name, kept in traces.items())
-        if size <= _CACHE or jax.default_backend() != "cpu" or schedule.mesh is not None:
+        if size <= shared_cache() or jax.default_backend() != "cpu" or schedule.mesh is not None:
             return {}
     reason = _reason(program, schedule)
     added = {name: () if reason else _added(program, model, name, kept) for name, kept in traces.items()}

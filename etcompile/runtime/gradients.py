@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from etcompile.errors import EtcompileWarning, OptionError
 from etcompile.frontend.user_code import warn
 from etcompile.lowering.functions import Carry
-from etcompile.lowering.losses import LossValue
+from etcompile.lowering.losses import LossProgram, LossValue
 from etcompile.lowering.schedules.base import Plan
 from etcompile.runtime.calls import DONATED, apart, listed, one_step, sequence
 from etcompile.runtime.checks import as_inputs, check_sequence, given_with, stacked_steps, steps_of
@@ -71,7 +71,9 @@ def step_gradients(
     carry = run.carry(give_away=True)
     bound = bound_loss(run, loss, targets, mask, None)
     data = inputs, bound.item(targets, mask, 0), given_with(run.compiled.program, None, modulator)
-    return _advanced(run, bound.one_step, one_step(run.functions), bound, carry, data, time=0, given=given)
+    return _advanced(
+        run, _step_key(bound.loss.program), one_step(run.functions), bound, carry, data, time=0, given=given
+    )
 
 
 def _step_again(
@@ -79,11 +81,24 @@ def _step_again(
 ) -> tuple[LossValue, Any] | None:
     """As :func:`step_gradients`, where nothing but data and parameters changed since the last call; else None."""
     joined = loss.unchanged()
-    if joined is None or joined.program.asks_host:
+    return None if joined is None else _again(run, _step_key(joined.program), joined, x, targets, time=0)
+
+
+def _step_key(program: LossProgram) -> Hashable:
+    return "value_and_grad", program
+
+
+def _again(
+    run: Executor, key: Hashable, joined: JoinedLoss, x: Any, targets: tuple[Any, ...], time: int
+) -> tuple[LossValue, Any] | None:
+    """What the jitted function under a key gives; None where it has to be called in full."""
+    if joined.program.asks_host:
+        return None
+    if time and (joined.environment.inputs or run.model.environment.reads):  # these differ from step to step
         return None
     bound = joined.now(None)
     inputs = (x,) if run.model.input_count == 1 else x
-    found = run.again(bound.one_step, (inputs, bound.read, bound.item(targets, None, 0), {}))
+    found = run.again(key, (inputs, bound.read, bound.item(targets, None, time), {}))
     if found is None:
         return None
     (value, aux, carried), grads = found
@@ -105,6 +120,30 @@ def sequence_gradients(
     progress: bool | Progress = False,
 ) -> tuple[LossValue, Any]:
     """All that the losses of a sequence give, and the summed gradients; time is axis 0."""
+    alone = modulator is None and mask is None and progress is False
+    again = _sequence_again(run, loss, xs, targets) if alone else None
+    if again is None:
+        found, grads = _sequence(run, loss, xs, targets, modulator, mask, chunk, progress)
+    else:
+        found, grads = again
+    if reduction == "mean":
+        steps = len(found.value)
+        count = steps if mask is None else jnp.maximum(jnp.sum(check_mask(mask, steps)), 1)
+        grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
+    return found, grads
+
+
+def _sequence(
+    run: Executor,
+    loss: LossFunction,
+    xs: Any,
+    targets: tuple[Any, ...],
+    modulator: Any,
+    mask: Any,
+    chunk: int | str | None,
+    progress: bool | Progress,
+) -> tuple[LossValue, Any]:
+    """As :func:`sequence_gradients`, of a sum."""
     program = run.compiled.program
     if modulator is not None and program.window is not None:
         raise OptionError(
@@ -117,19 +156,26 @@ def sequence_gradients(
     steps = steps_of(inputs)
     mask = check_mask(mask, steps)
     carry = run.carry(give_away=True)
-    bound = bound_loss(run, loss, targets, mask, steps)
+    joined = joined_loss(run, loss, targets, mask, steps)
+    bound = joined.now(steps)
     plan = _plan(run, steps, chunk, ordered=bool(bound.loss.program.effects))
     key, whole = ("sequence", bound.loss.program, plan), sequence(run.functions, plan)
     data = inputs, bound.item(targets, mask, 1), given_with(program, None, modulator)
     if progress is not False:
         together = plan.together(steps)
-        found, grads = gradients_in_pieces(run, key, whole, together, bound.loss, data, progress, bound.write)
-    else:
-        found, grads = _advanced(run, key, whole, bound, carry, data, time=1)
-    if reduction == "mean":
-        count = steps if mask is None else jnp.maximum(jnp.sum(mask), 1)
-        grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
-    return found, grads
+        return gradients_in_pieces(run, key, whole, together, bound.loss, data, progress, bound.write)
+    loss.keep_sequence(joined, key)
+    return _advanced(run, key, whole, bound, carry, data, time=1)
+
+
+def _sequence_again(
+    run: Executor, loss: LossFunction, xs: Any, targets: tuple[Any, ...]
+) -> tuple[LossValue, Any] | None:
+    """As :func:`_sequence`, where nothing but data and parameters changed since the last call; else None."""
+    joined = loss.unchanged()
+    if joined is None or (key := loss.sequence(joined)) is None:
+        return None
+    return _again(run, key, joined, xs, targets, time=1)
 
 
 def _advanced(

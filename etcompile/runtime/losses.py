@@ -55,6 +55,7 @@ class LossFunction:
         self.outputs = outputs
         self._captured = Captured(fn)
         self._last: tuple[Any, JoinedLoss] | None = None
+        self._sequence: tuple[JoinedLoss, Hashable] | None = None
 
     def key(self) -> tuple[Any, ...]:
         """Differs where the function, or what it closes over, does.
@@ -89,6 +90,14 @@ class LossFunction:
         joined = self._last[1]
         return joined if joined.environment.differs() is None else None
 
+    def keep_sequence(self, joined: JoinedLoss, key: Hashable) -> None:
+        """Remember by which jitted function a sequence was run the last time."""
+        self._sequence = joined, key
+
+    def sequence(self, joined: JoinedLoss) -> Hashable | None:
+        """The key of the function that ran a sequence the last time, if it was traced to this then."""
+        return self._sequence[1] if self._sequence is not None and self._sequence[0] is joined else None
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BoundLoss:
@@ -100,11 +109,6 @@ class BoundLoss:
     loss: Loss
     written: tuple[Any, ...]
     around: tuple[Any, ...]
-
-    @functools.cached_property
-    def one_step(self) -> Hashable:
-        """The key of the jitted function of one step with its gradient."""
-        return "value_and_grad", self.loss.program
 
     @functools.cached_property
     def read(self) -> tuple[Any, Any]:

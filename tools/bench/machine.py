@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from clock import best
 from settings import Settings
 
-__all__ = ["Bandwidth", "caches", "describe", "measure_machine"]
+from etcompile.lowering.caches import caches
 
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+__all__ = ["Bandwidth", "describe", "measure_machine"]
+
 #: Rows, inner and outer size of a product as it stands in a loop over time.
 _ROWS = (16, 256, 512)
-_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _RUNS = 10
 #: Bytes that a run moves at the least, so that its call costs little beside.
 _MOVED = 16 << 20
@@ -77,18 +77,6 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version for name in names if (version := _version(name))},
     }
-
-
-def caches() -> dict[int, int]:
-    """Bytes of the data caches beyond the first that a core reads through, by level; none where the system does not tell."""
-    found = {}
-    for folder in sorted(_CACHES.glob("index*")):
-        kind, level, size = (
-            (folder / name).read_text(encoding="utf-8").strip() for name in ("type", "level", "size")
-        )
-        if kind != "Instruction" and int(level) > 1:
-            found[int(level)] = int(size[:-1]) * _UNITS[size[-1]] if size[-1] in _UNITS else int(size)
-    return found
 
 
 def _processor() -> str:

@@ -9,6 +9,7 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 
+from etcompile.lowering.caches import shared_cache
 from etcompile.lowering.schedules.chunk_program import ChunkProgram
 from etcompile.lowering.schedules.traffic import chunks_pay_off
 from etcompile.precision import accumulator
@@ -17,8 +18,8 @@ __all__ = ["ENOUGH_WITHOUT_TRACES", "ChunkSizes", "evenly"]
 
 #: Steps after which a longer chunk gains little: with traces to be made at its end, and without, where a cache should hold it.
 _ENOUGH, ENOUGH_WITHOUT_TRACES = 128, 64
-#: Bytes of a cache that cores share, and how many of them a chunk may count and stay whole: not all of it is there at one time.
-_CACHE, _FEW_CACHES = 32 << 20, 2
+#: How many shared caches a chunk may count and stay whole: not all of it is there at one time.
+_FEW_CACHES = 2
 #: Bytes of a run up to which the C library keeps what the last run gave back. More comes from the system, zeroed page by page.
 _RECYCLED = 32 << 20
 #: What a chunk takes at a time of what its steps hold: while traces are made at its end, beside these, and before.
@@ -73,9 +74,9 @@ class ChunkSizes:
         Each block adds gradients of all weights to those of the others, which should take little beside the block's values. The
         loop of all credits (``ChunkProgram.pulled``) goes step by step, so it gains nothing.
         """
-        if self.program.pulled is not None or steps * self.bytes_of_a_step <= _FEW_CACHES * _CACHE:
+        if self.program.pulled is not None or steps * self.bytes_of_a_step <= _FEW_CACHES * shared_cache():
             return steps
-        enough = max(_CACHE // 2, _PER_GRADIENT * self._bytes_of_gradients) // self.bytes_of_a_step
+        enough = max(shared_cache() // 2, _PER_GRADIENT * self._bytes_of_gradients) // self.bytes_of_a_step
         return evenly(steps, min(steps, max(_LEAST, enough)))
 
     def alone(self, steps: int) -> int:
