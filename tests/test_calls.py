@@ -14,6 +14,8 @@ from test_reset import XS, YS, draw, fresh, same, squared
 import etcompile
 from etcompile.errors import CarryError, EtcompileWarning, ForeignWriteWarning, InputError
 from etcompile.frontend.captured import Captured
+from etcompile.runtime import gradients
+from etcompile.runtime.jitted import NotSeen
 
 SCALE = 1.0
 
@@ -258,6 +260,21 @@ def test_a_sequence_that_does_not_fit_is_said_after_sequences_that_did(wrong):
         run(wrong, YS)
     assert step.executor.live.states()["h"] is held
     same(run(XS, YS)[1]["w"].shape, (3, 4))
+
+
+@pytest.mark.by_xla
+def test_no_sequence_is_traced_again_where_two_lengths_take_turns(monkeypatch):
+    step = fresh()
+    run = step.scan_value_and_grad(squared)
+    lengths = (2, len(XS))
+    for _ in range(3):
+        for n in lengths:
+            run(XS[:n], YS[:n])
+    made = []
+    monkeypatch.setattr(gradients, "_sequence", lambda *args: made.append(args))
+    monkeypatch.setattr(NotSeen, "__init__", lambda error: made.append(error))
+    found = [run(XS[:n], YS[:n]) for n in lengths]
+    assert not made and [len(losses) for losses, _ in found] == [*lengths]
 
 
 @pytest.mark.by_xla

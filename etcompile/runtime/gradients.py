@@ -164,7 +164,7 @@ def _sequence(
     if progress is not False:
         together = plan.together(steps)
         return gradients_in_pieces(run, key, whole, together, bound.loss, data, progress, bound.write)
-    loss.keep_sequence(joined, key)
+    loss.keep_sequence(steps, joined, key)
     return _advanced(run, key, whole, bound, carry, data, time=1)
 
 
@@ -172,8 +172,10 @@ def _sequence_again(
     run: Executor, loss: LossFunction, xs: Any, targets: tuple[Any, ...]
 ) -> tuple[LossValue, Any] | None:
     """As :func:`_sequence`, where nothing but data and parameters changed since the last call; else None."""
-    joined = loss.unchanged()
-    if joined is None or (key := loss.sequence(joined)) is None:
+    joined, first = loss.unchanged(), next(iter(jax.tree.leaves(xs)), None)
+    if joined is None or not (shape := getattr(first, "shape", ())):
+        return None
+    if (key := loss.sequence(shape[0], joined)) is None:
         return None
     return _again(run, key, joined, xs, targets, time=1)
 

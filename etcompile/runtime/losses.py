@@ -36,6 +36,10 @@ _LOSS_STREAM = 0x1055
 _ENVIRONMENTS = 8
 
 
+#: Lengths of sequences for which a loss function remembers how they were run.
+_LENGTHS = 64
+
+
 class LossFunction:
     """A loss function as the user gave it, and what is kept of it from call to call.
 
@@ -55,7 +59,7 @@ class LossFunction:
         self.outputs = outputs
         self._captured = Captured(fn)
         self._last: tuple[Any, JoinedLoss] | None = None
-        self._sequence: tuple[JoinedLoss, Hashable] | None = None
+        self._sequences: dict[int, tuple[JoinedLoss, Hashable]] = {}
 
     def key(self) -> tuple[Any, ...]:
         """Differs where the function, or what it closes over, does.
@@ -90,13 +94,16 @@ class LossFunction:
         joined = self._last[1]
         return joined if joined.environment.differs() is None else None
 
-    def keep_sequence(self, joined: JoinedLoss, key: Hashable) -> None:
-        """Remember by which jitted function a sequence was run the last time."""
-        self._sequence = joined, key
+    def keep_sequence(self, steps: int, joined: JoinedLoss, key: Hashable) -> None:
+        """Remember by which jitted function a sequence of so many steps was run the last time."""
+        if len(self._sequences) >= _LENGTHS:
+            self._sequences.clear()
+        self._sequences[steps] = joined, key
 
-    def sequence(self, joined: JoinedLoss) -> Hashable | None:
-        """The key of the function that ran a sequence the last time, if it was traced to this then."""
-        return self._sequence[1] if self._sequence is not None and self._sequence[0] is joined else None
+    def sequence(self, steps: int, joined: JoinedLoss) -> Hashable | None:
+        """The key of the function that ran such a sequence the last time, if it was traced to this then."""
+        then, key = self._sequences.get(steps, (None, None))
+        return key if then is joined else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
