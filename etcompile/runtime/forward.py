@@ -24,7 +24,8 @@ __all__ = ["called", "run_sequence"]
 
 def called(run: Executor, inputs: tuple[Any, ...], target: Any, modulator: Any) -> Any:
     """Outputs of one step; of many where something is multi-step data."""
-    if target is None and modulator is None and (again := run.again("apply", (inputs,))) is not None:
+    plain = target is None and modulator is None and not (inputs and isinstance(inputs[0], MultiStepData))
+    if plain and (again := run.again("apply", (inputs,))) is not None:
         return again[0]
     given = inputs, target, modulator
     if has_multi_step(given):

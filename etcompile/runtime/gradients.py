@@ -19,7 +19,14 @@ from etcompile.runtime.checks import as_inputs, check_sequence, given_with, stac
 from etcompile.runtime.executor import Executor
 from etcompile.runtime.losses import BoundLoss, JoinedLoss, LossFunction, check_mask, join_loss
 from etcompile.runtime.progress import gradients_in_pieces
-from etcompile.runtime.step_data import has_multi_step, over_time, repeated, unwrap
+from etcompile.runtime.step_data import (
+    MultiStepData,
+    arrays_alone,
+    has_multi_step,
+    over_time,
+    repeated,
+    unwrap,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -48,7 +55,8 @@ def called_with_gradients(
     mask: Any,
 ) -> tuple[LossValue, Any]:
     """All that the loss of one step gives, and its gradients; of many steps where something is multi-step data."""
-    if modulator is None and mask is None and (again := _step_again(run, loss, x, targets)) is not None:
+    plain = modulator is None and mask is None and not isinstance(x, MultiStepData)
+    if plain and (again := _step_again(run, loss, x, targets)) is not None:
         return again
     given = (x, targets, modulator, mask)
     if has_multi_step(given):
@@ -121,7 +129,7 @@ def sequence_gradients(
 ) -> tuple[LossValue, Any]:
     """All that the losses of a sequence give, and the summed gradients; time is axis 0."""
     alone = modulator is None and mask is None and progress is False
-    again = _sequence_again(run, loss, xs, targets) if alone else None
+    again = _sequence_again(run, loss, xs, targets) if alone and arrays_alone((xs, targets)) else None
     if again is None:
         found, grads = _sequence(run, loss, xs, targets, modulator, mask, chunk, progress)
     else:
