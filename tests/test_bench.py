@@ -230,7 +230,7 @@ def test_every_case_of_every_machine_is_on_the_page(bench):
             names = (f"{found.title} | {found.batch}", found.label, found.title)
             starts = tuple(f"| {label} | {name} |" for name in names)
             assert any(line.startswith(starts) for line in rows)
-        assert f"| {label} | GRU 8 | 4 | `step(x)` | 100 | 120 | 40 |" in text
+        assert f"| {label} | GRU 8 | 4 | `step(x)` | 100 | 120 | 90 |" in text
         assert f"| {label} | braintrace | d_rtrl | GRU | `out.w` |  | `cell.w` |  |" in text
         told = (
             "braintrace, windows of 200 | d_rtrl | GRU |  | `cell.w` |  | `out.w` (0.5 from backpropagation)"
