@@ -165,7 +165,7 @@ def _sequence(
     mask = check_mask(mask, steps)
     carry = run.carry(give_away=True)
     joined = joined_loss(run, loss, targets, mask, steps)
-    bound = joined.now(steps)
+    bound = _bound(run, joined, steps)
     plan = _plan(run, steps, chunk, ordered=bool(bound.loss.program.effects))
     key, whole = ("sequence", bound.loss.program, plan), sequence(run.functions, plan)
     data = inputs, bound.item(targets, mask, 1), given_with(program, None, modulator)
@@ -243,8 +243,12 @@ def joined_loss(run: Executor, loss: LossFunction, targets: Any, mask: Any, step
 
 def bound_loss(run: Executor, loss: LossFunction, targets: Any, mask: Any, steps: int | None) -> BoundLoss:
     """A loss function for a call over ``steps`` steps, or of one, with what it reads as it is now."""
+    return _bound(run, joined_loss(run, loss, targets, mask, steps), steps)
+
+
+def _bound(run: Executor, joined: JoinedLoss, steps: int | None) -> BoundLoss:
     with run.compilations.completed():
-        return join_loss(run.live, run.compilation, loss, targets, mask, steps).now(steps)
+        return joined.now(steps)
 
 
 def environments(run: Executor, joined: JoinedLoss, steps: int) -> Environments:
