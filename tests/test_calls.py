@@ -67,6 +67,31 @@ def test_what_a_loss_finds_is_seen_wherever_it_lies():
             same(run(XS[0], YS[0])[0], value * plain)
 
 
+def test_functions_that_get_another_body_are_compiled_again():
+    """As where an interactive shell loads a module anew: the loss and its helper stay, their code and defaults do not."""
+
+    def helper(error, factor=1.0):
+        return factor * jnp.sum(error**2)
+
+    def loss(out, target):
+        return helper(out - target)
+
+    def other(out, target):
+        return helper(out - target) + 1.0
+
+    step = fresh()
+    run = step.value_and_grad(loss)
+    plain = [fresh().value_and_grad(f)(XS[0], YS[0])[0] for f in (loss, other)]
+    code = loss.__code__
+    for replaced in (other.__code__, code):
+        for factor in (1, 1.0, 3.0):
+            loss.__code__, helper.__defaults__ = replaced, (factor,)
+            for _ in range(2):
+                step.reset()
+                added = float(plain[1] - plain[0]) if replaced is not code else 0.0
+                same(run(XS[0], YS[0])[0], factor * plain[0] + added)
+
+
 def test_a_function_that_finds_the_same_is_not_walked_again():
     held, table = draw(0, 3), {"a": 2.0}
     followed = Captured(lambda x: x * held * table["a"] * SCALE)
@@ -363,12 +388,12 @@ def test_entries_that_come_go_and_change_from_call_to_call():
         ]
     ):
         change()
-        assert not unchanged._looked_up._entries.same(step.executor.compilations.attributes)
+        assert not unchanged._looked_up._entries.same()
         before = first.h.value
         step(jnp.full(3, float(k)))
         same(first.h.value, 0.9 * before + k * first.w.value)
         assert step.executor._unchanged is unchanged  # the call was not made in full
-        assert unchanged._looked_up._entries.same(step.executor.compilations.attributes)
+        assert unchanged._looked_up._entries.same()
     model.cells[0] = Leaky()
     with pytest.raises(CarryError, match=r"state cells\.0\.h of Listed was reset"):
         step(jnp.ones(3))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import gc
 import hashlib
 import itertools
 import operator
@@ -33,6 +34,9 @@ __all__ = ["Captured", "Same", "is_captured"]
 _LIMIT = 4096
 
 _MISSING = object()
+
+#: Ends what was found.
+_END = (object(),)
 
 _call: Any = operator.call
 
@@ -61,16 +65,18 @@ class Captured:
 
     Where everything that the last walk came by is the same object there is no need to walk again: that is asked for in one pass
     that runs in C. What was found is held until then.
+
+    Attributes
+    ----------
+    unchanged : callable
+        Whether nothing has changed since :meth:`key` was asked for the last time.
     """
 
     def __init__(self, function: Any) -> None:
         self._function = function
         self._walk: _Walk | None = None
         self._warned = False
-
-    def unchanged(self) -> bool:
-        """Whether nothing has changed since :meth:`key` was asked for the last time."""
-        return self._walk is not None and self._walk.same()
+        self.unchanged: Callable[[], bool] = bool  # nobody has asked
 
     def key(self) -> tuple[Hashable, ...]:
         """A key of everything plain, and of every array, that the function reads outside of its arguments.
@@ -80,6 +86,8 @@ class Captured:
         if self._walk is None or not self._walk.same():
             self._walk = _Walk()
             self._walk.visit(self._function, frozenset())
+            self._walk.keep()
+            self.unchanged = self._walk.same
             if self._walk.gave_up and not self._warned:
                 self._warned = True
                 warn(
@@ -109,20 +117,34 @@ class _Walk:
         self._readers: list[Callable[[str, Any], Any]] = []
         self._names: list[str] = []
         self._read: list[Any] = []
+        self._functions: list[types.FunctionType] = []
+        self._then: list[Any] = []
         self._containers: list[Any] = []
         self._entries: list[Any] = []
+
+    def keep(self) -> None:
+        """Remember, after all was visited, what was found: what was read, and code, defaults and more of functions.
+
+        Of all functions at once, since reading ``__code__`` or ``__defaults__`` tells Python's audit hooks, such as that of a
+        library that JAX imports, and these take longer than all else here.
+        """
+        parts = gc.get_referents(*self._functions)
+        self._then = [*self._read, *parts, *_END]
+        known = {id(None), *map(id, parts)}
+        self._steady &= all({id(f.__code__), id(f.__defaults__)} <= known for f in self._functions)
 
     def same(self) -> bool:
         """Whether a walk would find what this one found."""
         if not self._steady:
             return False
+        read = map(_call, self._readers, self._names, itertools.repeat(_MISSING))
         try:
-            now = map(_call, self._readers, self._names, itertools.repeat(_MISSING))
-            return all(map(operator.is_, now, self._read)) and (
-                not self._containers or _same_entries(self._containers, self._entries)
-            )
+            now = itertools.chain(read, gc.get_referents(*self._functions), _END)
+            if not all(map(operator.is_, now, self._then)):
+                return False
         except ValueError:  # a variable of an outer function that is not assigned any more
             return False
+        return not self._containers or _same_entries(self._containers, self._entries)
 
     def _get(self, reader: Callable[[str, Any], Any], name: str) -> Any:
         """What lies under a name, or ``_MISSING``; looked at again by :meth:`same`."""
@@ -209,8 +231,8 @@ class _Walk:
         if _of_library(function.__code__.co_filename):
             self.found.append(Same(function))
             return
-        of = partial(getattr, function)
-        self.found.append(Same(self._get(of, "__code__")))
+        self._functions.append(function)
+        self.found.append(Same(function.__code__))
         names = code_names(function.__code__)
         for cell in function.__closure__ or ():
             try:
@@ -218,9 +240,9 @@ class _Walk:
             except ValueError:  # not assigned yet
                 self.found.append("unassigned")
                 self._steady = False
-        self._all(self._get(of, "__defaults__") or (), names)
+        self._all(function.__defaults__ or (), names)
         if function.__kwdefaults__:
-            self._hold(self._get(of, "__kwdefaults__"))
+            self._hold(function.__kwdefaults__)
             self._all(function.__kwdefaults__.values(), names)
         for name in sorted(global_names(function.__code__)):
             held = self._get(function.__globals__.get, name)

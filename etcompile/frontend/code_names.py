@@ -13,7 +13,8 @@ __all__ = ["code_names", "global_names"]
 def code_names(code: types.CodeType) -> frozenset[str]:
     """Globals and attributes that code names, functions in it included; texts as well, for ``getattr(x, "name")``."""
     inner = [code_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
-    return frozenset(code.co_names).union((c for c in code.co_consts if isinstance(c, str)), *inner)
+    texts = (c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
+    return frozenset(code.co_names).union(texts, *inner)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -32,6 +32,8 @@ from etcompile.frontend.user_code import user_frame
 __all__ = ["ModuleStates", "is_module", "trace_module"]
 
 
+_has_state_hooks = brainstate.has_state_hooks
+
 #: Owners, names of what they hold, and what that is.
 _Links = tuple[list[Any], list[Any], list[Any]]
 
@@ -237,6 +239,11 @@ def restore(model: Any, before: dict[str, tuple[Any, Any]]) -> None:
 def recording() -> bool:
     """Whether brainstate follows which states are read and written."""
     return bool(TRACE_CONTEXT.state_stack)
+
+
+def are_followed() -> bool:
+    """Whether a transformation runs, or somebody is told of the reads or writes of all states."""
+    return in_transformation() or recording() or _has_state_hooks()
 
 
 def not_recorded(values: Any) -> bool:

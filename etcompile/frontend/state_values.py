@@ -6,7 +6,6 @@ parameters and states, so where there is nobody to tell, it is asked for once.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,8 +21,6 @@ _VALUE = brainstate.State.value
 
 #: What they may replace of reading and writing beside.
 _PARTS = ("value", "_read_value", "_write_value", "_setattr", "__setattr__", "check_if_deleted")
-
-_VALUE_OF = operator.itemgetter("_value")
 
 #: Kinds of hooks that a read or a write tells.
 _HOOKS = ("read", "write_before", "write_after")
@@ -55,9 +52,10 @@ def _is_hooked(state: Any) -> bool:
 
 
 class PlainValues:
-    """Values of some ``State`` objects, taken from where brainstate keeps them as long as nobody else follows these.
+    """Where brainstate keeps the values of some ``State`` objects, for who takes them from there, and who follows these.
 
-    Whoever follows them when this is made goes on being told nothing: the maker has to know that it is himself.
+    Whoever follows them when this is made goes on being told nothing: the maker has to know that it is himself, and to see before
+    each use that nobody else does.
 
     Parameters
     ----------
@@ -71,28 +69,26 @@ class PlainValues:
     ----------
     plain : bool
         Whether brainstate keeps all of them in the way that this knows; without, nothing here may be used.
+    hooks : list of list
+        Those who are told of reads and writes, where there is anybody; a state keeps these lists as long as it lives.
+    unheard : list of list
+        Such lists in which there is nobody.
+    held : list of dict
+        Where the values lie, under ``"_value"``.
     """
 
     def __init__(self, states: Sequence[Any], written: Iterable[int], known: tuple[type, ...] = ()) -> None:
-        self._held = [vars(s) for s in states]
-        self._written = [self._held[k] for k in written]
-        # A state keeps its manager as long as it lives, and a manager its lists.
+        self.held = [vars(s) for s in states]
+        self._written = [(k, self.held[place]) for k, place in enumerate(written)]
         lists = [getattr(s.hooks, "_get_hook_list", None) for s in states]
         self.plain = all(_is_plain(s, known) for s in states) and None not in lists
         hooks = [of(kind) for of in lists if of is not None for kind in _HOOKS]
-        self._empty, self._hooks = [h for h in hooks if not h], [h for h in hooks if h]
-        self._counts = [len(h) for h in self._hooks]
+        self.hooks, self.unheard = [h for h in hooks if h], [h for h in hooks if not h]
 
-    def read(self) -> list[Any] | None:
-        """The values; None where somebody follows the states who did not before."""
-        if any(self._empty) or list(map(len, self._hooks)) != self._counts:
-            return None
-        return list(map(_VALUE_OF, self._held))
-
-    def write(self, values: Iterable[Any]) -> None:
-        """Put in other values of those that are written; right after :meth:`read` gave some."""
-        for held, value in zip(self._written, values, strict=True):
-            held["_value"] = value
+    def write(self, values: Sequence[Any]) -> None:
+        """Put in other values of those that are written, right after the values were read."""
+        for k, held in self._written:
+            held["_value"] = values[k]
 
 
 def _is_plain(state: Any, known: tuple[type, ...]) -> bool:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from etcompile.errors import EtcompileWarning, OptionError
 from etcompile.frontend.user_code import warn
 from etcompile.lowering.functions import Carry
-from etcompile.lowering.losses import LossProgram, LossValue
+from etcompile.lowering.losses import LossValue, as_loss_value
 from etcompile.lowering.schedules.base import Plan
 from etcompile.runtime.calls import DONATED, apart, listed, one_step, sequence
 from etcompile.runtime.checks import as_inputs, check_sequence, given_with, stacked_steps, steps_of
@@ -56,8 +56,10 @@ def called_with_gradients(
 ) -> tuple[LossValue, Any]:
     """All that the loss of one step gives, and its gradients; of many steps where something is multi-step data."""
     plain = modulator is None and mask is None and not isinstance(x, MultiStepData)
-    if plain and (again := _step_again(run, loss, x, targets)) is not None:
-        return again
+    if plain and (joined := loss.unchanged()) is not None:
+        again = _again(run, joined.step_key, joined, x, targets, time=0)
+        if again is not None:
+            return again
     given = (x, targets, modulator, mask)
     if has_multi_step(given):
         return sequence_gradients(run, loss, *repeated(given))
@@ -77,42 +79,29 @@ def step_gradients(
     given, mask = as_inputs(run.model, x), check_mask(mask, None)
     inputs = run.with_environment(given)
     carry = run.carry(give_away=True)
-    bound = bound_loss(run, loss, targets, mask, None)
+    joined = joined_loss(run, loss, targets, mask, None)
+    bound = _bound(run, joined, None)
     data = inputs, bound.item(targets, mask, 0), given_with(run.compiled.program, None, modulator)
-    return _advanced(
-        run, _step_key(bound.loss.program), one_step(run.functions), bound, carry, data, time=0, given=given
-    )
-
-
-def _step_again(
-    run: Executor, loss: LossFunction, x: Any, targets: tuple[Any, ...]
-) -> tuple[LossValue, Any] | None:
-    """As :func:`step_gradients`, where nothing but data and parameters changed since the last call; else None."""
-    joined = loss.unchanged()
-    return None if joined is None else _again(run, _step_key(joined.program), joined, x, targets, time=0)
-
-
-def _step_key(program: LossProgram) -> Hashable:
-    return "value_and_grad", program
+    return _advanced(run, joined.step_key, one_step(run.functions), bound, carry, data, time=0, given=given)
 
 
 def _again(
     run: Executor, key: Hashable, joined: JoinedLoss, x: Any, targets: tuple[Any, ...], time: int
 ) -> tuple[LossValue, Any] | None:
-    """What the jitted function under a key gives; None where it has to be called in full."""
+    """What the jitted function under a key gives; None where more than data and parameters changed since the last call."""
     if joined.program.asks_host:
         return None
     if time and (joined.environment.inputs or run.model.environment.reads):  # these differ from step to step
         return None
-    bound = joined.now(None)
-    inputs = (x,) if run.model.input_count == 1 else x
+    bound = joined.always or joined.now(None)
+    inputs = (x,) if joined.one_input else x
     found = run.again(key, (inputs, bound.read, bound.item(targets, None, time), {}))
     if found is None:
         return None
-    (value, aux, carried), grads = found
+    of_loss, grads = found
     if bound.written:
-        bound.write(carried)
-    return LossValue(value, aux, carried), grads
+        bound.write(of_loss[-1])
+    return as_loss_value(of_loss), grads
 
 
 def sequence_gradients(

@@ -52,9 +52,9 @@ class LearnedAgain:
         joined: JoinedLoss,
     ) -> None:
         self._writes, self._loop, self._joined = writes, loop, joined
-        self._looked_up = LookedUp(live, compilations)
         self._written = [k for k, w in enumerate(written) if w]
         self._values = PlainValues(states, self._written, known=(TraceState,))
+        self._looked_up = LookedUp(live, compilations, self._values)
         places = {id(s): k for k, s in enumerate(states)}
         self._of_model = [places.get(id(s), -1) for s in live.state_objects.values()]
 
@@ -85,9 +85,7 @@ class LearnedAgain:
 
     def __call__(self, loss: LossFunction, args: tuple[Any, ...]) -> Any | None:
         """What the loop gives, with all states put in; None, with all as it was, where the call has to be made in full."""
-        if not self._looked_up.same():
-            return None
-        values = self._values.read()
+        values = self._looked_up.values()
         if values is None or loss.unchanged() is not self._joined:
             return None
         if not self._writes.undisturbed([values[k] for k in self._of_model]):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Iterable
 from typing import Any
 
-import brainstate
-
 from etcompile.frontend.jaxpr import in_transformation
-from etcompile.frontend.module import recording
+from etcompile.frontend.module import are_followed, recording
+from etcompile.frontend.state_values import PlainValues
 from etcompile.runtime.changed_attributes import PlainAttributes
 from etcompile.runtime.compilations import Compilations
 from etcompile.runtime.model_states import ModelAccess
@@ -19,7 +19,9 @@ __all__ = ["LookedUp"]
 #: Ends a list of entries.
 _END = object()
 
-_has_global_hooks = brainstate.has_state_hooks
+_entries_of = itertools.chain.from_iterable
+
+_VALUE_OF = operator.itemgetter("_value")
 
 
 class LookedUp:
@@ -32,13 +34,18 @@ class LookedUp:
     ----------
     live : ModelAccess
     compilations : Compilations
+    states : PlainValues
+        ``State`` objects of the model, and others.
     """
 
-    def __init__(self, live: ModelAccess, compilations: Compilations) -> None:
+    def __init__(self, live: ModelAccess, compilations: Compilations, states: PlainValues) -> None:
         self._live = live
         self._compilations, self._compilation = compilations, compilations.now
         self._holders = live.holders
-        self._entries: _Entries | None = None
+        self._states, self._unheard, self._held = states, states.unheard, states.held
+        self._told = _Entries(states.hooks)
+        self._attributes: PlainAttributes | None = None  # to which the entries belong
+        self._entries = self._told
 
     @staticmethod
     def in_full(compilations: Compilations) -> bool:
@@ -51,38 +58,48 @@ class LookedUp:
         """Whether it is about what runs now, and the ``State`` objects that were looked up the last time are those of then."""
         return self._compilation is self._compilations.now and self._holders is self._live.holders
 
-    def same(self) -> bool:
-        """Whether nobody follows the states, and they are the objects of then; what changed of plain attributes is said."""
-        if in_transformation() or recording() or _has_global_hooks() or not self.of_now():
+    def values(self) -> list[Any] | None:
+        """The values of the states, if nobody follows these and they are the objects of then; else None.
+
+        What changed of plain attributes is said. It is one function, since to call one takes as long as what most lines ask.
+        """
+        if are_followed() or any(self._unheard):
+            return None
+        if self._compilation is not self._compilations.now or self._holders is not self._live.holders:
+            return None
+        entries = self._entries
+        if self._attributes is not self._compilations.attributes or not all(
+            map(operator.is_, _entries_of(entries.now), entries.then)
+        ):
+            if not self._looked_up_again():
+                return None
+        return list(map(_VALUE_OF, self._held))
+
+    def _looked_up_again(self) -> bool:
+        """Whether they are the objects of then, where some entry may be another one."""
+        if not (self._live.as_looked_up() and self.of_now() and self._told.same()):
             return False
-        attributes, entries = self._compilations.attributes, self._entries
-        if entries is not None and entries.same(attributes):
-            return True
-        if not self._live.as_looked_up() or not self.of_now():
-            return False
+        attributes, looked_through = self._compilations.attributes, self._live.looked_through()
         attributes.say_what_changed()
-        self._entries = _Entries.of(attributes, self._live.looked_through())
+        self._attributes = None
+        if looked_through is not None:  # else there is more to ask than entries
+            self._attributes = attributes
+            self._entries = _Entries((*attributes.containers, *looked_through, *self._states.hooks))
         return True
 
 
 class _Entries:
-    """Whether all that lies between a model and its ``State`` objects, and its plain attributes, are the objects of before."""
+    """Whether some dicts and lists hold the objects that they held.
 
-    def __init__(self, attributes: PlainAttributes, containers: list[Any]) -> None:
-        self._attributes = attributes
-        views = (c.values() if isinstance(c, dict) else c for c in containers)
-        self._entries: list[Any] = [*views, (_END,)]
-        self._then = list(itertools.chain.from_iterable(self._entries))
+    Where an entry has gone, the last one, which nobody else holds, lies in another place.
+    """
 
-    @classmethod
-    def of(cls, attributes: PlainAttributes, looked_through: list[Any] | None) -> _Entries | None:
-        """None where not all of it is the entries of dicts and lists."""
-        if looked_through is None:
-            return None
-        followed = {id(one): one for one in (*attributes.containers, *looked_through)}
-        return cls(attributes, list(followed.values()))
+    def __init__(self, containers: Iterable[dict | list]) -> None:
+        followed = {id(one): one for one in containers}.values()
+        views = (c.values() if isinstance(c, dict) else c for c in followed)
+        self.now: list[Any] = [*views, (_END,)]
+        self.then = list(_entries_of(self.now))
 
-    def same(self, attributes: PlainAttributes) -> bool:
-        """Whether it is so; where an entry has gone, the last one, which nobody else holds, lies in another place."""
-        now = itertools.chain.from_iterable(self._entries)
-        return attributes is self._attributes and all(map(operator.is_, now, self._then))
+    def same(self) -> bool:
+        """Whether it is so."""
+        return all(map(operator.is_, _entries_of(self.now), self.then))

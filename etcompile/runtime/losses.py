@@ -92,7 +92,7 @@ class LossFunction:
         if self._last is None or not self._captured.unchanged():
             return None
         joined = self._last[1]
-        return joined if joined.environment.differs() is None else None
+        return joined if not joined.reads_environment or joined.environment.differs() is None else None
 
     def keep_sequence(self, steps: int, joined: JoinedLoss, key: Hashable) -> None:
         """Remember by which jitted function a sequence of so many steps was run the last time."""
@@ -201,17 +201,28 @@ def join_loss(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class JoinedLoss:
-    """A traced loss, and where each of the states that it reads comes from."""
+    """A traced loss, where each of the states that it reads comes from, and whether its step takes one input."""
 
     traced: TracedLoss
     program: LossProgram
     fixed: tuple[int, ...]
     carried: tuple[int, ...]
+    one_input: bool
 
     @property
     def environment(self) -> Environment:
         """What it reads in ``brainstate.environ``."""
         return self.traced.environment
+
+    @functools.cached_property
+    def reads_environment(self) -> bool:
+        """Whether that is anything."""
+        return self.environment.reads
+
+    @functools.cached_property
+    def step_key(self) -> Hashable:
+        """Under which the gradient of one step is jitted."""
+        return "value_and_grad", self.program
 
     def loss(self) -> Loss:
         """With the states that it reads as they are now."""
@@ -221,10 +232,10 @@ class JoinedLoss:
 
     def now(self, steps: int | None) -> BoundLoss:
         """With states and environment as they are now; with ``steps``, for each of so many steps."""
-        return self._always or self._bound(steps)
+        return self.always or self._bound(steps)
 
     @functools.cached_property
-    def _always(self) -> BoundLoss | None:
+    def always(self) -> BoundLoss | None:
         """What :meth:`now` gives where nothing outside of the model and the arguments is read."""
         return None if self.traced.states or self.environment.inputs else self._bound(None)
 
@@ -258,7 +269,7 @@ def _joined(
     fixed, carried = (
         tuple(k for k, s in enumerate(sources) if s.kind == kind) for kind in ("fixed", "carried")
     )
-    return JoinedLoss(traced, joined, fixed, carried)
+    return JoinedLoss(traced, joined, fixed, carried, model.input_count == 1)
 
 
 def _traced(model: StepModel, loss: LossFunction, targets: Any, mask: Any) -> TracedLoss:

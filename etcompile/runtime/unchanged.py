@@ -44,7 +44,7 @@ class Unchanged:
         params, states = live.param_states.values(), live.state_objects.values()
         self._params = len(params)
         self._values = PlainValues((*params, *states), range(len(params), len(params) + len(states)))
-        self._looked_up = LookedUp(live, compilations)
+        self._looked_up = LookedUp(live, compilations, self._values)
 
     @classmethod
     def of(cls, live: ModelAccess, compilations: Compilations, writes: ForeignWrites) -> Unchanged | None:
@@ -67,12 +67,8 @@ class Unchanged:
         a call of one takes as long as what most of these lines ask. What the jitted function raises comes out; it has then given
         nothing away, unless it was stopped from outside.
         """
-        fn = self.compilation.jitted.get(key)
-        if fn is None or not self._looked_up.same():
-            return None
-        held, values = self.compilation.traces, self._values.read()
-        traces = held.alone()
-        if traces is None or values is None:
+        fn, held = self.compilation.jitted.get(key), self.compilation.traces
+        if fn is None or (values := self._looked_up.values()) is None or (traces := held.alone()) is None:
             return None
         states = values[self._params :]
         if not self._writes.undisturbed(states):
