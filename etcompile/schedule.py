@@ -41,7 +41,8 @@ class Schedule:
         their first states and then block by block from the last, each step twice, with the same gradient: memory is that of
         one block and of a state for each, at best in proportion to the root of the steps. A step that prints or calls back to
         Python runs once, in chunks with traces from one to the next; so do steps where ``chunk`` is a number, and models whose
-        traces take less than to run a step twice, such as a GRU with ``d_rtrl``.
+        traces take less than to run a step twice, such as a GRU with ``d_rtrl``. True: those of a sequence that starts
+        anew, and that one chunk holds, are made when somebody asks for them (:meth:`Step.scan_value_and_grad`).
     events : float, optional
         The part of a sparse weight's synapses, above 0 and up to 1, that send something in one step, at most: 0.05 where 5 % of
         the neurons spike. Sequences then run in chunks that take the synapses of those that send alone; a step in which more is

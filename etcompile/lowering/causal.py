@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -92,6 +93,13 @@ class CausalProgram:
         """The same program on another lowering of the same model."""
         other = copy.copy(self)
         other.model, other.carried = model, CarriedValues(self.program, model, self.schedule)
+        return other
+
+    def without_traces(self) -> CausalProgram:
+        """The same program for sequences that leave no traces; without a mesh."""
+        other = copy.copy(self)
+        other.schedule = dataclasses.replace(self.schedule, keep_traces=False, write_every="auto")
+        other.carried = CarriedValues(self.program, self.model, other.schedule)
         return other
 
     @property

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax.numpy as jnp
 
-from etcompile.compiled import Compiled
+from etcompile.compiled import Compiled, without_traces
 from etcompile.errors import EtcompileError
 from etcompile.lowering.functions import StepFunctions
 from etcompile.runtime.changed_attributes import PlainAttributes
@@ -86,6 +87,11 @@ class Compilation:
     @property
     def functions(self) -> StepFunctions:
         return self.compiled.functions
+
+    @functools.cached_property
+    def alone(self) -> StepFunctions | None:
+        """The functions over sequences that leave no traces; None where these have to be made."""
+        return without_traces(self.compiled)
 
     def keep_loss(self, key: Any, traced: tuple[Any, ...]) -> None:
         """Keep what a loss function was traced to for this compilation."""

@@ -61,7 +61,7 @@ def _carried(program: TraceProgram) -> Any:
 
 def give_up_traces(name: str, before: TraceState, after: TraceState) -> None:
     """Start with zero traces, and say so where there were others."""
-    moved = in_transformation() or (before.allocated and _any(before.value))
+    moved = in_transformation() or (not before.empty and _any(before.value))
     for state in {id(v): v for v in (before, after)}.values():
         if in_transformation():
             state.value = state.zeros()

@@ -106,7 +106,7 @@ class Executor:
         new.compilation.kinds = now.kinds
         new.compilations.goes_on_from(self.compilations)
         live.initial = self.live.initial
-        if now.traces.allocated:
+        if not now.traces.empty:
             new.traces.copy_of(now.traces)
         new._writes.copied(self._writes)
         return new
@@ -171,6 +171,13 @@ class Executor:
         ModelError
             The model is shapes alone.
         """
+        states, held = self.states(), self.traces
+        traces = held.own()
+        self._require_alive("trace", traces, jax.tree.leaves(traces))
+        return Carry(states, held.to_give(traces) if give_away else traces)
+
+    def states(self) -> Any:
+        """States as they stand, of which traces may be asked for; raises as :meth:`carry`."""
         self.require_arrays()
         states = self.live.states()
         leaves, tree = jax.tree.flatten(states)
@@ -179,19 +186,24 @@ class Executor:
             if kinds != self.compilation.kinds:
                 raise other_states(self.model.name, states, kinds, self.compilation.kinds)
         self._watch()
-        held = self.traces
-        self._writes.check(leaves, through=held.shared)
+        self._writes.check(leaves, through=self.traces.shared)
         self._require_alive("state", states, leaves)
-        traces = held.own()
-        self._require_alive("trace", traces, jax.tree.leaves(traces))
-        return Carry(states, held.to_give(traces) if give_away else traces)
+        return states
 
-    def commit(self, carry: Carry) -> None:
-        """States and traces after a call."""
+    @property
+    def starts_anew(self) -> bool:
+        """Whether no step ran since the traces were made zero."""
+        return self._writes.fresh
+
+    def commit(self, carry: Carry, make_traces: Callable[[], Any] | None = None) -> None:
+        """States and traces after a call; what makes these, in their place, is called when they are asked for."""
         self.refuse_unrecorded(carry)
         with self._writes.own():
             self.live.set_states(carry.states)
-            self.traces.set_own(carry.traces)
+            if make_traces is None:
+                self.traces.set_own(carry.traces)
+            else:
+                self.traces.set_later(make_traces)
         self._writes.left(carry.states)
         self._left_by = self.compilation
         if self._unchanged is None or not self._unchanged.of_now():

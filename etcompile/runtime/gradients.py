@@ -17,6 +17,7 @@ from etcompile.lowering.schedules.base import Plan
 from etcompile.runtime.calls import DONATED, apart, listed, one_step, sequence
 from etcompile.runtime.checks import as_inputs, check_sequence, given_with, stacked_steps, steps_of
 from etcompile.runtime.executor import Executor
+from etcompile.runtime.later_traces import alone
 from etcompile.runtime.losses import BoundLoss, JoinedLoss, LossFunction, check_mask, join_loss
 from etcompile.runtime.progress import gradients_in_pieces
 from etcompile.runtime.step_data import (
@@ -152,12 +153,17 @@ def _sequence(
     inputs, targets = sequence_inputs(run, xs, targets)
     steps = steps_of(inputs)
     mask = check_mask(mask, steps)
-    carry = run.carry(give_away=True)
+    later = alone(run, inputs, steps, chunk) if progress is False and modulator is None else None
+    carry = run.carry(give_away=True) if later is None else later.carry
     joined = joined_loss(run, loss, targets, mask, steps)
     bound = _bound(run, joined, steps)
+    data = inputs, bound.item(targets, mask, 1), given_with(program, None, modulator)
+    if later is not None and not bound.loss.program.effects:
+        key, whole = ("alone", bound.loss.program, later.plan), sequence(later.functions, later.plan)
+        return _advanced(run, key, whole, bound, carry, data, time=1, make_traces=later.traces_of(inputs))
+    carry = carry if later is None else run.carry(give_away=True)
     plan = _plan(run, steps, chunk, ordered=bool(bound.loss.program.effects))
     key, whole = ("sequence", bound.loss.program, plan), sequence(run.functions, plan)
-    data = inputs, bound.item(targets, mask, 1), given_with(program, None, modulator)
     if progress is not False:
         together = plan.together(steps)
         return gradients_in_pieces(run, key, whole, together, bound.loss, data, progress, bound.write)
@@ -186,8 +192,12 @@ def _advanced(
     data: tuple[Any, ...],
     time: int,
     given: Any = None,
+    make_traces: Callable[[], Any] | None = None,
 ) -> tuple[LossValue, Any]:
-    """What ``whole(params, carry, loss, *data)`` gives, jitted; its carry is committed, and what the loss writes."""
+    """What ``whole(params, carry, loss, *data)`` gives, jitted; its carry is committed, and what the loss writes.
+
+    ``make_traces`` makes the traces that the sequence leaves, where ``whole`` does not.
+    """
     donated = () if run.asks_host(bound.loss.program) else (DONATED,)
     loss, live = bound.loss, run.live
     fn = run.jit(key, listed(apart(whole, loss.program), live), donate=donated)
@@ -196,7 +206,7 @@ def _advanced(
     of_model = live.of_params(params), live.of_states(carry.states), carry.traces
     args = *of_model, inputs, bound.read, *items
     (traces, states), (value, aux, carried), grads = run.call(fn, *args, loss=loss, given=given)
-    run.commit(Carry(live.as_states(states), traces))
+    run.commit(Carry(live.as_states(states), traces), make_traces)
     bound.write(carried)
     return LossValue(value, aux, carried), grads
 

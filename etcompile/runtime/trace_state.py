@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import brainstate
@@ -27,6 +28,8 @@ class TraceState(brainstate.ShortTermState):
     A step gives the buffers of its traces away to the next one. Whatever went through ``value`` may be held by others as well,
     so it is copied first, once; what the step alone has seen (:meth:`own`, :meth:`set_own`) is not.
 
+    What a sequence leaves may be put in later, at the first use (:meth:`set_later`): the work is saved where nobody asks.
+
     Parameters
     ----------
     shapes : dict of str to ShapeDtypeStruct
@@ -45,10 +48,11 @@ class TraceState(brainstate.ShortTermState):
     allocated: bool
     shared: bool
     cleared: bool
+    _make: Callable[[], Any] | None  # makes them, where they are not made yet
 
     def __init__(self, shapes: dict[str, Any]) -> None:
         super().__init__(shapes)
-        vars(self).update(shapes=shapes, allocated=False, shared=False, cleared=True)
+        vars(self).update(shapes=shapes, allocated=False, shared=False, cleared=True, _make=None)
 
     @property
     def value(self) -> Any:
@@ -84,12 +88,23 @@ class TraceState(brainstate.ShortTermState):
 
     def set_own(self, traces: Any) -> None:
         """Put in traces that nobody else has."""
+        vars(self)["_make"] = None
         self._allocate()
         if self._plainly():
             self._write_value(traces)
         else:
             brainstate.State.value.fset(self, traces)  # type: ignore[attr-defined]
         vars(self).update(shared=False, cleared=False)
+
+    def set_later(self, make: Callable[[], Any]) -> None:
+        """Put in what ``make`` gives, at the first use."""
+        self.release()
+        vars(self).update(shared=False, cleared=False, _make=make)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing but zeros, which are not even made."""
+        return not self.allocated and self._make is None
 
     def copy_of(self, other: TraceState) -> None:
         """Be a copy of others of the same shapes."""
@@ -110,8 +125,8 @@ class TraceState(brainstate.ShortTermState):
             with (
                 jax.ensure_compile_time_eval()
             ):  # arrays, also where the first use is inside of a transformation
-                self._write_value(self.zeros())
-            vars(self).update(allocated=True, shared=False)
+                self._write_value(self.zeros() if self._make is None else self._make())
+            vars(self).update(allocated=True, shared=False, _make=None)
 
     def zeros(self) -> Any:
         """New arrays of zeros."""
@@ -121,8 +136,7 @@ class TraceState(brainstate.ShortTermState):
         """Give the memory back; the next use finds zeros. Not for use inside of a transformation."""
         if self.allocated:
             self._write_value(self.shapes)
-            vars(self)["allocated"] = False
-        vars(self)["cleared"] = True
+        vars(self).update(allocated=False, cleared=True, _make=None)
 
 
 def zeros_of(shapes: Any) -> Any:

@@ -112,7 +112,7 @@ class ChunkSizes:
         weights = [site.weight for site in self.program.causal.model.sites.values()]
         return sum(w.size * jnp.dtype(accumulator(w.dtype)).itemsize for w in weights)
 
-    @property
+    @cached_property
     def _bytes_of_traces(self) -> int:
         """What is carried from chunk to chunk, and once more while it is made at the end of one."""
         carried = jax.tree.leaves(jax.eval_shape(self.program.causal.carried.zeros))
