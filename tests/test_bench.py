@@ -42,6 +42,7 @@ TIMES = {
     "sequence": {
         "etcompile": 1.0,
         "no traces": 0.8,
+        "reset before each": 0.75,
         "step by step": 4.0,
         "traces kept": 5.0,
         "by hand": 0.95,
@@ -140,6 +141,11 @@ def test_bars_are_judged_by_medians_and_by_the_worst_case(bench):
         "sequence-bptt": 0.4,
         "sequence-bptt-worst": 0.4,
         "spiking-bptt": 0.4,
+        "anew-peer": 4 / 0.75,
+        "anew-peer-worst": 4 / 0.75,
+        "anew-bptt": 0.3,
+        "anew-bptt-worst": 0.3,
+        "anew-spiking-bptt": 0.3,
         "dropped-bptt": 0.32,
         "dropped-spiking-bptt": 0.32,
         "many-axes": 0.4,
@@ -331,6 +337,7 @@ def test_the_benchmark_runs_and_keeps_its_numbers(bench, tmp_path):
     assert set(losses) == {
         "etcompile",
         "no traces",
+        "reset before each",
         "step by step",
         "by hand",
         "bptt",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cases import LARGE, MANY_AXES
 from results import (
+    ANEW,
     AUTO,
     BPTT,
     BRAINTRACE,
@@ -124,21 +126,29 @@ def _sequences(
     ]
 
 
-def _against_peer(rule: str, models: tuple[str, ...]) -> Callable[[Mapping[str, Any]], Values]:
+def _against_peer(
+    rule: str, models: tuple[str, ...], who: str = AUTO
+) -> Callable[[Mapping[str, Any]], Values]:
     """Times faster than braintrace's fastest mode, where there is one; a gradient of ours that is zero counts as failed."""
 
     def values(results: Mapping[str, Any]) -> Values:
         found = found_cases(results, "sequence", rule)
-        known = {f.labelled(n) for f in found for n in f.steps if f.fastest_peer(n)[0] or not f.run(AUTO, n)}
+        if who != AUTO:  # others were not always measured
+            found = [f for f in found if any(f.run(who, n) for n in f.steps)]
+        known = {f.labelled(n) for f in found for n in f.steps if f.fastest_peer(n)[0] or not f.run(who, n)}
         known |= {f.label for f in found if not f.steps}
-        return [(label, v) for label, v in _sequences(results, rule, models, _faster) if label in known]
+        return [
+            (label, v)
+            for label, v in _sequences(results, rule, models, partial(_faster, who))
+            if label in known
+        ]
 
     return values
 
 
-def _faster(found: Found, steps: int) -> float | None:
-    mine = found.run(AUTO, steps)
-    return None if mine is None or mine["zero"] else found.faster(steps)
+def _faster(who: str, found: Found, steps: int) -> float | None:
+    mine = found.run(who, steps)
+    return None if mine is None or mine["zero"] else found.faster(steps, who)
 
 
 def _over(other: str, who: str = AUTO) -> Callable[[Found, int], float | None]:
@@ -268,6 +278,7 @@ def _percent(value: float) -> str:
 
 
 _PEER_MODELS = _against_peer("d_rtrl", (*_GATED, "spiking"))
+_ANEW = _against_peer("d_rtrl", (*_GATED, "spiking"), ANEW)
 
 BARS = (
     Bar(
@@ -309,8 +320,48 @@ BARS = (
         needs_peer=False,
     ),
     Bar(
+        "anew-peer",
+        "D-RTRL in a loop that resets the step before each sequence, as one that trains on sequences, against braintrace's "
+        "fastest mode, at the median",
+        3.0,
+        False,
+        _ANEW,
+        _times,
+        median=True,
+    ),
+    Bar("anew-peer-worst", "the same, at worst", 2.0, False, _ANEW, _times),
+    Bar(
+        "anew-bptt",
+        "the same over the time of backpropagation through time, at the median",
+        0.5,
+        True,
+        _over_bptt(("d_rtrl", (*_GATED, "spiking")), who=ANEW),
+        _plain,
+        median=True,
+        needs_peer=False,
+    ),
+    Bar(
+        "anew-bptt-worst",
+        "the same, GRU and LSTM, at worst",
+        0.8,
+        True,
+        _over_bptt(("d_rtrl", _GATED), who=ANEW),
+        _plain,
+        needs_peer=False,
+    ),
+    Bar(
+        "anew-spiking-bptt",
+        "the same, spiking networks, and all networks with e-prop with filter, at worst",
+        1.0,
+        True,
+        _over_bptt(("d_rtrl", ("spiking",)), ("e_prop", (*_GATED, "spiking", "conv")), who=ANEW),
+        _plain,
+        needs_peer=False,
+    ),
+    Bar(
         "dropped-bptt",
-        "the same by sequences that leave no traces, as backpropagation (`Schedule(keep_traces=False)`), D-RTRL at the median",
+        "the same by sequences that leave no traces whether they are asked for or not (`Schedule(keep_traces=False)`), D-RTRL "
+        "over backpropagation at the median",
         0.5,
         True,
         _over_bptt(("d_rtrl", (*_GATED, "spiking")), who=DROPPED),

@@ -14,7 +14,7 @@ from run import Run, update_rate
 
 import etcompile
 
-__all__ = ["calls", "compiled", "sequence", "single", "updates"]
+__all__ = ["anew", "calls", "compiled", "sequence", "single", "updates"]
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "d_rtrl": {},
@@ -43,6 +43,17 @@ def sequence(step: etcompile.Step, chunk: int | str = "auto") -> Run:
     run = step.scan_value_and_grad(loss_fn, chunk=chunk)
     jit: Any = brainstate.transform.jit
     return Run(run, lambda xs, ys: jit(run).lower(xs, ys))
+
+
+def anew(step: etcompile.Step) -> Run:
+    """The same, from the initial states each time, as in a training loop; the reset is part of a run."""
+    run = sequence(step)
+
+    def call(xs: jax.Array, ys: jax.Array) -> Any:
+        step.reset()
+        return run(xs, ys)
+
+    return Run(call, run.lower)
 
 
 def single(step: etcompile.Step) -> Callable[[jax.Array, jax.Array], Any]:

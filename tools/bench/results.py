@@ -10,6 +10,7 @@ from typing import Any
 from cases import TITLES
 
 __all__ = [
+    "ANEW",
     "AUTO",
     "BPTT",
     "BRAINTRACE",
@@ -30,8 +31,9 @@ __all__ = [
 
 #: The contenders, as they are called in results: etcompile in chunks and step by step,
 AUTO, CAUSAL = "etcompile", "step by step"
-#: with traces at the end where it does without, without where it makes them, and sparse networks by events,
-KEPT, DROPPED, EVENTS = "traces kept", "no traces", "by events"
+#: with traces at the end where it does without, without where it makes them, reset before each sequence, and sparse networks by
+#: events,
+KEPT, DROPPED, ANEW, EVENTS = "traces kept", "no traces", "reset before each", "by events"
 #: braintrace step by step and in windows,
 BRAINTRACE, WINDOWS = "braintrace", "braintrace, windows"
 #: and what people write themselves.
@@ -126,9 +128,9 @@ class Found:
         known = [seconds for seconds in times if seconds is not None]
         return min(known) if known and (steps == 1 or times[1] is not None) else None
 
-    def faster(self, steps: int) -> float | None:
+    def faster(self, steps: int, who: str = AUTO) -> float | None:
         """How many times faster than braintrace's fastest mode, per step."""
-        return ratio(self.fastest_peer(steps)[0], self.milliseconds(AUTO, steps))
+        return ratio(self.fastest_peer(steps)[0], self.milliseconds(who, steps))
 
     def floor(self) -> float | None:
         """Milliseconds that products alone take, and of a step with an update its traces read and written once."""

@@ -16,7 +16,20 @@ from cases import Case
 from clock import interleaved
 from contenders import Contender, Ready, distances, ready
 from models import Data, spike_rate
-from results import AUTO, BPTT, BRAINTRACE, CAUSAL, CHECKPOINT, DROPPED, EVENTS, FORWARD, HAND, KEPT, WINDOWS
+from results import (
+    ANEW,
+    AUTO,
+    BPTT,
+    BRAINTRACE,
+    CAUSAL,
+    CHECKPOINT,
+    DROPPED,
+    EVENTS,
+    FORWARD,
+    HAND,
+    KEPT,
+    WINDOWS,
+)
 from run import Run
 from settings import Settings
 
@@ -104,10 +117,12 @@ def _contenders(
     short = settings.lengths[0]
     auto = ours.sequence(step)
     dropped = ours.compiled(data, case.rule, data.model(), keep_traces=False)
+    anew = ours.compiled(data, case.rule, data.model())
     for steps in settings.lengths:
         yield Contender(AUTO, steps, {None: lambda: auto})
         if data.spec.keep_traces:
             yield Contender(DROPPED, steps, {None: lambda: ours.sequence(dropped)})
+            yield Contender(ANEW, steps, {None: lambda: ours.anew(anew)})
         for who, make in _backpropagation(data).items():
             yield Contender(who, steps, {None: make})
         if case.model == "gru" and case.rule == "d_rtrl":

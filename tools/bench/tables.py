@@ -7,6 +7,7 @@ from typing import Any
 
 from cases import MANY_AXES
 from results import (
+    ANEW,
     AUTO,
     BPTT,
     BRAINTRACE,
@@ -81,7 +82,7 @@ def machines(everything: All) -> str:
 def sequences(everything: All, rule: str) -> str:
     """Milliseconds per step of every contender."""
     by_hand = rule == "d_rtrl"
-    head = ["on", "model", "batch", "steps", "etcompile", "no traces"]
+    head = ["on", "model", "batch", "steps", "etcompile", "no traces", "reset before each"]
     head += ["by hand", "step by step"] * by_hand
     head += ["braintrace, fastest", "braintrace, step by step", "bptt", "checkpointed", "forward", "floor"]
     head += ["faster than braintrace", "over bptt", "no traces over bptt"] + ["over by hand"] * by_hand
@@ -99,7 +100,7 @@ def sequences(everything: All, rule: str) -> str:
             )
             ratios = (_ratio(f.faster(steps)), _ratio(ratio(ours, back)), _ratio(ratio(short, back)))
             more = [_ratio(ratio(ours, hand))] * by_hand
-            own = (_ms(ours), _ms(short), *mine)
+            own = (_ms(ours), _ms(short), _ms(f.milliseconds(ANEW, steps)), *mine)
             rows.append((label, f.title, str(f.batch), str(steps), *own, *theirs, *rest, *ratios, *more))
     return table(head, rows)
 
