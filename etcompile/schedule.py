@@ -42,7 +42,7 @@ class Schedule:
         one block and of a state for each, at best in proportion to the root of the steps. A step that prints or calls back to
         Python runs once, in chunks with traces from one to the next; so do steps where ``chunk`` is a number, and models whose
         traces take less than to run a step twice, such as a GRU with ``d_rtrl``. True: those of a sequence that starts
-        anew, and that one chunk holds, are made when somebody asks for them (:meth:`Step.scan_value_and_grad`).
+        anew are made when somebody asks for them, where that takes no more memory (:meth:`Step.scan_value_and_grad`).
     events : float, optional
         The part of a sparse weight's synapses, above 0 and up to 1, that send something in one step, at most: 0.05 where 5 % of
         the neurons spike. Sequences then run in chunks that take the synapses of those that send alone; a step in which more is

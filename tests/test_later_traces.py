@@ -16,6 +16,7 @@ from small_models import draw
 from zoo import by_name
 
 import etcompile
+from etcompile.runtime.later_traces import alone
 
 T, B = 6, 4
 XS, YS = draw(0, T, B, 3), draw(1, T, B, 2)
@@ -239,6 +240,14 @@ def test_a_modulator_a_progress_bar_and_a_chunk_that_is_asked_for():
     step.reset()
     step.scan_value_and_grad(loss)(XS, YS, progress=True)
     assert not waits(step)
+
+
+def test_long_sequences_make_them_as_they_go_since_memory_must_not_grow():
+    step = net()
+    assert alone(step.executor, (XS,), T, None) is not None
+    assert alone(step.executor, (XS,), 10**6, None) is None
+    many = jax.ShapeDtypeStruct((T, 10**9), jnp.float64)  # inputs, of which there would be two
+    assert alone(step.executor, (many,), T, None) is None
 
 
 class Noisy(Net):

@@ -5,8 +5,8 @@ backpropagation, and takes less time. So a sequence that starts anew leaves its 
 of its own inputs from its own start, forwards, with the parameters that it had. The gradient is that of a sequence with traces,
 and so are the traces, to rounding. It is so for each such sequence, whatever was before: the same call gives the same bits.
 
-What is needed for the traces is copied, since the caller may give his arrays away. For long sequences that is much, and one
-chunk would need more memory than is allowed: these make their traces as they go.
+What is needed for the traces is copied, since the caller may give his arrays away. Long sequences, of which one chunk takes more
+memory than chunks with traces, and more than a few caches hold, make their traces as they go.
 """
 
 from __future__ import annotations
@@ -84,11 +84,16 @@ def alone(run: Executor, inputs: Any, steps: int, chunk: int | str | None) -> Al
     functions = run.compilation.alone
     if functions is None:
         return None
-    schedule = functions.causal.schedule
-    plan = functions.plan(schedule, steps)
+    plan = functions.plan(functions.causal.schedule, steps)
     if not isinstance(plan.how, Chunked) or plan.together(steps) < steps:
         return None
-    if sum(map(_bytes, jax.tree.leaves(inputs))) > schedule.memory:  # of which there would be two
+    schedule = run.compiled.schedule
+    ever = run.functions.plan(schedule, steps).how
+    if not isinstance(ever, Chunked):
+        return None
+    # Memory must not grow with the sequence: neither that of the run, nor that of what is copied.
+    allowed = max(ever.sizes.with_traces(steps, schedule.memory), ever.sizes.of_few_caches)
+    if max(plan.how.sizes.alone(steps), sum(map(_bytes, jax.tree.leaves(inputs)))) > allowed:
         return None
     return Alone(run, functions, plan, steps, Carry(run.states(), {}))
 

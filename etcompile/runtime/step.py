@@ -395,9 +395,9 @@ class Step:
         the schedule: as many as pay off within its memory, and one by one where a rule's traces cannot be chunked. 1: one by
         one. A number given for a rule that cannot be chunked raises UnsupportedError.
 
-        Right after a :meth:`reset`, a sequence that one chunk holds is run without traces, which are made when they are asked
-        for: by whoever reads them, or goes on from its end. Where the next reset comes first, it takes what one without traces
-        takes (``Schedule(keep_traces=False)``), with the same gradient.
+        Right after a :meth:`reset`, a sequence is run without traces where that takes no more memory, and they are made when they
+        are asked for: by whoever reads them, or goes on from its end. Where the next reset comes first, it takes what one
+        without traces takes (``Schedule(keep_traces=False)``), with the same gradient.
 
         For a program of windows (``compile(..., within="exact")``, ``algo="bptt"``) ``chunk`` is the number of steps in a window;
         by default that of the rule, or else the whole call.

@@ -74,7 +74,7 @@ class ChunkSizes:
         Each block adds gradients of all weights to those of the others, which should take little beside the block's values. The
         loop of all credits (``ChunkProgram.pulled``) goes step by step, so it gains nothing.
         """
-        if self.program.pulled is not None or steps * self.bytes_of_a_step <= _FEW_CACHES * shared_cache():
+        if self.program.pulled is not None or steps * self.bytes_of_a_step <= self.of_few_caches:
             return steps
         enough = max(shared_cache() // 2, _PER_GRADIENT * self._bytes_of_gradients) // self.bytes_of_a_step
         return evenly(steps, min(steps, max(_LEAST, enough)))
@@ -84,6 +84,15 @@ class ChunkSizes:
         block = self.block(steps)
         left = (steps - block) * self.program.first_pass.bytes_left
         return left + block * self.bytes_of_a_step  # a block counts its own first pass
+
+    @property
+    def of_few_caches(self) -> int:
+        """Bytes up to which a chunk without traces gains nothing by blocks."""
+        return _FEW_CACHES * shared_cache()
+
+    def with_traces(self, steps: int, memory: int) -> int:
+        """Bytes of a sequence in chunks that carry traces, these included, about."""
+        return self.together(steps, memory) * self.bytes_of_a_step + self._bytes_of_traces
 
     @cached_property
     def traces_are_quick(self) -> bool:
