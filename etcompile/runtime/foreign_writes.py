@@ -121,8 +121,7 @@ class ForeignWrites:
         """Whether these hold the very arrays that the step left, and nobody else has written since."""
         if self._left is None or self._reset or self._other_step:
             return False
-        now, then = values if self._bare else jax.tree.leaves(values), self._left[0]
-        return len(now) == len(then) and all(map(operator.is_, now, then))
+        return not _differ(values if self._bare else jax.tree.leaves(values), self._left[0])
 
     def alone_on(self, states: Iterable[Any]) -> bool:
         """Whether nobody else follows these ``State`` objects."""
