@@ -129,7 +129,7 @@ def test_whoever_uses_the_traces_finds_them(use):
         run(XS, YS)
         waited = waits(step)
         used = USES[use](step, run)
-        assert waits(step) is (use == "copy" and waited) or not waits(step)
+        assert not waits(step)
         found.append((waited, (used, step.traces, states(step))))
     (later, mine), (made, theirs) = found
     assert later and not made
@@ -216,7 +216,7 @@ def test_who_has_said_how_sequences_run_or_whose_steps_run_once_gets_it_as_ever(
         step.reset()
     jax.effects_barrier()
     printed = capfd.readouterr().out.count("step\n")
-    assert printed in (0, 3 * T)
+    assert printed == (3 * T if "model" in options else 0)
 
 
 def test_inside_of_a_transformation_they_are_made():
