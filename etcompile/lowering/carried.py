@@ -16,11 +16,10 @@ from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation, TraceProgram
 from etcompile.ir.support import carried_rows
 from etcompile.ir.types import Type
-from etcompile.lowering.deferred import DeferredTrace
+from etcompile.lowering.deferred import DeferredTrace, deferrals
 from etcompile.lowering.derivatives import LoweredModel
 from etcompile.lowering.layers import list_shapes, rows_shape
 from etcompile.lowering.snap import snap_shape
-from etcompile.lowering.write_every import deferrals
 from etcompile.schedule import Schedule
 from etcompile.sites.operation import WeightOperation
 
