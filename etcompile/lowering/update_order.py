@@ -21,7 +21,7 @@ from etcompile.ir.ops import OPS
 from etcompile.ir.program import Equation
 from etcompile.lowering.deferred import DeferredTrace
 from etcompile.lowering.evaluate import Context, evaluate
-from etcompile.lowering.in_place import Moment, computed_once, known_after, spread_once
+from etcompile.lowering.in_place import Moment, computed_once, known_after, large_ones, spread_once
 from etcompile.lowering.pushed import PushedTransition
 
 __all__ = ["updated_in_order"]
@@ -54,7 +54,7 @@ def updated_in_order(
         numbers = sorted(set().union(*(readers_of[name] for name in names)))
         readers = [equations[k] for k in numbers if equations[k].name not in names]
         if (
-            not traces
+            not large_ones([old.get(name) for name in names])
             or any(isinstance(old.get(name), DeferredTrace) for name in names)
             or not _row_by_row(traces, names, values)
             or not all(OPS[e.op].contracts for e in readers)

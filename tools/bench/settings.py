@@ -29,7 +29,7 @@ class Settings:
     rounds: int = 9
     least: int = 3
     seconds: float = 1.0
-    #: Fresh processes that the time to the first gradient is taken from.
+    #: Fresh processes that the time to the first gradient, and that of one call from Python, are taken from.
     processes: int = 3
     #: Bytes of the array that no cache holds, and the side of the matrices for the rate of a large product.
     array: int = 256 << 20
