@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import jax
+import dataclasses
+
 import jax.numpy as jnp
+from jax import lax
 
 from etcompile.ir.header import Site
-from etcompile.sites.operation import Array, Presynaptic, WeightOperation, WeightUse
+from etcompile.precision import accumulator
+from etcompile.sites.operation import Array, Presynaptic, Span, WeightOperation, WeightUse
 
 __all__ = ["Direct"]
 
@@ -43,6 +46,22 @@ class Direct(WeightOperation):
         return (credit if isinstance(x, tuple) else x * credit).astype(self.weight.dtype)
 
     def pullback_of_steps(self, x: Presynaptic | Array, credit: Array) -> Array:
-        if jax.tree.leaves(x):
-            return super().pullback_of_steps(x, credit)
-        return jnp.sum(credit, axis=0).astype(self.weight.dtype)
+        """The sum over steps of :meth:`pullback`, as a product with a number for each step.
+
+        XLA's CPU compiler puts a sum over the leading axis into one kernel with all that is made for it and for other sums,
+        which has taken 20 times the time of its parts.
+        """
+        numbers = jnp.ones(len(credit), credit.dtype) if isinstance(x, tuple) else x
+        wide = accumulator(jnp.result_type(numbers, credit))
+        found = jnp.einsum(
+            "t,t...->...", numbers, credit, precision=lax.Precision.HIGHEST, preferred_element_type=wide
+        )
+        return found.astype(self.weight.dtype)
+
+    def narrowed(self, span: Span) -> Direct:
+        shape = tuple(stop - start for start, stop in span)
+        return dataclasses.replace(
+            self,
+            weight=dataclasses.replace(self.weight, shape=shape),
+            y=dataclasses.replace(self.y, shape=shape),
+        )
