@@ -133,6 +133,21 @@ def every_other(p, s, x):
     return {"h": h, "i": s["i"] + 1}, h
 
 
+def some_units(p, s, x):
+    """Some units are lessened, scaled or bounded where they are, at indices that are known; one of them twice."""
+    h = 0.9 * s["h"] + x @ p["w"]
+    h = h.at[:, 1].subtract(0.3).at[:, jnp.array([0, 2, 2])].subtract(0.1 * x)
+    h = h.at[:, :2].multiply(1.5).at[:, 3].min(0.1).at[:, 1:3].max(-0.4)
+    return {"h": h}, jnp.tanh(h)
+
+
+def inhibited(p, s, x):
+    """Synapses as an index array, some of which take away."""
+    h = 0.9 * s["h"] + x @ p["w"]
+    h = h.at[:, jnp.array([0, 1, 1, 3, 2])].subtract(p["g"] * x[:, jnp.array([0, 1, 2, 0, 1])])
+    return {"h": h}, jnp.tanh(h)
+
+
 def running_mean(p, s, x):
     """A count in the divisor."""
     n = s["n"] + 1.0
@@ -143,6 +158,7 @@ def running_mean(p, s, x):
 SHAPES = {
     "w": (INPUTS, UNITS), "v": (INPUTS, UNITS), "wk": (INPUTS, UNITS), "wv": (INPUTS, UNITS), "wq": (INPUTS, UNITS),
     "r": (UNITS, UNITS), "taps": (3, UNITS), "w3": (3, INPUTS, UNITS),
+    "g": (5,),
 }  # fmt: skip
 ROWS, COUNT = jnp.zeros((3, BATCH, UNITS)), jnp.zeros((), jnp.int32)
 H = jnp.zeros((BATCH, UNITS))
@@ -161,6 +177,8 @@ PLAIN = {
     written_rows: ("w", {"t": jnp.zeros((BATCH, INPUTS, UNITS))}),
     every_other: ("w", {"h": H, "i": COUNT}),
     running_mean: ("w", {"h": H, "n": jnp.zeros(())}),
+    some_units: ("w", {"h": H}),
+    inhibited: ("w g", {"h": H}),
 }  # fmt: skip
 
 
@@ -200,7 +218,7 @@ def gap(found, wanted):
 #: Those of which d_rtrl loses nothing; and those in which it has nothing for w.
 EXACT = {
     cache, ring, shifted_inputs, packed_alone, every_other, running_mean, packed, register, rolled, one_hot_ring,
-    history, written_rows,
+    history, written_rows, some_units, inhibited,
 }  # fmt: skip
 ZERO = {sorted_rows}
 

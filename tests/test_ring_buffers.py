@@ -223,9 +223,18 @@ def response_of_several_slots(p, i, buffer, h, y):
     return h, buffer.at[i % K].set(0.0), jnp.tanh(h)
 
 
+def slots_changed_where_they_are(p, i, buffer, h, y):
+    """Scaled, bounded and lessened at a running index."""
+    buffer = buffer.at[i % K].set(jnp.tanh(h + y))
+    buffer = buffer.at[(i + 1) % K].multiply(0.5)
+    buffer = buffer.at[(i + 2) % K].min(0.3).at[(i + 2) % K].max(-0.3)
+    buffer = buffer.at[(i + 1) % K].subtract(0.2 * y)
+    return 0.9 * h + y, buffer, jnp.tanh(buffer.sum(0))
+
+
 EXACT = (
     axonal, currents, attention, index_of_a_parameter, repeated_places, window_that_moves, window_that_is_written,
-    response_of_several_slots,
+    response_of_several_slots, slots_changed_where_they_are,
 )  # fmt: skip
 CUT = (another_ones_delay, unit_chosen_by_data)
 

@@ -105,9 +105,9 @@ def operand_influence(
         if joined.shape == shape:
             return joined
         return collapse(joined, tuple(range(joined.ndim))).reshape(shape) if shape == () else None
-    if name in INDEXED and not known_indices(operation):
-        return _at_places(graph, operation, operand, results)
     rule = _RULES.get(name)
+    if name in INDEXED and (rule is None or not known_indices(operation)):
+        return _at_places(graph, operation, operand, results)
     if rule is None:
         return inner(operation, avals, operand, results)
     return rule(operation, avals, operand, results)

@@ -37,8 +37,8 @@ _NEW = -1
 #: Results of one shape with an operand, of which an element is not about the same place.
 _MIXING = frozenset(
     """cholesky conv_general_dilated cumlogsumexp cummax cummin cumprod cumsum dynamic_update_slice eigh fft gather
-    lu reduce_window_max reduce_window_sum rev scan scatter scatter-add sort stop_gradient triangular_solve
-    while""".split()  # noqa: SIM905
+    lu reduce_window_max reduce_window_sum rev scan scatter scatter-add scatter-max scatter-min scatter-mul
+    sort stop_gradient triangular_solve while""".split()  # noqa: SIM905
 )
 _REDUCTIONS = frozenset(("argmax", "argmin", "reduce_max", "reduce_min", "reduce_prod", "reduce_sum"))
 _ALONG_AN_AXIS = frozenset(("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"))

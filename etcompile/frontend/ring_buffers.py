@@ -28,8 +28,9 @@ __all__ = ["with_slots"]
 
 Array = Any
 
-#: What is written over what was there, or added to it.
-_WRITES = frozenset({"dynamic_update_slice", "scatter", "scatter-add"})
+#: What is written over what was there, added to it, or put together with it otherwise.
+_COMBINED = {"scatter-mul": lax.mul, "scatter-min": lax.min, "scatter-max": lax.max}
+_WRITES = frozenset({"dynamic_update_slice", "scatter", "scatter-add", *_COMBINED})
 #: Behind these a value of one unit is no longer one of that unit.
 _MIXING = frozenset({"dot_general", "conv_general_dilated", "stop_gradient", "sort", "cumsum"})
 
@@ -207,7 +208,8 @@ def _write(operation: Operation, places: Indexed, count: int) -> Callable[..., l
                 nothing = -jnp.zeros((), update.dtype)
                 slots = [slot + jnp.where(here == k, new, nothing) for k, slot in enumerate(slots)]
             else:
-                slots = [jnp.where(here == k, new, slot) for k, slot in enumerate(slots)]
+                combine = _COMBINED.get(operation.name, lambda _, new: new)
+                slots = [jnp.where(here == k, combine(slot, new), slot) for k, slot in enumerate(slots)]
         return slots
 
     return fn

@@ -76,10 +76,18 @@ def _dynamic_update_slice(eqn: Any, known: Sequence[Any]) -> Form | None:
     return (lambda _, new, *__: [new]) if whole else None
 
 
+def _scatter_sub(eqn: Any, known: Sequence[Any]) -> Form | None:
+    """To subtract is to add the negative, number by number."""
+    names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
+    params = {name: eqn.params[name] for name in names}
+    return lambda v, at, new: [lax.scatter_add(v, at, lax.neg(new), **params)]
+
+
 _FORMS: dict[str, Callable[[Any, Sequence[Any]], Form | None]] = {
     "device_put": _device_put,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
     "gather": _gather,
     "reshape": _reshape,
+    "scatter-sub": _scatter_sub,
 }
