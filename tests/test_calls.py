@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import warnings
 
 import brainstate
@@ -9,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import saiunit as u
 from test_reset import XS, YS, draw, fresh, same, squared
 
 import etcompile
 from etcompile.errors import CarryError, EtcompileWarning, ForeignWriteWarning, InputError
 from etcompile.frontend.captured import Captured
 from etcompile.runtime import gradients
-from etcompile.runtime.jitted import NotSeen
+from etcompile.runtime.jitted import Jitted, NotSeen
 
 SCALE = 1.0
 
@@ -31,6 +33,81 @@ class Weigher:
     @property
     def product(self):
         return self.slot * self.held[0]
+
+
+class Answers:
+    """Says itself what its attributes are, and knows of no others."""
+
+    def __init__(self):
+        vars(self)["fields"] = {"scale": 1.0}
+
+    def __getattr__(self, name):
+        return self.fields[name]
+
+
+class Base:
+    scale, offset = 1.0, 0.0
+
+    def weigh(self, value):
+        return self.scale * value + self.offset
+
+    def __getitem__(self, place):
+        return self.scale
+
+    @classmethod
+    def of_class(cls):
+        return cls.scale
+
+
+class Derived(Base):
+    def weigh(self, value):
+        return super().weigh(value)
+
+
+class Doubled:
+    """A descriptor of somebody else's."""
+
+    def __get__(self, owner, kind=None):
+        return vars(owner).get("kept", 1.0)
+
+    def __set__(self, owner, value):
+        vars(owner)["kept"] = value
+
+
+class Described:
+    scale = Doubled()
+
+
+def kinds_of_places():
+    """By name: what a loss multiplies with, and how another number gets there."""
+    row, answers, derived, own = collections.deque([1.0]), Answers(), Derived(), Derived()
+    length, described, class_of = u.Quantity(np.ones(1)), Described(), type("Of", (Base,), {"scale": 1.0})
+    of_class = type("OfClass", (Base,), {"scale": 1.0})()
+    return {
+        "deque": (lambda: row[0], lambda v: row.__setitem__(0, v)),
+        "__getattr__": (lambda: answers.scale, lambda v: answers.fields.update(scale=v)),
+        "super": (lambda: derived.weigh(1.0), lambda v: setattr(derived, "scale", v)),
+        "an operator": (lambda: own[0], lambda v: setattr(own, "scale", v)),
+        "a method of a class": (lambda: class_of.of_class(), lambda v: setattr(class_of, "scale", v)),
+        "the same of an object": (lambda: of_class.of_class(), lambda v: setattr(type(of_class), "scale", v)),
+        "a quantity": (lambda: u.get_magnitude(length)[0], lambda v: length.mantissa.__setitem__(0, v)),
+        "a descriptor": (lambda: described.scale, lambda v: setattr(described, "scale", v)),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds_of_places())
+def test_numbers_are_seen_in_all_kinds_of_places(kind):
+    read, put = kinds_of_places()[kind]
+    step = fresh()
+    run = step.value_and_grad(lambda out, target: read() * squared(out, target))
+
+    def first():
+        step.reset()
+        return float(run(XS[0], YS[0])[0])
+
+    one = [first() for _ in range(3)]
+    put(3.0)
+    assert first() == pytest.approx(3 * one[0]) and one == one[:1] * 3
 
 
 def test_what_a_loss_finds_is_seen_wherever_it_lies():
@@ -439,3 +516,26 @@ def test_a_loss_that_reaches_too_much_to_follow_is_said(monkeypatch):
     with pytest.warns(EtcompileWarning, match="more than 20 values .* as a target"):
         gradient(XS[0], YS[0])
     gradient(XS[0], YS[0])
+
+
+@pytest.mark.by_xla
+def test_an_interrupted_call_is_named_by_later_ones(monkeypatch):
+    step = fresh()
+    run = step.value_and_grad(squared)
+    for _ in range(3):
+        run(XS[0], YS[0])
+    again = Jitted.again
+
+    def interrupted(*args):
+        again(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Jitted, "again", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(XS[0], YS[0])
+    monkeypatch.undo()
+    for _ in range(2):
+        with pytest.raises(CarryError, match="KeyboardInterrupt"):
+            run(XS[0], YS[0])
+    step.reset()
+    run(XS[0], YS[0])

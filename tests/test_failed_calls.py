@@ -384,3 +384,31 @@ def test_traces_that_a_failure_takes_along_are_said_at_the_next_call():
         step.scan_value_and_grad(squared)(XS, YS)
     step.reset()
     same(step.scan_value_and_grad(squared)(XS, YS), wanted)
+
+
+@pytest.mark.by_xla
+@pytest.mark.parametrize("kind", ["one step", "sequence", "learn"])
+def test_a_check_for_nan_says_where_and_nothing_is_lost(kind):
+    def leaky(p, s, x):
+        h = jnp.tanh(0.9 * s["h"] + x @ p["w"])
+        return {"h": h}, h @ p["u"]
+
+    model = etcompile.from_function(leaky, {"w": W, "u": U}, {"h": jnp.zeros((BATCH, 4))})
+    step = etcompile.compile(model, XS[0])
+    square = lambda out, y: jnp.mean((out - y) ** 2)  # noqa: E731
+    run = {
+        "one step": lambda y: step.value_and_grad(square)(XS[0], y[0]),
+        "sequence": lambda y: step.scan_value_and_grad(square)(XS, y),
+        "learn": lambda y: step.learn(square, SGD)(XS, y),
+    }[kind]
+    for _ in range(3):
+        run(YS)
+    before = step.traces, jax.tree.map(jnp.array, (step.executor.live.states(), step.params))
+    wrong = np.full(YS.shape, np.nan)
+    with jax.debug_nans(True):
+        for _ in range(2):
+            with pytest.raises(FloatingPointError):
+                run(wrong)
+    after = step.traces, (step.executor.live.states(), step.params)
+    assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(after)))
+    run(YS)

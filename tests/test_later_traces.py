@@ -284,3 +284,32 @@ def test_other_batch_sizes_and_states_of_the_users_own():
         assert waits(step) is later
         found.append((result, step.traces))
     assert relative_error(*found) < 1e-10
+
+
+def test_numbers_of_64_bits_are_what_they_were_whoever_asks():
+    (step, run), (other, other_run) = two()
+    for one in (run, other_run):
+        one(XS, YS)
+    assert waits(step)
+    with jax.enable_x64(False):
+        found = step.traces_state.value
+    assert all(v.dtype == jnp.float64 for v in jax.tree.leaves(found))
+    assert relative_error(jax.tree.leaves(found), jax.tree.leaves(other.traces)) < 1e-12
+
+
+@pytest.mark.parametrize("before", ["nothing", "later", "steps"])
+def test_restored_traces_are_those_that_were_put_in(before):
+    step = net()
+    gradient = step.value_and_grad(loss)
+    for x, y in zip(XS, YS, strict=True):
+        gradient(x, y)
+    saved = step.traces
+    if before != "steps":
+        step.reset()
+    if before == "later":
+        step.scan_value_and_grad(loss)(XS, YS)
+        assert waits(step)
+    step.traces_state.restore_value(saved)
+    assert relative_error(jax.tree.leaves(step.traces), jax.tree.leaves(saved)) == 0
+    gradient(XS[0], YS[0])
+    assert not any(v.is_deleted() for v in jax.tree.leaves(saved))

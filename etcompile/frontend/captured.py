@@ -7,6 +7,7 @@ tracing turns these into arguments.
 
 from __future__ import annotations
 
+import collections
 import enum
 import functools
 import gc
@@ -23,6 +24,7 @@ from typing import Any
 import brainstate
 import jax
 import numpy as np
+import saiunit
 
 from etcompile.errors import EtcompileWarning
 from etcompile.frontend.code_names import code_names, global_names
@@ -41,6 +43,17 @@ _END = (object(),)
 _call: Any = operator.call
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, np.dtype)
+
+
+#: Containers of which all that is in them counts.
+_SEQUENCES = (list, tuple, set, frozenset, collections.deque)
+
+#: Methods that no calculation calls; those that dataclasses write for themselves are known by their file.
+_MAKING = frozenset(
+    """__init__ __new__ __post_init__ __init_subclass__ __class_getitem__ __set_name__ __del__ __repr__ __str__ __format__
+    __hash__ __dir__ __sizeof__ __setattr__ __delattr__ __getstate__ __setstate__ __reduce__ __reduce_ex__ __copy__
+    __deepcopy__""".split()  # noqa: SIM905
+)
 
 
 class Same:
@@ -182,9 +195,11 @@ class _Walk:
         elif isinstance(value, (types.ModuleType, type)):
             self.found.append(Same(value))
             for name in names:
-                held = self._get(vars(value).get, name)
+                holders = value.__mro__ if isinstance(value, type) else (value,)
+                found = (self._get(vars(holder).get, name) for holder in holders)
+                held = next((v for v in found if v is not _MISSING), _MISSING)
                 if held is not _MISSING and self._new(value, name):
-                    self.visit(held, names)
+                    self._found_in_class(held, value, names)
         elif isinstance(value, types.FunctionType):
             if self._new(value):
                 self._function(value)
@@ -197,20 +212,23 @@ class _Walk:
             self.found.append((len(value.args), *value.keywords))
             self._all((value.func, *value.args, *value.keywords.values()), names)
         elif self._new(value):
-            if isinstance(value, (Mapping, list, tuple, set, frozenset)):
+            if isinstance(value, (Mapping, *_SEQUENCES)):
                 self._hold(value)
             if isinstance(value, Mapping):
                 self._all((item for pair in value.items() for item in pair), names)
-            elif isinstance(value, (list, tuple, set, frozenset)):
+            elif isinstance(value, _SEQUENCES):
                 self.found.append(len(value))
                 self._all(value, names)
-            elif isinstance(wrapped := getattr(value, "__wrapped__", None), types.FunctionType):
+            elif isinstance(value, saiunit.Quantity):
+                self.visit(self._get(partial(_asked, value), "mantissa"), names)
+                self.visit(self._get(partial(_asked, value), "unit"), names)
+            elif isinstance(wrapped := _asked(value, "__wrapped__", None), types.FunctionType):
                 self.found.append(Same(value))
-                self._get(partial(getattr, value), "__wrapped__")
+                self._get(partial(_asked, value), "__wrapped__")
                 self.visit(wrapped, names)
             else:
                 self.found.append(Same(value))
-                self._method(self._get(vars(type(value)).get, "__call__"), value)
+                self._operators(value)
         if not isinstance(value, (*_PLAIN, types.ModuleType, type, types.FunctionType, jax.Array)):
             self._attributes(value, names)
 
@@ -264,14 +282,73 @@ class _Walk:
             if held is not _MISSING:
                 self.visit(held, names)
                 continue
-            found = self._get(partial(getattr, type(value)), name)
-            if isinstance(found, property):
-                self._method(found.fget, value)
-            elif isinstance(found, types.FunctionType):
-                self._method(found, value)
-            elif isinstance(found, (types.MemberDescriptorType, *_PLAIN, np.ndarray, jax.Array)):
-                held = self._get(partial(getattr, value), name)
+            kind, read = (value if isinstance(value, type) else type(value)), partial(_asked, type(value))
+            found = read(name, _MISSING)
+            if found is _MISSING or isinstance(
+                found, types.MethodType
+            ):  # who asks the class is told nothing, or always anew
+                read = partial(_in_class, kind)
+            found = self._get(read, name)
+            if _is_asked_of(value, found):
+                held = self._get(partial(_asked, value), name)
                 self.visit(None if held is _MISSING else held, names)
+                continue
+            self._found_in_class(found, value, frozenset())
+            if "super" in names:
+                for base in kind.__mro__[1:]:
+                    self._found_in_class(self._get(vars(base).get, name), value, frozenset())
+
+    def _found_in_class(self, found: Any, owner: Any, names: frozenset[str]) -> None:
+        """Follow what lies in a class under a name that code asks an object for, or with ``names`` the class itself."""
+        if isinstance(found, classmethod):
+            self._method(found.__func__, owner if isinstance(owner, type) else type(owner))
+        elif isinstance(found, property):
+            self._method(found.fget, owner)
+        elif isinstance(found, functools.cached_property):
+            self._method(found.func, owner)
+        elif isinstance(found, staticmethod):
+            self.visit(found.__func__, names)
+        elif names:
+            self.visit(found, names)
+        elif isinstance(found, types.FunctionType):
+            self._method(found, owner)
+
+    def _operators(self, value: Any) -> None:
+        """Follow what runs where an object is called, indexed, added and the like: no name in the code tells of it."""
+        for base in type(value).__mro__:
+            for name, method in list(vars(base).items()):
+                if isinstance(method, types.FunctionType) and _is_operator(name, method):
+                    self._get(vars(base).get, name)
+                    self._method(method, value)
+
+
+def _asked(value: Any, name: str, default: Any) -> Any:
+    """An attribute; the default where there is none, also where who is asked for it says so in a way of his own."""
+    try:
+        return getattr(value, name, default)
+    except Exception:
+        return default
+
+
+def _in_class(kind: type, name: str, default: Any) -> Any:
+    """What lies under a name in a class or its bases, as it lies there."""
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), default)
+
+
+def _is_asked_of(value: Any, found: Any) -> bool:
+    """Whether an attribute of which this was found in an object's class is what the object itself says."""
+    if found is _MISSING:
+        return hasattr(type(value), "__getattr__")
+    if isinstance(found, (types.MemberDescriptorType, *_PLAIN, np.ndarray, jax.Array)):
+        return True
+    return hasattr(type(found), "__set__") and type(found).__module__ != "builtins"
+
+
+def _is_operator(name: str, method: types.FunctionType) -> bool:
+    """Whether Python calls a method by itself where an object is used; not what makes it, or tells of it."""
+    path = method.__code__.co_filename
+    special = name.startswith("__") and name.endswith("__") and name not in _MAKING
+    return special and path != "<string>" and not _of_library(path)
 
 
 def _entries(container: Any) -> list[Any]:

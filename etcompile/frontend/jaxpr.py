@@ -18,6 +18,7 @@ import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -25,6 +26,7 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax._src.config import debug_infs, debug_nans, enable_x64
 from jax._src.core import axis_env_state, eval_trace, top_axis_env, trace_ctx, trace_state_strong_ref
 from jax.core import Tracer, eval_jaxpr
 from jax.interpreters import ad, batching, mlir
@@ -228,6 +230,21 @@ def in_transformation() -> bool:
     """
     trace = trace_state_strong_ref.value
     return (trace is not eval_trace and trace is not None) or axis_env_state.value is not top_axis_env
+
+
+def configuration() -> tuple[bool, bool, bool]:
+    """Whether JAX makes numbers of 64 bits now, and whether it looks into results for nan and for inf."""
+    return enable_x64.value, debug_nans.value, debug_infs.value
+
+
+def numbers_of_64_bits(wide: bool) -> AbstractContextManager[None]:
+    """Meanwhile JAX makes them, or does not."""
+    return enable_x64(wide)
+
+
+def looks_into_results() -> bool:
+    """Whether JAX looks for nan or inf: it then runs a function again on what it was given, which must not be given away."""
+    return debug_nans.value or debug_infs.value
 
 
 def current_trace() -> weakref.ref:

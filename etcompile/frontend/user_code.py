@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Iterable
 
-__all__ = ["is_users", "user_frame", "user_line", "warn"]
+__all__ = ["called_from", "is_users", "user_frame", "user_line", "warn"]
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _STANDARD = tuple(
@@ -70,6 +70,14 @@ def warn(message: str, category: type[Warning]) -> None:
     while frame is not None and frame.f_code.co_filename.startswith(_HERE):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
+
+
+def called_from(depth: int) -> str:
+    """The module whose code runs so many calls above the one of this function; empty where there is none."""
+    frame = inspect.currentframe()
+    for _ in range(depth):
+        frame = frame and frame.f_back
+    return "" if frame is None else frame.f_globals.get("__name__", "")
 
 
 def is_users(name: str) -> bool:

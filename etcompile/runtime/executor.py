@@ -12,7 +12,7 @@ import jax
 from etcompile.compiled import Compiled
 from etcompile.errors import EtcompileError, InputError, OptionError
 from etcompile.frontend.function import own_copy
-from etcompile.frontend.jaxpr import in_transformation
+from etcompile.frontend.jaxpr import in_transformation, is_traced
 from etcompile.frontend.loss_errors import underivable_loss
 from etcompile.frontend.step_model import StepModel
 from etcompile.lowering.carried import outlasts
@@ -286,7 +286,7 @@ class Executor:
         except MissingConstants:  # while it was traced: it is called again
             raise
         except BaseException as error:
-            self._lost = _told(error)
+            self._failed(error)
             if given is not None and isinstance(error, (TypeError, ValueError)):
                 self.model.flatten_given(given)
             if loss is not None and (explained := underivable_loss(error)) is not None:
@@ -308,10 +308,17 @@ class Executor:
         except NotSeen:
             return None
         except BaseException as error:
-            self._lost = _told(error)
+            self._failed(error)
             if isinstance(error, Exception):
                 return None
             raise
+
+    def _failed(self, error: BaseException) -> None:
+        """A function failed while it ran: where what it was given is lost, the next call looks for that, and says why."""
+        self._lost = _told(error)
+        traces = jax.tree.leaves(self.traces.alone())
+        if any(not is_traced(v) and v.is_deleted() for v in traces):
+            self._unchanged = None
 
     def learned_again(self, loop: Around, joined: JoinedLoss, args: tuple[Any, ...]) -> LearnedAgain | None:
         """For more calls of a learner's loop like the one that has just :meth:`moved` states and traces."""

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from etcompile.frontend.jaxpr import in_transformation
+from etcompile.frontend.jaxpr import configuration, in_transformation, numbers_of_64_bits
 from etcompile.frontend.module import recording
 from etcompile.lowering.functions import Carry, StepFunctions
 from etcompile.lowering.schedules.base import Plan
@@ -67,7 +67,13 @@ class Alone:
             carry = Carry(states, functions.causal.init_traces())
             return functions.scan(plan, params, carry, inputs)[1].traces
 
-        return lambda: compilation.jit(key, forward)(*given)
+        wide = configuration()[0]
+
+        def make() -> Any:
+            with numbers_of_64_bits(wide):  # as they were then, whoever asks now
+                return compilation.jit(key, forward)(*given)
+
+        return make
 
 
 def _own(value: Any) -> Any:

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-from etcompile.frontend.jaxpr import in_transformation
+from etcompile.frontend.jaxpr import configuration, in_transformation, looks_into_results
 from etcompile.frontend.module import are_followed, recording
 from etcompile.frontend.state_values import PlainValues
 from etcompile.runtime.changed_attributes import PlainAttributes
@@ -41,7 +41,7 @@ class LookedUp:
     def __init__(self, live: ModelAccess, compilations: Compilations, states: PlainValues) -> None:
         self._live = live
         self._compilations, self._compilation = compilations, compilations.now
-        self._holders = live.holders
+        self._holders, self._configured = live.holders, configuration()
         self._states, self._unheard, self._held = states, states.unheard, states.held
         self._told = _Entries(states.hooks)
         self._attributes: PlainAttributes | None = None  # to which the entries belong
@@ -52,18 +52,20 @@ class LookedUp:
         """Whether every call has to be made in full: somebody follows the states, or what runs is no function of them alone."""
         compiled = compilations.now.compiled
         on_mesh = compiled.causal.placement.mesh is not None
-        return in_transformation() or recording() or compiled.functions.asks_host or on_mesh
+        followed = in_transformation() or recording() or looks_into_results()
+        return followed or compiled.functions.asks_host or on_mesh
 
     def of_now(self) -> bool:
         """Whether it is about what runs now, and the ``State`` objects that were looked up the last time are those of then."""
-        return self._compilation is self._compilations.now and self._holders is self._live.holders
+        same = self._compilation is self._compilations.now and self._holders is self._live.holders
+        return same and configuration() == self._configured
 
     def values(self) -> list[Any] | None:
         """The values of the states, if nobody follows these and they are the objects of then; else None.
 
         What changed of plain attributes is said. It is one function, since to call one takes as long as what most lines ask.
         """
-        if are_followed() or any(self._unheard):
+        if are_followed() or any(self._unheard) or configuration() != self._configured:
             return None
         if self._compilation is not self._compilations.now or self._holders is not self._live.holders:
             return None

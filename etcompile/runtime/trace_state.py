@@ -12,6 +12,7 @@ import numpy as np
 
 from etcompile.frontend.jaxpr import in_transformation, is_traced
 from etcompile.frontend.module import recording
+from etcompile.frontend.user_code import called_from
 
 __all__ = ["TraceState", "zeros_of"]
 
@@ -63,6 +64,12 @@ class TraceState(brainstate.ShortTermState):
     def value(self, v: Any) -> None:
         self.set_own(v)
         vars(self)["shared"] = True
+
+    def restore_value(self, v: Any) -> None:
+        """Put in other traces; brainstate, which counts this as no write, does so where a transformation was traced."""
+        super().restore_value(v)
+        if not called_from(2).startswith("brainstate."):
+            vars(self).update(_make=None, allocated=True, shared=True, cleared=False)
 
     def own(self) -> Any:
         """The traces, for who lets nobody else have them."""

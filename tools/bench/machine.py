@@ -68,10 +68,13 @@ def measure_machine(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, caches and versions."""
+    """Processor, cores, caches and versions; family and model tell processors apart that bear one name, where Linux says them."""
     names = ("jax", "brainstate", "braintrace")
+    said = _cpu_info()
+    family, model = said.get("cpu family"), said.get("model")
     return {
-        "processor": _processor(),
+        "processor": said.get("model name") or platform.processor() or platform.machine(),
+        **({"family": f"{family}.{model}"} if family and model else {}),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "caches": {str(level): size for level, size in caches().items()},
         "python": platform.python_version(),
@@ -79,11 +82,12 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def _cpu_info() -> dict[str, str]:
+    """What Linux says of the first core."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    first = info.read_text(encoding="utf-8").partition("\n\n")[0] if info.exists() else ""
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _version(name: str) -> str:

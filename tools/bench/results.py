@@ -177,7 +177,9 @@ def found_cases(results: Mapping[str, Any], kind: str, rule: str | None = None) 
 
 
 def label_of(results: Mapping[str, Any]) -> str:
-    """What one machine's results are called: make of processor and version of JAX."""
+    """What one machine's results are called: make of processor, its family and model if known, and version of JAX."""
     machine = results["machine"]
     make = machine["processor"].replace("(R)", "").split()[0]
+    if machine.get("family"):
+        make = f"{make} {machine['family']}"
     return f"{make}, JAX {'.'.join(machine['versions']['jax'].split('.')[:2])}"
