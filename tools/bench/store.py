@@ -50,11 +50,11 @@ class Store:
 
 
 def read_all(folder: Path) -> list[dict[str, Any]]:
-    """The results of all machines, newest JAX first."""
+    """The results of all machines: newest JAX first, and of one version those with most cases."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     if not found:
         raise SystemExit(f"nothing has been measured yet: {folder} holds no JSON files.")
-    return sorted(found, key=_version, reverse=True)
+    return sorted(found, key=lambda results: (_version(results), len(results["cases"])), reverse=True)
 
 
 def _version(results: dict[str, Any]) -> list[int]:
