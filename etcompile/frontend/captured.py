@@ -220,11 +220,11 @@ class _Walk:
                 self.found.append(len(value))
                 self._all(value, names)
             elif isinstance(value, saiunit.Quantity):
-                self.visit(self._get(partial(_asked, value), "mantissa"), names)
-                self.visit(self._get(partial(_asked, value), "unit"), names)
+                self.visit(self._get(partial(getattr, value), "mantissa"), names)
+                self.visit(self._get(partial(getattr, value), "unit"), names)
             elif isinstance(wrapped := _asked(value, "__wrapped__", None), types.FunctionType):
                 self.found.append(Same(value))
-                self._get(partial(_asked, value), "__wrapped__")
+                self._get(partial(getattr, value), "__wrapped__")
                 self.visit(wrapped, names)
             else:
                 self.found.append(Same(value))
@@ -282,21 +282,30 @@ class _Walk:
             if held is not _MISSING:
                 self.visit(held, names)
                 continue
-            kind, read = (value if isinstance(value, type) else type(value)), partial(_asked, type(value))
-            found = read(name, _MISSING)
-            if found is _MISSING or isinstance(
-                found, types.MethodType
-            ):  # who asks the class is told nothing, or always anew
-                read = partial(_in_class, kind)
-            found = self._get(read, name)
+            kind = value if isinstance(value, type) else type(value)
+            found = self._of_class(value, kind, name)
             if _is_asked_of(value, found):
-                held = self._get(partial(_asked, value), name)
+                # Who answers himself may raise what he likes.
+                held = self._get(partial(_asked if found is _MISSING else getattr, value), name)
                 self.visit(None if held is _MISSING else held, names)
                 continue
             self._found_in_class(found, value, frozenset())
             if "super" in names:
                 for base in kind.__mro__[1:]:
                     self._found_in_class(self._get(vars(base).get, name), value, frozenset())
+
+    def _of_class(self, value: Any, kind: type, name: str) -> Any:
+        """What an object's class, or a class itself, has under a name."""
+        read: Callable[[str, Any], Any] = partial(getattr, type(value))
+        try:
+            found = read(name, _MISSING)
+        except Exception:
+            found, read = _MISSING, partial(_asked, type(value))
+        if found is _MISSING and _in_class(kind, name, _MISSING) is _MISSING:
+            return self._get(read, name)
+        # As it lies there, where a look at it makes it anew, or where it answers to objects alone.
+        anew = found is _MISSING or isinstance(found, types.MethodType)
+        return self._get(partial(_in_class, kind) if anew else read, name)
 
     def _found_in_class(self, found: Any, owner: Any, names: frozenset[str]) -> None:
         """Follow what lies in a class under a name that code asks an object for, or with ``names`` the class itself."""
