@@ -212,3 +212,31 @@ def test_forward_mode_is_refused_in_the_documentation_and_by_jax():
 def test_a_carry_of_another_batch_size_is_refused(batch_size):
     with pytest.raises((CarryError, InputError), match="batch"):
         fresh().init_carry(batch_size)
+
+
+@pytest.mark.by_xla
+@pytest.mark.parametrize("kind", ["one step", "sequence"])
+def test_brainstates_vmap_finds_the_arrays_that_it_puts_back(kind):
+    """It runs a lane once to see what is written, and puts back what was there before."""
+
+    def run_of(step):
+        one = kind == "one step"
+        return step.value_and_grad(squared) if one else step.scan_value_and_grad(squared, chunk=1)
+
+    def first(values):
+        return values[0] if kind == "one step" else values
+
+    step, lanes = fresh(), jnp.array([1.0, 2.0])
+    xs = jnp.stack([lane * first(XS) for lane in lanes])
+    ys = jnp.stack([first(YS)] * 2)
+    run_of(step)(first(XS), first(YS))
+    before = step.traces
+    with pytest.raises(brainstate.BatchAxisError):
+        brainstate.transform.vmap(run_of(step))(xs, ys)
+    same(step.traces, before)
+    step.reset()
+    states = {0: {"h": step.executor.live.state_objects["h"], "traces": step.traces_state}}
+    losses, grads = brainstate.transform.vmap(run_of(step), out_states=states)(xs, ys)
+    for k, lane in enumerate(lanes):
+        loss, wanted_grads = run_of(fresh())(lane * first(XS), first(YS))
+        same((losses[k], jax.tree.map(lambda v, k=k: v[k], grads)), (loss, wanted_grads))

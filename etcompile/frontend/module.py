@@ -22,6 +22,7 @@ from etcompile.frontend.jaxpr import (
     inputs_used,
     is_staged,
     is_traced,
+    looks_into_results,
     run_jaxpr,
     source_line,
 )
@@ -244,6 +245,11 @@ def recording() -> bool:
 def are_followed() -> bool:
     """Whether a transformation runs, or somebody is told of the reads or writes of all states."""
     return in_transformation() or recording() or _has_state_hooks()
+
+
+def gives_nothing_away() -> bool:
+    """Whether all buffers have to stay: who follows states may put back what they held, and JAX may run a function once more."""
+    return recording() or looks_into_results()
 
 
 def not_recorded(values: Any) -> bool:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from etcompile.compiled import Compiled, without_traces
 from etcompile.errors import EtcompileError
-from etcompile.frontend.jaxpr import looks_into_results
+from etcompile.frontend.module import gives_nothing_away
 from etcompile.lowering.functions import StepFunctions
 from etcompile.runtime.changed_attributes import PlainAttributes
 from etcompile.runtime.environment import (
@@ -102,7 +102,7 @@ class Compilation:
 
     def jit(self, key: Any, fn: Callable, donate: tuple[int, ...] = ()) -> Jitted:
         """``fn`` jitted, its large constants set apart, or what was jitted before under the same key."""
-        if donate and looks_into_results():
+        if donate and gives_nothing_away():
             key, donate = ("nothing given away", key), ()
         if key not in self.jitted:
             while len(self.jitted) >= _JITTED:

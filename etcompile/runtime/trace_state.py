@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from etcompile.frontend.jaxpr import in_transformation, is_traced
-from etcompile.frontend.module import recording
+from etcompile.frontend.module import gives_nothing_away, recording
 from etcompile.frontend.user_code import called_from
 
 __all__ = ["TraceState", "zeros_of"]
@@ -89,7 +89,7 @@ class TraceState(brainstate.ShortTermState):
 
     def to_give(self, traces: Any) -> Any:
         """The traces as :meth:`own` gave them, in buffers that nobody else holds and that may be given away."""
-        if not (self.shared or in_transformation()):
+        if gives_nothing_away() or not (self.shared or in_transformation()):
             return traces
         return jax.tree.map(lambda v: v if is_traced(v) else jnp.copy(v), traces)
 
