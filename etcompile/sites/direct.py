@@ -49,7 +49,7 @@ class Direct(WeightOperation):
         """The sum over steps of :meth:`pullback`, as a product with a number for each step.
 
         XLA's CPU compiler puts a sum over the leading axis into one kernel with all that is made for it and for other sums,
-        which has taken 20 times the time of its parts.
+        which may take many times as long as its parts (JAX 0.12: a sum of padded products, and two sums of one array).
         """
         numbers = jnp.ones(len(credit), credit.dtype) if isinstance(x, tuple) else x
         wide = accumulator(jnp.result_type(numbers, credit))
