@@ -5,13 +5,17 @@ So nothing that comes after the tracing has to know of these forms: no rule of t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jaxlib
 import numpy as np
 from jax import lax
 
 __all__ = ["simple_form"]
+
+_JAXLIB = tuple(int(part) for part in jaxlib.__version__.split(".")[:2])
 
 #: What a primitive does, as a function of its operands that gives its results.
 Form = Callable[..., list[Any]]
@@ -76,6 +80,14 @@ def _dynamic_update_slice(eqn: Any, known: Sequence[Any]) -> Form | None:
     return (lambda _, new, *__: [new]) if whole else None
 
 
+def _split(eqn: Any, known: Sequence[Any]) -> Form | None:
+    """In 64 bits with jaxlib 0.10, slices: its transpose joins arrays, of which that computes some wrong (docs/models.md)."""
+    if _JAXLIB >= (0, 11) or eqn.invars[0].aval.dtype != np.float64:
+        return None
+    axis, ends = eqn.params["axis"], np.cumsum([0, *eqn.params["sizes"]]).tolist()
+    return lambda v: [lax.slice_in_dim(v, a, b, axis=axis) for a, b in itertools.pairwise(ends)]
+
+
 def _scatter_sub(eqn: Any, known: Sequence[Any]) -> Form | None:
     """To subtract is to add the negative, number by number."""
     names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
@@ -90,4 +102,5 @@ _FORMS: dict[str, Callable[[Any, Sequence[Any]], Form | None]] = {
     "gather": _gather,
     "reshape": _reshape,
     "scatter-sub": _scatter_sub,
+    "split": _split,
 }
