@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any
 
-import jaxlib
 import numpy as np
 from jax import lax
 
 __all__ = ["simple_form"]
 
-_JAXLIB = tuple(int(part) for part in jaxlib.__version__.split(".")[:2])
+_JAXLIB = tuple(int(part) for part in metadata.version("jaxlib").split(".")[:2])
 
 #: What a primitive does, as a function of its operands that gives its results.
 Form = Callable[..., list[Any]]
