@@ -194,12 +194,14 @@ class _Walk:
             self.found.append(Same(value))
         elif isinstance(value, (types.ModuleType, type)):
             self.found.append(Same(value))
+            read = partial(_in_class, value) if isinstance(value, type) else vars(value).get
             for name in names:
-                holders = value.__mro__ if isinstance(value, type) else (value,)
-                found = (self._get(vars(holder).get, name) for holder in holders)
-                held = next((v for v in found if v is not _MISSING), _MISSING)
+                held = self._get(read, name)
                 if held is not _MISSING and self._new(value, name):
-                    self._found_in_class(held, value, names)
+                    if isinstance(held, classmethod):
+                        self._method(held.__func__, value)
+                    else:
+                        self.visit(held, names)
         elif isinstance(value, types.FunctionType):
             if self._new(value):
                 self._function(value)
@@ -289,10 +291,10 @@ class _Walk:
                 held = self._get(partial(_asked if found is _MISSING else getattr, value), name)
                 self.visit(None if held is _MISSING else held, names)
                 continue
-            self._found_in_class(found, value, frozenset())
+            self._found_in_class(found, value)
             if "super" in names:
                 for base in kind.__mro__[1:]:
-                    self._found_in_class(self._get(vars(base).get, name), value, frozenset())
+                    self._found_in_class(self._get(vars(base).get, name), value)
 
     def _of_class(self, value: Any, kind: type, name: str) -> Any:
         """What an object's class, or a class itself, has under a name."""
@@ -307,8 +309,8 @@ class _Walk:
         anew = found is _MISSING or isinstance(found, types.MethodType)
         return self._get(partial(_in_class, kind) if anew else read, name)
 
-    def _found_in_class(self, found: Any, owner: Any, names: frozenset[str]) -> None:
-        """Follow what lies in a class under a name that code asks an object for, or with ``names`` the class itself."""
+    def _found_in_class(self, found: Any, owner: Any) -> None:
+        """Follow what lies in a class under a name that code asks an object for, if that runs something."""
         if isinstance(found, classmethod):
             self._method(found.__func__, owner if isinstance(owner, type) else type(owner))
         elif isinstance(found, property):
@@ -316,9 +318,7 @@ class _Walk:
         elif isinstance(found, functools.cached_property):
             self._method(found.func, owner)
         elif isinstance(found, staticmethod):
-            self.visit(found.__func__, names)
-        elif names:
-            self.visit(found, names)
+            self.visit(found.__func__, frozenset())
         elif isinstance(found, types.FunctionType):
             self._method(found, owner)
 

@@ -18,7 +18,6 @@ import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -235,11 +234,6 @@ def in_transformation() -> bool:
 def configuration() -> tuple[bool, bool, bool]:
     """Whether JAX makes numbers of 64 bits now, and whether it looks into results for nan and for inf."""
     return enable_x64.value, debug_nans.value, debug_infs.value
-
-
-def numbers_of_64_bits(wide: bool) -> AbstractContextManager[None]:
-    """Meanwhile JAX makes them, or does not."""
-    return enable_x64(wide)
 
 
 def looks_into_results() -> bool:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from etcompile.frontend.jaxpr import configuration, in_transformation, numbers_of_64_bits
+from etcompile.frontend.jaxpr import configuration, in_transformation
 from etcompile.frontend.module import recording
 from etcompile.lowering.functions import Carry, StepFunctions
 from etcompile.lowering.schedules.base import Plan
@@ -70,7 +70,7 @@ class Alone:
         wide = configuration()[0]
 
         def make() -> Any:
-            with numbers_of_64_bits(wide):  # as they were then, whoever asks now
+            with jax.enable_x64(wide):  # as they were then, whoever asks now
                 return compilation.jit(key, forward)(*given)
 
         return make
